@@ -1,0 +1,166 @@
+"""One configuration for the whole service: composed, frozen, validated; an unknown key is refused by name.
+
+Read from YAML (or JSON, its subset) with `load_config`; every process gets the same file and reads its sections.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tandem.errors import ConfigError
+
+TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """Which model, and how it is loaded."""
+
+    # A local directory, or a hub id.
+    path: str = str(TINY_MODEL)
+    # The name that clients see; the directory's or id's last part if empty.
+    name: str = ""
+    # "dummy": random weights from config.json alone, for load tests.
+    load_format: Literal["auto", "dummy"] = "auto"
+    # "auto": the checkpoint's own on cuda, float32 on cpu.
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    # Prompt and output together, tokens; 0: the model's own limit.
+    max_model_len: int = Field(0, ge=0)
+    # Of dummy weights.
+    seed: int = Field(0, ge=0)
+
+    @property
+    def served_name(self) -> str:
+        return self.name or Path(self.path).name
+
+
+class EngineConfig(Section):
+    """One engine: its device, its KV pool, its steps."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    # Tokens in a KV block; 0: 16 on cpu, 256 on cuda (its attention kernel's page).
+    block_size: int = Field(0, ge=0, le=1024)
+    # Blocks in the pool; 0: as many as kv_memory_mib holds.
+    num_blocks: int = Field(0, ge=0)
+    kv_memory_mib: int = Field(512, ge=1)
+    # Tokens that one step may process: decodes first, then prefill chunks.
+    max_step_tokens: int = Field(512, ge=1)
+    # Sequences that one step may decode.
+    max_running: int = Field(64, ge=1)
+    # Prompts that may wait for prefill; one more is refused as overloaded.
+    max_waiting: int = Field(256, ge=1)
+    prefix_cache: bool = True
+    # Torch threads; 0: one per core that this process may use.
+    threads: int = Field(0, ge=0)
+
+
+class WorkerConfig(Section):
+    """What a worker process adds to its engine."""
+
+    host: str = "127.0.0.1"
+    # 0: any free port.
+    port: int = Field(0, ge=0, le=65535)
+    # host:port that others reach this worker by; empty: host and the port it got.
+    advertise: str = ""
+    # Reserve calls that may wait for blocks; one more is refused as overloaded.
+    max_waiting_reservations: int = Field(256, ge=0)
+    # KV frames are cut to about this many bytes.
+    frame_bytes: int = Field(1 << 20, ge=1 << 12, le=1 << 24)
+    # Frames that a receiver takes in before the sender must wait, per transfer.
+    frames_in_flight: int = Field(8, ge=1, le=256)
+    # A stopping worker waits this long for live requests.
+    drain_timeout_s: float = Field(30.0, ge=0)
+
+
+class RouterConfig(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8700, ge=0, le=65535)
+    # Requests in the house at once; one more is refused as overloaded.
+    max_live_requests: int = Field(1024, ge=1)
+    # Of a request that brings no deadline, seconds.
+    default_deadline_s: float = Field(600.0, gt=0)
+    max_deadline_s: float = Field(3600.0, gt=0)
+    # Of a reservation that is not sealed; frames and the router's renewals extend it.
+    lease_s: float = Field(10.0, gt=0)
+    heartbeat_interval_s: float = Field(0.5, gt=0)
+    # A worker that is silent for this long is out of routing and its requests fail.
+    heartbeat_timeout_s: float = Field(5.0, gt=0)
+    # A request message may be this large.
+    max_message_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 28)
+
+
+class ServeConfig(Section):
+    """How many workers `tandem serve` starts on this machine."""
+
+    prefill: int = Field(1, ge=0, le=64)
+    decode: int = Field(1, ge=0, le=64)
+    colocated: int = Field(0, ge=0, le=64)
+
+
+class TandemConfig(Section):
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    worker: WorkerConfig = WorkerConfig()
+    router: RouterConfig = RouterConfig()
+    serve: ServeConfig = ServeConfig()
+
+
+def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> TandemConfig:
+    """The file's settings with overrides (section → key → value; None values are skipped) on top.
+
+    Raises ConfigError naming the key, its limit, and for an unknown key the nearest right one.
+    """
+    settings = {} if path is None else _read(path)
+    for section, values in (overrides or {}).items():
+        given = {key: value for key, value in values.items() if value is not None}
+        if given:
+            settings[section] = {**(settings.get(section) or {}), **given}
+    return parse_config(settings)
+
+
+def parse_config(settings: dict[str, Any]) -> TandemConfig:
+    """Raises ConfigError for the first thing wrong."""
+    try:
+        return TandemConfig.model_validate(settings)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
+    if not isinstance(settings or {}, dict):
+        raise ConfigError(f"config file {path} must hold sections ({', '.join(TandemConfig.model_fields)})")
+    return settings or {}
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.0)
+        return ConfigError(f"unknown config key {key}; did you mean {nearest[0]}?", field=key)
+    return ConfigError(f"config key {key}: {first['msg'].lower()}, not {first['input']!r}", field=key)
+
+
+def _known_keys() -> list[str]:
+    sections = TandemConfig.model_fields
+    nested = [
+        f"{name}.{key}"
+        for name, info in sections.items()
+        for key in info.annotation.model_fields  # type: ignore[union-attr]
+    ]
+    return [*sections, *nested]

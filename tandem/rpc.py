@@ -1,0 +1,171 @@
+"""gRPC as Tandem uses it: channel and server settings, and the one translation of errors to and from status codes."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+
+from tandem import errors
+
+log = logging.getLogger(__name__)
+
+# Largest message anybody accepts by default; the KV service sets its own, larger one.
+MAX_MESSAGE_BYTES = 4 << 20
+# A cut link raises no error by itself: clients ping every 5 s and give up after 3 s (measured: noticed in 3.6 s).
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 5000, 3000
+
+# The table: error class (nearest base counts) → gRPC status.
+STATUS: dict[type[errors.TandemError], grpc.StatusCode] = {
+    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Cancelled: grpc.StatusCode.CANCELLED,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.TransferFailed: grpc.StatusCode.DATA_LOSS,
+    errors.Refused: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ModelRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.TandemError: grpc.StatusCode.INTERNAL,
+}
+# What a status means when no Tandem process attached a code: gRPC itself or a proxy spoke.
+_PLAIN: dict[grpc.StatusCode, type[errors.TandemError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: errors.Cancelled,
+    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.UNIMPLEMENTED: errors.Refused,
+}
+_CODE_KEY, _FIELD_KEY, _RETRY_KEY = "tandem-code", "tandem-field", "tandem-retry-after-ms"
+
+
+def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Redial a restarted peer within a second, not after gRPC's default of up to 20 s.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        # Each channel dials for itself: a dead worker's socket is never shared with its successor's channel.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        # Allow the clients' pings above; the default would answer "too many pings".
+        ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        # A second process on the same port must fail, not share it.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def make_channel(address: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(address, options=client_options(max_message_bytes))
+
+
+def make_server(max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+    """A server whose handlers may raise TandemError."""
+    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes))
+
+
+def bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    """Binds and returns the port. Raises ConfigError when the address is in use or not ours."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        bound = int(server.add_insecure_port(address))
+    except RuntimeError:
+        bound = 0
+    if bound == 0:
+        raise errors.ConfigError(
+            f"cannot listen on {address}: the port is in use or the address is not ours", field="port"
+        )
+    return bound
+
+
+def status_of(error: errors.TandemError) -> grpc.StatusCode:
+    return next(STATUS[base] for base in type(error).__mro__ if base in STATUS)
+
+
+def error_from_rpc(error: grpc.RpcError) -> errors.TandemError:
+    """The TandemError behind a failed call; statuses that no Tandem process sent are translated by meaning."""
+    call: Any = error
+    metadata = {str(key): str(value) for key, value in (call.trailing_metadata() or ())}
+    message = call.details() or call.code().name.lower().replace("_", " ")
+    if _CODE_KEY not in metadata:
+        return _PLAIN.get(call.code(), errors.InternalError)(message)
+    retry = metadata.get(_RETRY_KEY)
+    return errors.from_code(
+        metadata[_CODE_KEY],
+        message,
+        field=metadata.get(_FIELD_KEY),
+        retry_after_ms=int(retry) if retry else None,
+    )
+
+
+def _metadata_of(error: errors.TandemError) -> tuple[tuple[str, str], ...]:
+    pairs = ((_CODE_KEY, error.code), (_FIELD_KEY, error.field), (_RETRY_KEY, error.retry_after_ms))
+    return tuple((key, str(value)) for key, value in pairs if value is not None)
+
+
+async def abort_with(context: Any, error: Exception) -> NoReturn:
+    """Ends a call with an error's status. Anything but a TandemError is a bug: logged here, not told to the peer."""
+    if not isinstance(error, errors.TandemError):
+        log.error("unexpected error in a call", exc_info=error)
+        error = errors.InternalError("internal error; the server's log has the details")
+    await context.abort(status_of(error), error.message, _metadata_of(error))
+    raise AssertionError("context.abort returned")
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,type-arg,unused-ignore]
+    """Lets every handler raise TandemError; the peer gets its status, code, field and retry hint.
+
+    Every handler is a coroutine: a streaming one calls `context.write` and is not a generator, because a generator
+    that gRPC drops at a yield runs its cleanup only when it is collected, and blocks would stay held until then.
+    """
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        kind = _KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(_guard(getattr(handler, kind)), handler.request_deserializer, handler.response_serializer)
+
+
+_KINDS = {
+    (False, False): "unary_unary",
+    (False, True): "unary_stream",
+    (True, False): "stream_unary",
+    (True, True): "stream_stream",
+}
+
+
+def _guard(behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    if not inspect.iscoroutinefunction(behavior):
+        return behavior  # a library's handler (health, reflection)
+
+    async def guarded(request: Any, context: Any) -> Any:
+        try:
+            return await behavior(request, context)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as error:
+            return await abort_with(context, error)
+
+    return guarded

@@ -1,0 +1,234 @@
+"""Values that every room shares. No torch, no gRPC: the SDK imports this."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from tandem.errors import InvalidRequest, TandemError
+from tandem.timeline import Timeline
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 256
+MAX_CHOICES = 32
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class FinishReason(StrEnum):
+    """The one terminal event of every accepted request (law 2)."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+def _require(ok: bool, field_name: str, limit: str, value: object) -> None:
+    if not ok:
+        raise InvalidRequest(f"{field_name} must be {limit}, not {value}", field=field_name)
+
+
+def _finite(value: float, low: float, high: float) -> bool:
+    return math.isfinite(value) and low <= value <= high
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. The default is greedy. Raises InvalidRequest, naming the field and its limit."""
+
+    # Tokens to generate at most.
+    max_tokens: int = 128
+    # Stop conditions are ignored for this many tokens.
+    min_tokens: int = 0
+    # 0 is greedy; otherwise logits are divided by it.
+    temperature: float = 0.0
+    # Keep the k most probable tokens; 0 keeps all.
+    top_k: int = 0
+    # Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+    top_p: float = 1.0
+    # Keep tokens at least this share as probable as the best one; 0 keeps all.
+    min_p: float = 0.0
+    # Divides positive (multiplies negative) logits of tokens seen in prompt or output; 1 is off.
+    repetition_penalty: float = 1.0
+    # Subtracted once from the logits of tokens seen in the output.
+    presence_penalty: float = 0.0
+    # Subtracted from the logits of tokens seen in the output, once per occurrence.
+    frequency_penalty: float = 0.0
+    # Added to the logits of these token ids.
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    # Randomness is a function of (seed, position) only; None lets the router draw a seed.
+    seed: int | None = None
+    # Generation ends after any of these; the token is part of the output, its text is not.
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    # None: no log probabilities; k: of the chosen token and of the k most probable ones.
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "min_tokens", "top_k"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and not isinstance(value, bool), name, "a whole number", value)
+        _require(1 <= self.max_tokens < 2**31, "max_tokens", "1 or more", self.max_tokens)
+        _require(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"in [0, max_tokens={self.max_tokens}]",
+            self.min_tokens,
+        )
+        _require(_finite(self.temperature, 0, 100), "temperature", "in [0, 100]", self.temperature)
+        _require(0 <= self.top_k < 2**31, "top_k", "0 or more", self.top_k)
+        _require(_finite(self.top_p, 0, 1) and self.top_p > 0, "top_p", "in (0, 1]", self.top_p)
+        _require(_finite(self.min_p, 0, 1), "min_p", "in [0, 1]", self.min_p)
+        _require(
+            _finite(self.repetition_penalty, 0.01, 100),
+            "repetition_penalty",
+            "in [0.01, 100]",
+            self.repetition_penalty,
+        )
+        _require(_finite(self.presence_penalty, -2, 2), "presence_penalty", "in [-2, 2]", self.presence_penalty)
+        _require(_finite(self.frequency_penalty, -2, 2), "frequency_penalty", "in [-2, 2]", self.frequency_penalty)
+        _require(self.seed is None or 0 <= self.seed < 2**64, "seed", "in [0, 2^64)", self.seed)
+        _require(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            "logprobs",
+            f"in [0, {MAX_LOGPROBS}]",
+            self.logprobs,
+        )
+        self._check_token_maps()
+
+    def _check_token_maps(self) -> None:
+        biases, stops = len(self.logit_bias), len(self.stop_token_ids)
+        _require(biases <= MAX_LOGIT_BIASES, "logit_bias", f"at most {MAX_LOGIT_BIASES} entries", biases)
+        _require(stops <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids", stops)
+        for token, bias in self.logit_bias.items():
+            _require(token >= 0, "logit_bias", "keyed by token ids of 0 or more", token)
+            _require(_finite(bias, -100, 100), "logit_bias", "in [-100, 100]", bias)
+        for token in self.stop_token_ids:
+            _require(token >= 0, "stop_token_ids", "token ids of 0 or more", token)
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """A request as workers see it: tokens in, one answer out."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    # A retry has a new attempt; what belongs to an older one is ignored everywhere.
+    attempt: int = 0
+    # Only requests of the same salt share prefix-cache blocks.
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token."""
+
+    id: int
+    logprob: float | None = None
+    # (token id, log probability), best first.
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What must be equal on two workers that exchange KV."""
+
+    config_hash: str
+    weights_hash: str
+    dtype: str
+    block_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    layout: int
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """'block_size 16 against 32' for the first field that differs, else None."""
+        for name in self.__dataclass_fields__:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} {_short(mine)} against {_short(theirs)}"
+        return None
+
+
+def _short(value: object) -> str:
+    return str(value)[:12]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    name: str
+    vocab_size: int
+    # Prompt and output together, tokens.
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    output_tokens: int
+    cached_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class RequestReport:
+    """Where the time and the bytes of one choice went."""
+
+    timeline: Timeline
+    kv_bytes: int = 0
+    kv_frames: int = 0
+    kv_reused_tokens: int = 0
+    kv_transfer_ms: float = 0.0
+    transport: str = ""
+    prefill_worker: str = ""
+    decode_worker: str = ""
+
+
+# Events that the SDK yields, in order: Accepted, then Delta and ChoiceFinished for each choice, then Completed.
+
+
+@dataclass(frozen=True)
+class Accepted:
+    request_id: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New tokens of one choice. Text is empty while a UTF-8 character or a possible stop string is incomplete."""
+
+    choice: int
+    tokens: tuple[Token, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class ChoiceFinished:
+    choice: int
+    reason: FinishReason
+    output_tokens: int
+    report: RequestReport
+    # With FinishReason.ERROR.
+    error: TandemError | None = None
+    # The stop string that ended it, if one did.
+    stop: str | None = None
+
+
+@dataclass(frozen=True)
+class Completed:
+    usage: Usage
+
+
+Event = Accepted | Delta | ChoiceFinished | Completed
