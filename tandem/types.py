@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from tandem.errors import InvalidRequest, TandemError
+from tandem.errors import InvalidRequest
 from tandem.timeline import Timeline
 
 MAX_LOGPROBS = 20
@@ -216,12 +216,12 @@ class Delta:
 
 @dataclass(frozen=True)
 class ChoiceFinished:
+    """A choice ended by stop or length; one that fails raises its error instead, for the whole request."""
+
     choice: int
     reason: FinishReason
     output_tokens: int
     report: RequestReport
-    # With FinishReason.ERROR.
-    error: TandemError | None = None
     # The stop string that ended it, if one did.
     stop: str | None = None
 

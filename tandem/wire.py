@@ -190,7 +190,6 @@ def _finished_to_wire(event: types.ChoiceFinished) -> generation_pb2.ChoiceFinis
     return generation_pb2.ChoiceFinished(
         choice=event.choice,
         reason=reason_to_wire(event.reason),
-        failure=None if event.error is None else failure_to_wire(event.error),
         timeline=report_to_wire(event.report),
         output_tokens=event.output_tokens,
         stop=event.stop or "",
@@ -220,6 +219,5 @@ def _finished_from_wire(message: generation_pb2.ChoiceFinished) -> types.ChoiceF
         reason=reason_from_wire(message.reason) or types.FinishReason.ERROR,
         output_tokens=message.output_tokens,
         report=report_from_wire(message.timeline),
-        error=failure_from_wire(message.failure) if message.HasField("failure") else None,
         stop=message.stop or None,
     )

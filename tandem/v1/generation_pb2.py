@@ -26,7 +26,7 @@ from tandem.v1 import common_pb2 as tandem_dot_v1_dot_common__pb2
 from tandem.v1 import registry_pb2 as tandem_dot_v1_dot_registry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atandem/v1/generation.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\x1a\x18tandem/v1/registry.proto\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\xe7\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\x0cH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x12\r\n\x05model\x18\x03 \x01(\t\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\t\n\x01n\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08user_tag\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x1b\n\x13keep_special_tokens\x18\t \x01(\x08\x42\x08\n\x06prompt\"\xc5\x01\n\rGenerateEvent\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.tandem.v1.AcceptedH\x00\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.tandem.v1.DeltaH\x00\x12\x34\n\x0f\x63hoice_finished\x18\x03 \x01(\x0b\x32\x19.tandem.v1.ChoiceFinishedH\x00\x12)\n\tcompleted\x18\x04 \x01(\x0b\x32\x14.tandem.v1.CompletedH\x00\x42\x07\n\x05\x65vent\"5\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"G\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12 \n\x06tokens\x18\x02 \x03(\x0b\x32\x10.tandem.v1.Token\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xba\x01\n\x0e\x43hoiceFinished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12#\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x12.tandem.v1.Failure\x12%\n\x08timeline\x18\x04 \x01(\x0b\x32\x13.tandem.v1.Timeline\x12\x15\n\routput_tokens\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x01(\t\",\n\tCompleted\x12\x1f\n\x05usage\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Usage\"S\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\xc8\x01\n\x08Timeline\x12#\n\x05marks\x18\x01 \x03(\x0b\x32\x14.tandem.v1.PhaseMark\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\x12\x11\n\tkv_frames\x18\x03 \x01(\r\x12\x18\n\x10kv_reused_tokens\x18\x04 \x01(\r\x12\x16\n\x0ekv_transfer_ms\x18\x05 \x01(\x01\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\t\")\n\tPhaseMark\x12\r\n\x05phase\x18\x01 \x01(\t\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x01\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.tandem.v1.ModelInfo\"(\n\rStatusRequest\x12\x17\n\x0f\x63heck_integrity\x18\x01 \x01(\x08\"\xf9\x01\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\tuptime_ms\x18\x02 \x01(\x01\x12\x15\n\rlive_requests\x18\x03 \x01(\r\x12\x19\n\x11\x66inished_requests\x18\x04 \x01(\x04\x12\x17\n\x0f\x66\x61iled_requests\x18\x05 \x01(\x04\x12(\n\x07workers\x18\x06 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\x12$\n\x06models\x18\x07 \x03(\x0b\x32\x14.tandem.v1.ModelInfo\x12(\n\x08requests\x18\x08 \x03(\x0b\x32\x16.tandem.v1.LiveRequest\"\xa3\x01\n\x0cWorkerStatus\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Hello\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.tandem.v1.Load\x12\x18\n\x10heartbeat_age_ms\x18\x03 \x01(\x01\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\'\n\tintegrity\x18\x05 \x01(\x0b\x32\x14.tandem.v1.Integrity\"o\n\x0bLiveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0e\n\x06\x61ge_ms\x18\x03 \x01(\x01\x12\x16\n\x0eprefill_worker\x18\x04 \x01(\t\x12\x15\n\rdecode_worker\x18\x05 \x01(\t2\xda\x01\n\nGeneration\x12\x42\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x18.tandem.v1.GenerateEvent0\x01\x12I\n\nListModels\x12\x1c.tandem.v1.ListModelsRequest\x1a\x1d.tandem.v1.ListModelsResponse\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atandem/v1/generation.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\x1a\x18tandem/v1/registry.proto\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\xe7\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\x0cH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x12\r\n\x05model\x18\x03 \x01(\t\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\t\n\x01n\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08user_tag\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x1b\n\x13keep_special_tokens\x18\t \x01(\x08\x42\x08\n\x06prompt\"\xc5\x01\n\rGenerateEvent\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.tandem.v1.AcceptedH\x00\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.tandem.v1.DeltaH\x00\x12\x34\n\x0f\x63hoice_finished\x18\x03 \x01(\x0b\x32\x19.tandem.v1.ChoiceFinishedH\x00\x12)\n\tcompleted\x18\x04 \x01(\x0b\x32\x14.tandem.v1.CompletedH\x00\x42\x07\n\x05\x65vent\"5\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"G\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12 \n\x06tokens\x18\x02 \x03(\x0b\x32\x10.tandem.v1.Token\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x95\x01\n\x0e\x43hoiceFinished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12%\n\x08timeline\x18\x03 \x01(\x0b\x32\x13.tandem.v1.Timeline\x12\x15\n\routput_tokens\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x01(\t\",\n\tCompleted\x12\x1f\n\x05usage\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Usage\"S\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\xc8\x01\n\x08Timeline\x12#\n\x05marks\x18\x01 \x03(\x0b\x32\x14.tandem.v1.PhaseMark\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\x12\x11\n\tkv_frames\x18\x03 \x01(\r\x12\x18\n\x10kv_reused_tokens\x18\x04 \x01(\r\x12\x16\n\x0ekv_transfer_ms\x18\x05 \x01(\x01\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\t\")\n\tPhaseMark\x12\r\n\x05phase\x18\x01 \x01(\t\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x01\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.tandem.v1.ModelInfo\"(\n\rStatusRequest\x12\x17\n\x0f\x63heck_integrity\x18\x01 \x01(\x08\"\xf9\x01\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\tuptime_ms\x18\x02 \x01(\x01\x12\x15\n\rlive_requests\x18\x03 \x01(\r\x12\x19\n\x11\x66inished_requests\x18\x04 \x01(\x04\x12\x17\n\x0f\x66\x61iled_requests\x18\x05 \x01(\x04\x12(\n\x07workers\x18\x06 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\x12$\n\x06models\x18\x07 \x03(\x0b\x32\x14.tandem.v1.ModelInfo\x12(\n\x08requests\x18\x08 \x03(\x0b\x32\x16.tandem.v1.LiveRequest\"\xa3\x01\n\x0cWorkerStatus\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Hello\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.tandem.v1.Load\x12\x18\n\x10heartbeat_age_ms\x18\x03 \x01(\x01\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\'\n\tintegrity\x18\x05 \x01(\x0b\x32\x14.tandem.v1.Integrity\"o\n\x0bLiveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0e\n\x06\x61ge_ms\x18\x03 \x01(\x01\x12\x16\n\x0eprefill_worker\x18\x04 \x01(\t\x12\x15\n\rdecode_worker\x18\x05 \x01(\t2\xda\x01\n\nGeneration\x12\x42\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x18.tandem.v1.GenerateEvent0\x01\x12I\n\nListModels\x12\x1c.tandem.v1.ListModelsRequest\x1a\x1d.tandem.v1.ListModelsResponse\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,27 +46,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELTA']._serialized_start=609
   _globals['_DELTA']._serialized_end=680
   _globals['_CHOICEFINISHED']._serialized_start=683
-  _globals['_CHOICEFINISHED']._serialized_end=869
-  _globals['_COMPLETED']._serialized_start=871
-  _globals['_COMPLETED']._serialized_end=915
-  _globals['_USAGE']._serialized_start=917
-  _globals['_USAGE']._serialized_end=1000
-  _globals['_TIMELINE']._serialized_start=1003
-  _globals['_TIMELINE']._serialized_end=1203
-  _globals['_PHASEMARK']._serialized_start=1205
-  _globals['_PHASEMARK']._serialized_end=1246
-  _globals['_LISTMODELSREQUEST']._serialized_start=1248
-  _globals['_LISTMODELSREQUEST']._serialized_end=1267
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1269
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1327
-  _globals['_STATUSREQUEST']._serialized_start=1329
-  _globals['_STATUSREQUEST']._serialized_end=1369
-  _globals['_STATUSRESPONSE']._serialized_start=1372
-  _globals['_STATUSRESPONSE']._serialized_end=1621
-  _globals['_WORKERSTATUS']._serialized_start=1624
-  _globals['_WORKERSTATUS']._serialized_end=1787
-  _globals['_LIVEREQUEST']._serialized_start=1789
-  _globals['_LIVEREQUEST']._serialized_end=1900
-  _globals['_GENERATION']._serialized_start=1903
-  _globals['_GENERATION']._serialized_end=2121
+  _globals['_CHOICEFINISHED']._serialized_end=832
+  _globals['_COMPLETED']._serialized_start=834
+  _globals['_COMPLETED']._serialized_end=878
+  _globals['_USAGE']._serialized_start=880
+  _globals['_USAGE']._serialized_end=963
+  _globals['_TIMELINE']._serialized_start=966
+  _globals['_TIMELINE']._serialized_end=1166
+  _globals['_PHASEMARK']._serialized_start=1168
+  _globals['_PHASEMARK']._serialized_end=1209
+  _globals['_LISTMODELSREQUEST']._serialized_start=1211
+  _globals['_LISTMODELSREQUEST']._serialized_end=1230
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1232
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1290
+  _globals['_STATUSREQUEST']._serialized_start=1292
+  _globals['_STATUSREQUEST']._serialized_end=1332
+  _globals['_STATUSRESPONSE']._serialized_start=1335
+  _globals['_STATUSRESPONSE']._serialized_end=1584
+  _globals['_WORKERSTATUS']._serialized_start=1587
+  _globals['_WORKERSTATUS']._serialized_end=1750
+  _globals['_LIVEREQUEST']._serialized_start=1752
+  _globals['_LIVEREQUEST']._serialized_end=1863
+  _globals['_GENERATION']._serialized_start=1866
+  _globals['_GENERATION']._serialized_end=2084
 # @@protoc_insertion_point(module_scope)

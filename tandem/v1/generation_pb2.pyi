@@ -67,20 +67,18 @@ class Delta(_message.Message):
     def __init__(self, choice: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class ChoiceFinished(_message.Message):
-    __slots__ = ("choice", "reason", "failure", "timeline", "output_tokens", "stop")
+    __slots__ = ("choice", "reason", "timeline", "output_tokens", "stop")
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
-    FAILURE_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     choice: int
     reason: _common_pb2.FinishReason
-    failure: _common_pb2.Failure
     timeline: Timeline
     output_tokens: int
     stop: str
-    def __init__(self, choice: _Optional[int] = ..., reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., failure: _Optional[_Union[_common_pb2.Failure, _Mapping]] = ..., timeline: _Optional[_Union[Timeline, _Mapping]] = ..., output_tokens: _Optional[int] = ..., stop: _Optional[str] = ...) -> None: ...
+    def __init__(self, choice: _Optional[int] = ..., reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., timeline: _Optional[_Union[Timeline, _Mapping]] = ..., output_tokens: _Optional[int] = ..., stop: _Optional[str] = ...) -> None: ...
 
 class Completed(_message.Message):
     __slots__ = ("usage",)
