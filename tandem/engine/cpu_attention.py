@@ -1,0 +1,145 @@
+"""Attention over the paged KV pool on CPU: a numba kernel for decode rows, tiled SDPA for prefill chunks.
+
+Shape letters as in `tandem.engine.batch`; for one sequence, C is its context length and Q its rows in this step.
+A decode row's result depends on that row and its own context only (bitwise): not on the batch, not on the threads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tandem.engine.batch import AttentionOptions, PagedBatch
+
+# Rows of a chunk computed at once where a mask or a score matrix is needed: bounds both at TILE * context.
+TILE = 256
+
+
+def write_kv(
+    key_TxKxD: Tensor, value_TxKxD: Tensor, k_pool_NxPxKxD: Tensor, v_pool_NxPxKxD: Tensor, batch: PagedBatch
+) -> None:
+    """Put the step's keys and values into their slots of the pool (in place; the pools are contiguous)."""
+    for new_TxKxD, pool in ((key_TxKxD, k_pool_NxPxKxD), (value_TxKxD, v_pool_NxPxKxD)):
+        pool.view(-1, *pool.shape[2:]).index_copy_(0, batch.slots_T, new_TxKxD.to(pool.dtype))
+
+
+def reference_attention(
+    query_QxHxD: Tensor, key_CxKxD: Tensor, value_CxKxD: Tensor, first_position: int, options: AttentionOptions
+) -> Tensor:
+    """Attention of one sequence by the textbook, in float32: the row at `first_position + i` sees keys 0..itself.
+
+    Returns [Q, H, D] in the query's dtype. Memory: a few times Q * C * H floats.
+    """
+    group = query_QxHxD.shape[1] // key_CxKxD.shape[1]
+    key_CxHxD = key_CxKxD.float().repeat_interleave(group, dim=1)
+    value_CxHxD = value_CxKxD.float().repeat_interleave(group, dim=1)
+    scores_HxQxC = torch.einsum("qhd,chd->hqc", query_QxHxD.float(), key_CxHxD) * options.scale
+    if options.softcap:
+        scores_HxQxC = options.softcap * torch.tanh(scores_HxQxC / options.softcap)
+    visible_QxC = _visible(first_position, query_QxHxD.shape[0], 0, key_CxKxD.shape[0], options.window)
+    weights_HxQxC = scores_HxQxC.masked_fill(~visible_QxC, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hqc,chd->qhd", weights_HxQxC, value_CxHxD).to(query_QxHxD.dtype)
+
+
+def paged_attention_cpu(
+    query_TxHxD: Tensor,
+    key_TxKxD: Tensor,
+    value_TxKxD: Tensor,
+    k_pool_NxPxKxD: Tensor,
+    v_pool_NxPxKxD: Tensor,
+    batch: PagedBatch,
+    options: AttentionOptions,
+) -> Tensor:
+    """Attention for all rows of a step whose keys and values `write_kv` has already put into the pool.
+
+    `key_TxKxD` and `value_TxKxD` are the step's own: a chunk that starts its sequence is computed from them alone.
+    Returns [T, H, D], contiguous, in the query's dtype.
+    """
+    out_TxHxD = torch.empty(query_TxHxD.shape, dtype=query_TxHxD.dtype)
+    if batch.num_decodes:
+        _decode_rows(query_TxHxD, k_pool_NxPxKxD, v_pool_NxPxKxD, batch, options, out_TxHxD)
+    for sequence in range(batch.num_decodes, len(batch.context_lens)):
+        rows = slice(batch.query_starts[sequence], batch.query_starts[sequence + 1])
+        context_len = batch.context_lens[sequence]
+        if context_len == rows.stop - rows.start:
+            key_CxKxD, value_CxKxD = key_TxKxD[rows], value_TxKxD[rows]
+        else:
+            key_CxKxD = _gather(k_pool_NxPxKxD, batch, sequence)
+            value_CxKxD = _gather(v_pool_NxPxKxD, batch, sequence)
+        _chunk(query_TxHxD[rows], key_CxKxD, value_CxKxD, options, out_TxHxD[rows])
+    return out_TxHxD
+
+
+def warm_up() -> None:
+    """Compile the decode kernel (4 s), or load it from numba's cache (0.5 s), before the first request does."""
+    from tandem.engine import cpu_kernels  # noqa: F401  importing is compiling; a GPU worker never pays for it
+
+
+def _decode_rows(
+    query_TxHxD: Tensor, k_pool: Tensor, v_pool: Tensor, batch: PagedBatch, options: AttentionOptions, out: Tensor
+) -> None:
+    tensors = (query_TxHxD, k_pool, v_pool)
+    if all(t.dtype == torch.float32 for t in tensors) and k_pool.is_contiguous() and v_pool.is_contiguous():
+        from tandem.engine.cpu_kernels import decode_attention  # late, for the reason in `warm_up`
+
+        decode_attention(query_TxHxD[: batch.num_decodes], k_pool, v_pool, batch, options, out)
+        return
+    for row in range(batch.num_decodes):
+        key_CxKxD, value_CxKxD = _gather(k_pool, batch, row), _gather(v_pool, batch, row)
+        position = batch.context_lens[row] - 1
+        out[row] = reference_attention(query_TxHxD[row : row + 1], key_CxKxD, value_CxKxD, position, options)[0]
+
+
+def _gather(pool_NxPxKxD: Tensor, batch: PagedBatch, sequence: int) -> Tensor:
+    """A sequence's pages in order, as one [C, K, D] tensor."""
+    context_len, page = batch.context_lens[sequence], pool_NxPxKxD.shape[1]
+    blocks = batch.block_table_BxM[sequence, : -(-context_len // page)]
+    return pool_NxPxKxD.index_select(0, blocks).flatten(0, 1)[:context_len]
+
+
+def _visible(first_position: int, rows: int, first_key: int, keys: int, window: int) -> Tensor:
+    """bool [rows, keys]: which keys the rows from `first_position` on may see."""
+    position_Qx1 = torch.arange(first_position, first_position + rows).unsqueeze(1)
+    key_position_C = torch.arange(first_key, first_key + keys)
+    visible_QxC = key_position_C <= position_Qx1
+    return visible_QxC & (key_position_C > position_Qx1 - window) if window else visible_QxC
+
+
+def _chunk(
+    query_QxHxD: Tensor, key_CxKxD: Tensor, value_CxKxD: Tensor, options: AttentionOptions, out_QxHxD: Tensor
+) -> None:
+    """The last Q rows of a sequence against all of its C keys, written to `out_QxHxD`."""
+    rows, keys = query_QxHxD.shape[0], key_CxKxD.shape[0]
+    if rows == keys and not options.softcap and not 0 < options.window < keys:
+        out_QxHxD.copy_(_sdpa(query_QxHxD, key_CxKxD, value_CxKxD, options, None))
+        return
+    for start in range(0, rows, TILE):
+        stop = min(start + TILE, rows)
+        first_position = keys - rows + start
+        last_key = keys - rows + stop
+        first_key = max(0, first_position - options.window + 1) if options.window else 0
+        key, value = key_CxKxD[first_key:last_key], value_CxKxD[first_key:last_key]
+        out_QxHxD[start:stop] = _tile(query_QxHxD[start:stop], key, value, first_position - first_key, options)
+
+
+def _tile(
+    query_QxHxD: Tensor, key_CxKxD: Tensor, value_CxKxD: Tensor, first_position: int, options: AttentionOptions
+) -> Tensor:
+    if options.softcap:  # SDPA has no place for it
+        return reference_attention(query_QxHxD, key_CxKxD, value_CxKxD, first_position, options)
+    visible_QxC = _visible(first_position, query_QxHxD.shape[0], 0, key_CxKxD.shape[0], options.window)
+    return _sdpa(query_QxHxD, key_CxKxD, value_CxKxD, options, visible_QxC)
+
+
+def _sdpa(
+    query_QxHxD: Tensor, key_CxKxD: Tensor, value_CxKxD: Tensor, options: AttentionOptions, mask_QxC: Tensor | None
+) -> Tensor:
+    out_1xHxQxD = F.scaled_dot_product_attention(
+        query_QxHxD.transpose(0, 1).unsqueeze(0),
+        key_CxKxD.transpose(0, 1).unsqueeze(0),
+        value_CxKxD.transpose(0, 1).unsqueeze(0),
+        attn_mask=mask_QxC,
+        is_causal=mask_QxC is None,
+        scale=options.scale,
+        enable_gqa=query_QxHxD.shape[1] != key_CxKxD.shape[1],
+    )
+    return out_1xHxQxD[0].transpose(0, 1)
