@@ -1,0 +1,106 @@
+"""The one attention function that every model calls, by way of transformers' AttentionInterface.
+
+transformers hands over query, key and value of all tokens of a step in one row, and passes the step's metadata
+through the forward's keyword arguments. Each layer's options are recorded once at load (see model_loader.py), where
+anything this function would not honour is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from tandem.engine.batch import AttentionOptions, PagedBatch
+from tandem.engine.kv_cache import KVCache
+from tandem.errors import ModelRefused
+
+NAME = "tandem_paged"
+# attention(query, key, value, k_pool, v_pool, batch, options) -> out, all [T, heads, D]; K and V are in the pool.
+PagedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PagedBatch, AttentionOptions], Tensor]
+
+# Keyword arguments that do not change causal attention over the step's own metadata.
+_HARMLESS = {"dropout", "position_ids", "cache_position", "is_causal", "use_cache", "layer_idx", "position_embeddings"}
+_HONOURED = {"scaling", "sliding_window", "softcap"}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+@dataclass
+class Probe:
+    """Records what each layer asks of attention, in a forward pass at load. Computes plain causal attention."""
+
+    options: dict[int, AttentionOptions] = field(default_factory=dict)
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+
+    def run(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, asked: dict[str, Any]) -> Tensor:
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int) or layer in self.options:
+            raise ModelRefused("its attention layers are not numbered one by one")
+        if mask is not None or not getattr(module, "is_causal", True):
+            raise ModelRefused("it needs an attention mask other than causal")
+        if key.shape != value.shape:
+            raise ModelRefused("its keys and values differ in shape")
+        _refuse_unknown(asked)
+        self.options[layer] = _options(query, asked)
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], key.dtype)
+        return query.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step's attention calls need; travels through the forward as the keyword argument `paged`."""
+
+    batch: PagedBatch
+    cache: KVCache
+    options: dict[int, AttentionOptions]
+    attention: PagedAttention
+    write: Callable[[Tensor, Tensor, Tensor, Tensor, PagedBatch], None]
+
+    def run(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        k_pool, v_pool = self.cache.layer(module.layer_idx)
+        query_TxHxD, key_TxKxD, value_TxKxD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        self.write(key_TxKxD, value_TxKxD, k_pool, v_pool, self.batch)
+        options = self.options[module.layer_idx]
+        out = self.attention(query_TxHxD, key_TxKxD, value_TxKxD, k_pool, v_pool, self.batch, options)
+        return out.unsqueeze(0)
+
+
+def paged_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' contract: query [1, H, T, D], key and value [1, K, T, D] → ([1, T, H, D], no weights)."""
+    paged = kwargs.pop("paged", None)
+    if isinstance(paged, Step):
+        return paged.run(module, query, key, value), None
+    if isinstance(paged, Probe):
+        return paged.run(module, query, key, value, attention_mask, kwargs), None
+    raise ModelRefused("it does not pass keyword arguments on to its attention layers")
+
+
+AttentionInterface.register(NAME, paged_attention)
+
+
+def _refuse_unknown(asked: dict[str, Any]) -> None:
+    for name, value in asked.items():
+        if name in _HONOURED or name in _HARMLESS or value is None or value is False:
+            continue
+        raise ModelRefused(f"it needs the attention argument {name}, which Tandem does not honour")
+
+
+def _options(query: Tensor, asked: dict[str, Any]) -> AttentionOptions:
+    scale = asked.get("scaling")
+    return AttentionOptions(
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        window=int(asked.get("sliding_window") or 0),
+        softcap=float(asked.get("softcap") or 0.0),
+    )

@@ -1,0 +1,197 @@
+"""Which blocks of the KV pool are free, held or cached. Block ids and token ids only: no tensors here.
+
+A block holds the K and V of `block_size` consecutive tokens of one sequence, in every layer. Full blocks are named
+by a hash chained over all tokens up to their end, so that a later prompt with the same beginning finds them (the
+prefix cache of vLLM; hash chain as in its "automatic prefix caching" design).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tandem.errors import InternalError, TransferFailed
+
+
+def chain_hashes(parent: bytes | None, tokens: Sequence[int], block_size: int, salt: str = "") -> list[bytes]:
+    """The names of the full blocks in `tokens`, which follow the block named `parent` (None: they begin a sequence).
+
+    A name covers every token from the beginning of the sequence; tenants with different salts share no name.
+    """
+    if parent is None:
+        parent = hashlib.blake2b(salt.encode(), digest_size=16).digest()
+    names = []
+    for start in range(0, len(tokens) - block_size + 1, block_size):
+        block = struct.pack(f"<{block_size}I", *tokens[start : start + block_size])
+        parent = hashlib.blake2b(parent + block, digest_size=16).digest()
+        names.append(parent)
+    return names
+
+
+@dataclass(frozen=True)
+class PoolReport:
+    """What check_integrity found. A pool with no live request has zero referenced and zero quarantined blocks."""
+
+    total: int
+    free: int
+    referenced: int
+    quarantined: int
+    # The first broken invariant, or "".
+    problem: str = ""
+
+
+class BlockPool:
+    """Reference counts, the free list and the prefix cache.
+
+        free ──acquire──▶ referenced ──last release──▶ free, still cached ──acquire by another──▶ referenced (evicted)
+                              ▲                              │
+                              └────── acquire by hash ◀──────┘
+
+    Thread-safe: the event loop reserves blocks while the engine's thread steps. Every call takes microseconds.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._prefix_cache = prefix_cache
+        self._refs = [0] * num_blocks
+        # Least recently used first; a block that is cached but unreferenced waits here for either fate.
+        self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(num_blocks))
+        self._hash_of: dict[int, bytes] = {}
+        self._by_hash: dict[bytes, int] = {}
+        self._quarantined = 0
+        self._lock = threading.Lock()
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def acquire(self, num_blocks: int, hashes: Sequence[bytes] = ()) -> BlockTable | None:
+        """A table of num_blocks blocks, the leading ones from the prefix cache as far as `hashes` match.
+
+        None when the pool has too few free blocks; nothing is held then.
+        """
+        with self._lock:
+            cached = self._match(hashes)
+            revived = sum(1 for block in cached if self._refs[block] == 0)
+            if num_blocks - len(cached) > len(self._free) - revived:
+                return None
+            for block in cached:
+                self._free.pop(block, None)
+            fresh = [self._evict_one() for _ in range(num_blocks - len(cached))]
+            for block in (*cached, *fresh):
+                self._refs[block] += 1
+        return BlockTable(self, (*cached, *fresh), len(cached) * self.block_size)
+
+    def publish(self, block: int, block_hash: bytes) -> None:
+        """Names a held, full block so that others may share it. The first block of a name keeps it."""
+        if not self._prefix_cache:
+            return
+        with self._lock:
+            if block_hash not in self._by_hash and block not in self._hash_of:
+                self._by_hash[block_hash] = block
+                self._hash_of[block] = block_hash
+
+    def check_integrity(self) -> PoolReport:
+        """Counts every block and checks the invariants; cheap enough for any moment."""
+        with self._lock:
+            referenced = sum(1 for refs in self._refs if refs > 0)
+            return PoolReport(self.num_blocks, len(self._free), referenced, self._quarantined, self._problem())
+
+    def _problem(self) -> str:
+        for block, refs in enumerate(self._refs):
+            if refs < 0 or (refs == 0) != (block in self._free):
+                return f"block {block} has {refs} references and is {'' if block in self._free else 'not '}free"
+        if any(self._hash_of.get(block) != block_hash for block_hash, block in self._by_hash.items()):
+            return "the prefix cache names a block by another's hash"
+        return "" if len(self._hash_of) == len(self._by_hash) else "a block is named twice"
+
+    def _match(self, hashes: Sequence[bytes]) -> list[int]:
+        found: list[int] = []
+        for block_hash in hashes:
+            block = self._by_hash.get(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _evict_one(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        block_hash = self._hash_of.pop(block, None)
+        if block_hash is not None:
+            del self._by_hash[block_hash]
+        return block
+
+    def _give_back(self, blocks: Sequence[int], quarantined: bool) -> None:
+        with self._lock:
+            if quarantined:
+                self._quarantined -= len(blocks)
+            # Last blocks first: a chain is of use only from its beginning, so its end is evicted first.
+            for block in reversed(blocks):
+                self._refs[block] -= 1
+                if self._refs[block] == 0:
+                    self._free[block] = None
+                if self._refs[block] < 0:
+                    raise InternalError(f"block {block} released twice")
+
+    def _quarantine(self, blocks: Sequence[int]) -> None:
+        with self._lock:
+            self._quarantined += len(blocks)
+
+
+class BlockTable:
+    """The blocks that one request holds, in the order of its tokens; released exactly once, whoever asks first.
+
+    A thread that reads or writes the blocks' memory does so inside `in_use()`. Blocks released meanwhile are
+    quarantined: they go back to the pool when the last user leaves, so a late write never lands in blocks that
+    somebody else got (law 5).
+    """
+
+    def __init__(self, pool: BlockPool, blocks: tuple[int, ...], cached_tokens: int) -> None:
+        self.blocks = blocks
+        # Leading tokens whose KV the prefix cache already holds.
+        self.cached_tokens = cached_tokens
+        self._pool = pool
+        self._users = 0
+        self._released = False
+        self._lock = threading.Lock()
+
+    @property
+    def released(self) -> bool:
+        return self._released
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keeps the blocks from reuse while inside. Raises TransferFailed when they are released already."""
+        with self._lock:
+            if self._released:
+                raise TransferFailed("the request's blocks were released")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                last = self._released and self._users == 0
+            if last:
+                self._pool._give_back(self.blocks, quarantined=True)
+
+    def release(self) -> None:
+        """Gives the blocks back, now or when the last user leaves. A second call does nothing."""
+        with self._lock:
+            if self._released:
+                return
+            self._released = True
+            busy = self._users > 0
+            if busy:
+                self._pool._quarantine(self.blocks)
+        if not busy:
+            self._pool._give_back(self.blocks, quarantined=False)

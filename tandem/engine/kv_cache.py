@@ -1,0 +1,53 @@
+"""The memory of the KV pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tandem.config import EngineConfig
+from tandem.errors import ModelRefused
+from tandem.types import Fingerprint
+
+# Version of the layout below; peers with another one are refused. Raise it when the order of axes changes.
+LAYOUT_VERSION = 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class KVCache:
+    """One tensor [L layers, 2 (K, V), N blocks, P block_size, K kv_heads, D head_dim] on the engine's device.
+
+    A layer's K or V is a contiguous [N, P, K, D] view, which is what paged attention kernels take as pages.
+    """
+
+    def __init__(self, fingerprint: Fingerprint, num_blocks: int, device: str) -> None:
+        shape = (
+            fingerprint.num_layers,
+            2,
+            num_blocks,
+            fingerprint.block_size,
+            fingerprint.num_kv_heads,
+            fingerprint.head_dim,
+        )
+        # Written once here: first-touch page faults are ten times slower than later writes (and must not hit a request).
+        self.pool = torch.zeros(shape, dtype=DTYPES[fingerprint.dtype], device=device).fill_(0)
+        self._layers = [(layer[0], layer[1]) for layer in self.pool]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """K and V of one layer, each [N, P, K, D]."""
+        return self._layers[index]
+
+
+def count_blocks(config: EngineConfig, fingerprint: Fingerprint) -> int:
+    """Blocks in the pool. Raises ModelRefused when not even one fits into engine.kv_memory_mib."""
+    if config.num_blocks:
+        return config.num_blocks
+    token_elements = 2 * fingerprint.num_layers * fingerprint.num_kv_heads * fingerprint.head_dim
+    block_bytes = token_elements * DTYPES[fingerprint.dtype].itemsize * fingerprint.block_size
+    blocks = (config.kv_memory_mib << 20) // block_bytes
+    if blocks < 1:
+        raise ModelRefused(
+            f"a KV block takes {block_bytes} bytes: engine.kv_memory_mib {config.kv_memory_mib} holds none",
+            field="engine.kv_memory_mib",
+        )
+    return blocks

@@ -1,0 +1,148 @@
+"""Which tokens the next step processes: decodes first, then prompt chunks up to the token budget.
+
+Decode first with chunked prefill keeps inter-token latency bounded on a colocated worker (Sarathi-Serve, OSDI'24).
+A sequence enters only with every block it may ever need, so nothing is ever preempted and nothing deadlocks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tandem.config import EngineConfig
+from tandem.engine.block_pool import BlockPool
+from tandem.engine.sequence import Sequence, prompt_hashes
+from tandem.errors import Overloaded
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompt tokens [start, end) of a sequence."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def completes_prompt(self) -> bool:
+        return self.end == self.sequence.prompt_len
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    decodes: list[Sequence]
+    chunks: list[Chunk]
+    # Sequences whose first chunk is in this step.
+    started: list[Sequence]
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.chunks)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [*self.decodes, *(chunk.sequence for chunk in self.chunks)]
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that get a token, in the order of the logits' rows."""
+        return [*self.decodes, *(chunk.sequence for chunk in self.chunks if chunk.completes_prompt)]
+
+
+class Scheduler:
+    """The queues of one engine. Only the engine's thread touches it."""
+
+    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
+        self._config = config
+        self._pool = pool
+        self.waiting: deque[Sequence] = deque()
+        self.prefilling: list[Sequence] = []
+        self.running: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.prefilling or self.running)
+
+    @property
+    def queued_prompt_tokens(self) -> int:
+        return sum(sequence.tokens_left_to_prefill for sequence in (*self.waiting, *self.prefilling))
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a prompt. Raises Overloaded when the queue is full."""
+        if len(self.waiting) >= self._config.max_waiting:
+            raise Overloaded(
+                f"the prefill queue is full: engine.max_waiting is {self._config.max_waiting}", retry_after_ms=1000
+            )
+        self.waiting.append(sequence)
+
+    def attach(self, sequence: Sequence) -> None:
+        """Adds a sequence whose prompt KV is in the pool already, whole and verified."""
+        self._computed(sequence, sequence.prompt_len)
+        self.running.append(sequence)
+
+    def drop(self, gone: Iterable[Sequence]) -> None:
+        """Forgets sequences; their blocks are the caller's to release."""
+        ids = {id(sequence) for sequence in gone}
+        self.waiting = deque(sequence for sequence in self.waiting if id(sequence) not in ids)
+        self.prefilling = [sequence for sequence in self.prefilling if id(sequence) not in ids]
+        self.running = [sequence for sequence in self.running if id(sequence) not in ids]
+
+    def schedule(self) -> StepPlan:
+        limit = min(self._config.max_running, self._config.max_step_tokens)
+        decodes = self.running[:limit]
+        # Those that did not fit come first next time.
+        self.running = [*self.running[limit:], *decodes]
+        started: list[Sequence] = []
+        chunks = self._chunks(self._config.max_step_tokens - len(decodes), started)
+        return StepPlan(decodes, chunks, started)
+
+    def _chunks(self, budget: int, started: list[Sequence]) -> list[Chunk]:
+        """Chunks in order of arrival; prompts are admitted one by one while there is budget."""
+        chunks: list[Chunk] = []
+        resumed = iter(list(self.prefilling))
+        while budget > 0:
+            sequence = next(resumed, None) or self._admit_next(started)
+            if sequence is None:
+                break
+            end = min(sequence.prompt_len, sequence.num_computed + budget)
+            chunks.append(Chunk(sequence, sequence.num_computed, end))
+            budget -= end - sequence.num_computed
+        return chunks
+
+    def _admit_next(self, started: list[Sequence]) -> Sequence | None:
+        if not self.waiting or not self._admit(self.waiting[0]):
+            return None
+        sequence = self.waiting.popleft()
+        self.prefilling.append(sequence)
+        started.append(sequence)
+        return sequence
+
+    def _admit(self, sequence: Sequence) -> bool:
+        if sequence.table is None:
+            # The last prompt token is computed in any case: its logits are needed.
+            block_size = self._pool.block_size
+            hashes = prompt_hashes(sequence.request, block_size, sequence.prompt_len - 1)
+            sequence.table = self._pool.acquire(self._pool.blocks_for(sequence.prompt_len), hashes)
+        if sequence.table is None:
+            return False
+        sequence.num_computed = sequence.table.cached_tokens
+        return True
+
+    def advance(self, plan: StepPlan) -> None:
+        """Records that the plan's tokens are computed: publishes full blocks, moves finished prompts on."""
+        for sequence in plan.decodes:
+            self._computed(sequence, sequence.num_computed + 1)
+        for chunk in plan.chunks:
+            self._computed(chunk.sequence, chunk.end)
+        done = [chunk.sequence for chunk in plan.chunks if chunk.completes_prompt]
+        if done:
+            self.drop(done)
+            self.running += [sequence for sequence in done if sequence.decode_here]
+
+    def _computed(self, sequence: Sequence, num_computed: int) -> None:
+        sequence.num_computed = num_computed
+        published = len(sequence.hashes)
+        sequence.extend_hashes(self._pool.block_size)
+        assert sequence.table is not None
+        for index in range(published, len(sequence.hashes)):
+            self._pool.publish(sequence.table.blocks[index], sequence.hashes[index])

@@ -1,0 +1,105 @@
+"""One request inside the engine: its tokens, its blocks, how far it has come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tandem.engine.block_pool import BlockTable, chain_hashes
+from tandem.errors import TandemError
+from tandem.types import EngineRequest, FinishReason, Token
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first chunk is about to be computed."""
+
+    queued_ms: float
+    # Prompt tokens whose KV was found in the prefix cache.
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class ChunkDone:
+    """The KV of prompt tokens [start, end) is final in the pool, in every layer."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class NewToken:
+    position: int
+    token: Token
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The engine could not go on with this request; its blocks are free."""
+
+    error: TandemError
+
+
+EngineEvent = Started | ChunkDone | NewToken | Failed
+Listener = Callable[[EngineEvent], None]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request in one engine.
+
+    With `decode_here` it goes on decoding after its first token, in blocks that were reserved for prompt and output
+    (colocated). Without, the prompt is all that is computed here, and its blocks stay held for the handoff until the
+    holder of the sequence releases the table.
+
+        waiting ──▶ prefilling ──▶ running (decode_here) ──▶ finished
+                        └────────▶ handed to the sender
+        attached (KV came from elsewhere) ──▶ running ──▶ finished
+    """
+
+    request: EngineRequest
+    listener: Listener
+    decode_here: bool
+    # None until the scheduler admits it; given from the start when blocks were reserved.
+    table: BlockTable | None = None
+    # Tokens whose KV is in the pool.
+    num_computed: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    aborted: bool = False
+    arrived_s: float = field(default_factory=time.monotonic)
+    hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def finished(self) -> bool:
+        return self.aborted or self.finish_reason is not None
+
+    @property
+    def tokens_left_to_prefill(self) -> int:
+        return max(0, self.prompt_len - self.num_computed)
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Prompt and output tokens of positions [start, end)."""
+        prompt = self.request.prompt_ids
+        if end <= len(prompt):
+            return list(prompt[start:end])
+        return [*prompt[start:], *self.output_ids[max(0, start - len(prompt)) : end - len(prompt)]]
+
+    def extend_hashes(self, block_size: int) -> None:
+        """Names every full block whose tokens are computed."""
+        done = len(self.hashes)
+        if self.num_computed >= (done + 1) * block_size:
+            parent = self.hashes[-1] if self.hashes else None
+            tokens = self.token_ids(done * block_size, self.num_computed)
+            self.hashes += chain_hashes(parent, tokens, block_size, self.request.cache_salt)
+
+
+def prompt_hashes(request: EngineRequest, block_size: int, limit_tokens: int) -> list[bytes]:
+    """The names of the full blocks among the first limit_tokens prompt tokens."""
+    return chain_hashes(None, request.prompt_ids[:limit_tokens], block_size, request.cache_salt)
