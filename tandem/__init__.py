@@ -1,0 +1,149 @@
+"""Tandem serves language models with prefill and decode split across two pools of workers.
+
+This package exports the SDK: `tandem.Client`, `tandem.AsyncClient`, `tandem.SamplingParams`, the events they yield
+and the errors they raise. It imports neither torch nor transformers nor ray; names resolve on first use, so that a
+worker's engine, which lives below the same package, does not import gRPC through it either.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tandem.client import (
+        AsyncClient,
+        AsyncGeneration,
+        Choice,
+        Client,
+        Completion,
+        Generation,
+        ServiceStatus,
+    )
+    from tandem.errors import (
+        Cancelled,
+        ConfigError,
+        DeadlineExceeded,
+        InternalError,
+        InvalidRequest,
+        ModelNotFound,
+        ModelRefused,
+        Overloaded,
+        Refused,
+        TandemError,
+        TransferFailed,
+        Unavailable,
+        WorkerLost,
+    )
+    from tandem.timeline import Phase, Timeline
+    from tandem.types import (
+        Accepted,
+        ChoiceFinished,
+        Completed,
+        Delta,
+        Event,
+        FinishReason,
+        ModelInfo,
+        RequestReport,
+        SamplingParams,
+        Token,
+        Usage,
+    )
+
+    __version__: str
+
+_HOMES = {
+    "tandem.client": (
+        "AsyncClient",
+        "AsyncGeneration",
+        "Choice",
+        "Client",
+        "Completion",
+        "Generation",
+        "ServiceStatus",
+    ),
+    "tandem.errors": (
+        "Cancelled",
+        "ConfigError",
+        "DeadlineExceeded",
+        "InternalError",
+        "InvalidRequest",
+        "ModelNotFound",
+        "ModelRefused",
+        "Overloaded",
+        "Refused",
+        "TandemError",
+        "TransferFailed",
+        "Unavailable",
+        "WorkerLost",
+    ),
+    "tandem.timeline": ("Phase", "Timeline"),
+    "tandem.types": (
+        "Accepted",
+        "ChoiceFinished",
+        "Completed",
+        "Delta",
+        "Event",
+        "FinishReason",
+        "ModelInfo",
+        "RequestReport",
+        "SamplingParams",
+        "Token",
+        "Usage",
+    ),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Accepted",
+    "AsyncClient",
+    "AsyncGeneration",
+    "Cancelled",
+    "Choice",
+    "ChoiceFinished",
+    "Client",
+    "Completed",
+    "Completion",
+    "ConfigError",
+    "DeadlineExceeded",
+    "Delta",
+    "Event",
+    "FinishReason",
+    "Generation",
+    "InternalError",
+    "InvalidRequest",
+    "ModelInfo",
+    "ModelNotFound",
+    "ModelRefused",
+    "Overloaded",
+    "Phase",
+    "Refused",
+    "RequestReport",
+    "SamplingParams",
+    "ServiceStatus",
+    "TandemError",
+    "Timeline",
+    "Token",
+    "TransferFailed",
+    "Unavailable",
+    "Usage",
+    "WorkerLost",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'tandem' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("tandem")
+    except PackageNotFoundError:
+        return "0+uninstalled"  # imported from a checkout that nobody installed

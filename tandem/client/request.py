@@ -1,0 +1,132 @@
+"""What both clients do before a call: keyword arguments in, a checked GenerateRequest out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypedDict
+
+from tandem import wire
+from tandem.errors import InvalidRequest
+from tandem.types import MAX_CHOICES, SamplingParams
+from tandem.v1 import common_pb2, generation_pb2
+
+Prompt = str | Sequence[int]
+
+DEFAULT_ADDRESS = "127.0.0.1:8700"
+# Of calls that carry no prompt.
+ADMIN_TIMEOUT_S = 10.0
+# A client bounds messages by what any router may be configured to accept; the router's own limit is what decides.
+MAX_MESSAGE_BYTES = 1 << 28
+
+
+class SamplingFields(TypedDict, total=False):
+    """The fields of types.SamplingParams, as keyword arguments."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    logprobs: int | None
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What is asked beside the prompt and the sampling."""
+
+    n: int = 1
+    stop: str | Sequence[str] = ()
+    model: str = ""
+    cache_salt: str = ""
+    user_tag: str = ""
+    keep_special_tokens: bool = False
+
+
+def build_request(
+    prompt: Prompt, sampling: SamplingParams | None, fields: SamplingFields, options: RequestOptions
+) -> generation_pb2.GenerateRequest:
+    """Raises InvalidRequest, naming the field, for what no server could accept; the rest is the server's to judge."""
+    request = generation_pb2.GenerateRequest(
+        model=_text("model", options.model),
+        sampling=_sampling_to_wire(merge_sampling(sampling, fields)),
+        n=_choices(options.n),
+        stop=_stops(options.stop),
+        user_tag=_text("user_tag", options.user_tag),
+        cache_salt=_text("cache_salt", options.cache_salt),
+        keep_special_tokens=options.keep_special_tokens,
+    )
+    if isinstance(prompt, str):
+        request.text = _text("prompt", prompt).encode()
+    else:
+        request.token_ids.CopyFrom(_token_ids(prompt))
+    return request
+
+
+def check_timeout(timeout_s: float | None) -> float | None:
+    """Raises InvalidRequest unless it is a positive, finite number of seconds, or None."""
+    try:
+        if timeout_s is None or (timeout_s > 0 and math.isfinite(timeout_s)):
+            return timeout_s
+    except TypeError:
+        pass  # not a number: the same answer as for a bad one
+    raise InvalidRequest(f"timeout_s must be a number of seconds above 0, not {timeout_s!r}", field="timeout_s")
+
+
+def merge_sampling(sampling: SamplingParams | None, fields: SamplingFields) -> SamplingParams:
+    """Keyword fields on top of `sampling`. An unknown field is a TypeError, as for any function."""
+    unknown = sorted(fields.keys() - SamplingParams.__dataclass_fields__.keys())
+    if unknown:
+        raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
+    try:
+        return replace(sampling or SamplingParams(), **fields)
+    except TypeError as error:  # a value of a type that cannot be compared with its limits
+        raise InvalidRequest(f"a sampling value has the wrong type: {error}") from None
+
+
+def _sampling_to_wire(params: SamplingParams) -> common_pb2.Sampling:
+    try:
+        return wire.sampling_to_wire(params)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"a sampling value does not fit its field: {error}") from None
+
+
+def _choices(n: int) -> int:
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_CHOICES:
+        raise InvalidRequest(f"n must be a whole number in [1, {MAX_CHOICES}], not {n!r}", field="n")
+    return n
+
+
+def _stops(stop: str | Sequence[str]) -> list[str]:
+    return [_text("stop", each) for each in ([stop] if isinstance(stop, str) else stop)]
+
+
+def _text(field: str, value: str) -> str:
+    """The value, if it is a str that UTF-8 can carry: a lone surrogate cannot be encoded."""
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{field} must be a str, not {type(value).__name__}", field=field)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{field} must be text that UTF-8 can carry; character {error.start} is a lone surrogate", field=field
+        ) from None
+    return value
+
+
+def _token_ids(prompt: Sequence[int]) -> generation_pb2.TokenIds:
+    if isinstance(prompt, bytes | bytearray):
+        raise InvalidRequest("prompt must be a str or token ids, not bytes", field="prompt")
+    try:
+        return generation_pb2.TokenIds(ids=list(prompt))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"prompt must be a str or token ids of 0 or more: {error}", field="prompt") from None

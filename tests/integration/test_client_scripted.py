@@ -1,0 +1,373 @@
+"""The SDK against a scripted router over a real socket: events, errors, deadlines, and leaving the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from scripted_router import REPORT, ScriptedRouter, serving, two_tokens
+
+import tandem
+from tandem import errors
+from tandem.client import AsyncClient, AsyncGeneration, Client
+from tandem.types import Accepted, ChoiceFinished, Completed, Delta, FinishReason, Token, Usage
+from tandem.v1 import generation_pb2, registry_pb2
+
+EVENTS = [
+    Accepted("request-1", 5),
+    Delta(0, (Token(7),), " can"),
+    Delta(0, (Token(8),), " vary"),
+    ChoiceFinished(0, FinishReason.STOP, 2, REPORT),
+    Completed(Usage(5, 2)),
+]
+
+
+@pytest.fixture
+def router() -> Iterator[ScriptedRouter]:
+    with serving(ScriptedRouter()) as started:
+        yield started
+
+
+def strip_start(event: Any) -> Any:
+    """Timelines compare by marks: the clock they were made on is not part of the wire."""
+    if isinstance(event, ChoiceFinished):
+        return (event.choice, event.reason, event.output_tokens, event.stop, event.report.timeline.marks)
+    return event
+
+
+async def forever(request: generation_pb2.GenerateRequest, emit: Any) -> None:
+    await emit(Accepted("request-1", 5))
+    while True:
+        await emit(Delta(0, (Token(1),), "x"))
+        await asyncio.sleep(0.01)
+
+
+async def silent(request: generation_pb2.GenerateRequest, emit: Any) -> None:
+    await emit(Accepted("request-1", 5))
+    await asyncio.Event().wait()
+
+
+def failing(error: Exception) -> Any:
+    async def script(request: generation_pb2.GenerateRequest, emit: Any) -> None:
+        await emit(Accepted("request-1", 5))
+        raise error
+
+    return script
+
+
+async def each(answer: AsyncGeneration, act: Callable[[], Any]) -> None:
+    """Acts once after every event."""
+    async for _ in answer:
+        done = act()
+        if inspect.isawaitable(done):
+            await done
+
+
+async def was_cancelled(router: ScriptedRouter) -> bool:
+    return await asyncio.to_thread(router.cancelled.wait, 1.0)
+
+
+async def test_async_events_come_typed_and_in_order(router: ScriptedRouter) -> None:
+    async with AsyncClient(router.address) as client:
+        events = [event async for event in client.generate("The color of dog")]
+    assert list(map(strip_start, events)) == list(map(strip_start, EVENTS))
+    assert router.requests[0].text == b"The color of dog"
+
+
+def test_sync_events_are_the_same(router: ScriptedRouter) -> None:
+    with Client(router.address) as client:
+        events = list(client.generate([1, 2, 3], temperature=0.5))
+    assert list(map(strip_start, events)) == list(map(strip_start, EVENTS))
+    assert list(router.requests[0].token_ids.ids) == [1, 2, 3]
+    assert router.requests[0].sampling.temperature == 0.5
+
+
+def test_every_argument_reaches_the_router(router: ScriptedRouter) -> None:
+    with Client(router.address) as client:
+        client.complete(
+            "p",
+            sampling=tandem.SamplingParams(max_tokens=9, seed=3),
+            top_k=4,
+            n=2,
+            stop=["a", "b"],
+            model="tiny",
+            cache_salt="tenant",
+            user_tag="tag",
+            keep_special_tokens=True,
+        )
+    sent = router.requests[0]
+    assert (sent.sampling.max_tokens, sent.sampling.seed, sent.sampling.top_k, sent.n) == (9, 3, 4, 2)
+    assert (list(sent.stop), sent.model, sent.cache_salt) == (["a", "b"], "tiny", "tenant")
+    assert (sent.user_tag, sent.keep_special_tokens) == ("tag", True)
+
+
+async def test_complete_gathers_every_choice(router: ScriptedRouter) -> None:
+    async with AsyncClient(router.address) as client:
+        whole = await client.complete("p", n=2)
+    with Client(router.address) as blocking:
+        same = await asyncio.to_thread(blocking.complete, "p", n=2)
+    assert [choice.text for choice in whole.choices] == [" can vary"] * 2 == [choice.text for choice in same.choices]
+    assert whole.text == " can vary"
+    assert whole.request_id == "request-1"
+    assert whole.usage == Usage(5, 4)
+    assert [token.id for token in whole.choices[1].tokens] == [7, 8]
+    assert whole.choices[1].report.kv_bytes == 4096
+
+
+async def test_break_cancels_at_once(router: ScriptedRouter) -> None:
+    router.script = forever
+    async with AsyncClient(router.address) as client:
+        answer = client.generate("p")  # held: only the loop's own iterator may keep the call alive
+        async for event in answer:
+            if isinstance(event, Delta):
+                break
+        assert await was_cancelled(router)
+        with pytest.raises(RuntimeError, match="only once"):
+            answer.__aiter__()
+
+
+async def test_an_exception_in_the_loop_cancels(router: ScriptedRouter) -> None:
+    router.script = forever
+    async with AsyncClient(router.address) as client:
+        with pytest.raises(ZeroDivisionError):
+            await each(client.generate("p"), lambda: 1 / 0)
+        assert await was_cancelled(router)
+
+
+async def test_a_cancelled_task_cancels_the_call(router: ScriptedRouter) -> None:
+    router.script = silent
+    accepted = asyncio.Event()
+
+    async def read(client: AsyncClient) -> None:
+        async for _ in client.generate("p"):
+            accepted.set()
+
+    async with AsyncClient(router.address) as client:
+        task = asyncio.create_task(read(client))
+        await asyncio.wait_for(accepted.wait(), 5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await was_cancelled(router)
+
+
+async def test_aclose_from_outside_ends_the_loop_with_cancelled(router: ScriptedRouter) -> None:
+    router.script = silent
+    async with AsyncClient(router.address) as client:
+        answer = client.generate("p")
+        with pytest.raises(errors.Cancelled):
+            await each(answer, answer.aclose)
+        assert await was_cancelled(router)
+
+
+async def test_leaving_async_with_cancels(router: ScriptedRouter) -> None:
+    router.script = silent
+    async with AsyncClient(router.address) as client:
+        async with client.generate("p") as answer:
+            events = aiter(answer)
+            await anext(events)
+        assert await was_cancelled(router)
+
+
+async def test_garbage_cancels(router: ScriptedRouter) -> None:
+    router.script = silent
+    async with AsyncClient(router.address) as client:
+        events = aiter(client.generate("p"))
+        await anext(events)
+        del events
+        gc.collect()
+        assert await was_cancelled(router)
+
+
+def test_sync_break_cancels_at_once(router: ScriptedRouter) -> None:
+    router.script = forever
+    with Client(router.address) as client:
+        answer = client.generate("p")
+        for event in answer:
+            if isinstance(event, Delta):
+                break
+        assert router.cancelled.wait(1.0)
+
+
+def test_sync_close_from_outside_ends_the_loop_with_cancelled(router: ScriptedRouter) -> None:
+    router.script = silent
+    with Client(router.address) as client, client.generate("p") as answer:
+        with pytest.raises(errors.Cancelled):
+            list(map(lambda _: answer.close(), answer))  # noqa: C417
+        assert router.cancelled.wait(1.0)
+
+
+async def test_the_deadline_is_grpcs_own(router: ScriptedRouter) -> None:
+    router.script = silent
+    async with AsyncClient(router.address) as client:
+        with pytest.raises(errors.DeadlineExceeded, match="timeout_s"):
+            await client.complete("p", timeout_s=0.3)
+        assert await was_cancelled(router)
+    assert router.time_left_s[0] is not None
+    assert 0 < router.time_left_s[0] <= 0.3
+
+
+def test_a_client_wide_deadline_holds_for_calls_without_one(router: ScriptedRouter) -> None:
+    with Client(router.address, timeout_s=30) as client:
+        client.complete("p")
+        client.complete("p", timeout_s=5)
+    assert [round(left or 0) for left in router.time_left_s] == [30, 5]
+
+
+@pytest.mark.parametrize("kind", sorted(set(errors.CODES.values()), key=lambda kind: kind.__name__))
+async def test_every_error_comes_back_as_itself(router: ScriptedRouter, kind: type[errors.TandemError]) -> None:
+    router.script = failing(kind("no, because", field="stop", retry_after_ms=250))
+    async with AsyncClient(router.address) as client:
+        with pytest.raises(errors.TandemError) as caught:
+            await client.complete("p")
+    with Client(router.address) as blocking, pytest.raises(errors.TandemError) as caught_too:
+        await asyncio.to_thread(blocking.complete, "p")
+    for error in (caught.value, caught_too.value):
+        assert type(error) is errors.CODES[kind.code]
+        assert (error.message, error.field, error.retry_after_ms) == ("no, because", "stop", 250)
+
+
+async def test_an_answer_that_just_stops_is_an_error(router: ScriptedRouter) -> None:
+    async def cut(request: generation_pb2.GenerateRequest, emit: Any) -> None:
+        await emit(Accepted("request-1", 5))
+
+    router.script = cut
+    async with AsyncClient(router.address) as client:
+        with pytest.raises(errors.InternalError, match="last event"):
+            await client.complete("p")
+    with Client(router.address) as blocking, pytest.raises(errors.InternalError, match="last event"):
+        await asyncio.to_thread(blocking.complete, "p")
+
+
+async def test_no_router_is_unavailable_and_named() -> None:
+    async with AsyncClient("127.0.0.1:1") as client:
+        with pytest.raises(errors.Unavailable, match=r"cannot reach a Tandem router at 127\.0\.0\.1:1"):
+            await client.complete("p")
+        with pytest.raises(errors.Unavailable):
+            await client.status()
+    with Client("127.0.0.1:1") as blocking, pytest.raises(errors.Unavailable):
+        blocking.models()
+
+
+def test_a_prompt_above_the_routers_limit_names_the_prompt(router: ScriptedRouter) -> None:
+    with Client(router.address) as client, pytest.raises(errors.InvalidRequest) as caught:
+        client.complete("x" * (5 << 20))
+    assert caught.value.field == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"prompt": "a\udc80b"}, "prompt"),
+        ({"prompt": b"bytes"}, "prompt"),
+        ({"prompt": [1, -2]}, "prompt"),
+        ({"prompt": [2**32]}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": "p", "n": 0}, "n"),
+        ({"prompt": "p", "n": 33}, "n"),
+        ({"prompt": "p", "stop": ["\ud800"]}, "stop"),
+        ({"prompt": "p", "stop": [1]}, "stop"),
+        ({"prompt": "p", "model": "\ud800"}, "model"),
+        ({"prompt": "p", "timeout_s": 0}, "timeout_s"),
+        ({"prompt": "p", "timeout_s": float("nan")}, "timeout_s"),
+        ({"prompt": "p", "timeout_s": "soon"}, "timeout_s"),
+        ({"prompt": "p", "top_p": 0}, "top_p"),
+        ({"prompt": "p", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "p", "temperature": "hot"}, None),
+        ({"prompt": "p", "logit_bias": {2**40: 1.0}}, None),
+    ],
+)
+def test_what_no_server_could_accept_is_refused_before_a_call(arguments: dict[str, Any], field: str | None) -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(errors.InvalidRequest) as caught:
+        client.generate(**arguments)
+    assert caught.value.field == field
+
+
+async def test_an_unknown_keyword_is_a_type_error() -> None:
+    async with AsyncClient() as client:
+        with pytest.raises(TypeError, match="temprature"):
+            client.generate("p", temprature=1)  # type: ignore[call-arg]
+
+
+async def test_a_closed_client_says_so(router: ScriptedRouter) -> None:
+    client, blocking = AsyncClient(router.address), Client(router.address)
+    await client.complete("p")
+    await client.close()
+    blocking.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        await client.complete("p")
+    with pytest.raises(RuntimeError, match="closed"):
+        blocking.complete("p")
+
+
+async def test_close_cancels_what_is_under_way(router: ScriptedRouter) -> None:
+    router.script = silent
+    client = AsyncClient(router.address)
+    with pytest.raises(errors.Cancelled):
+        await each(client.generate("p"), client.close)
+    assert await was_cancelled(router)
+
+
+def status_with(**integrity: Any) -> generation_pb2.StatusResponse:
+    worker = generation_pb2.WorkerStatus(
+        hello=registry_pb2.Hello(worker_id="w", roles=[registry_pb2.ROLE_PREFILL], pid=7, transports=["grpc"]),
+        load=registry_pb2.Load(free_blocks=3),
+    )
+    if integrity:
+        worker.integrity.CopyFrom(registry_pb2.Integrity(**integrity))
+    return generation_pb2.StatusResponse(version="1", workers=[worker], models=[registry_pb2.ModelInfo(name="tiny")])
+
+
+async def test_status_and_models_are_typed(router: ScriptedRouter) -> None:
+    router.status = status_with(ok=True)
+    async with AsyncClient(router.address) as client:
+        status, models = await client.status(check_integrity=True), await client.models()
+    assert [model.name for model in models] == ["tiny"] == [model.name for model in status.models]
+    [worker] = status.workers
+    assert (worker.worker_id, worker.pid, worker.load.free_blocks) == ("w", 7, 3)
+    assert worker.roles == {"prefill"}
+    assert status.problems() == []
+
+
+@pytest.mark.parametrize(
+    ("integrity", "words"),
+    [
+        ({}, "could not be checked"),
+        ({"ok": False, "problem": "block 3 is lost"}, "block 3 is lost"),
+        ({"ok": True, "referenced_blocks": 2, "reservations": 1}, "2 referenced blocks and 1 reservations held"),
+    ],
+)
+def test_orphans_are_problems(router: ScriptedRouter, integrity: dict[str, Any], words: str) -> None:
+    router.status = status_with(**integrity)
+    with Client(router.address) as client:
+        [problem] = client.status(check_integrity=True).problems()
+    assert words in problem
+
+
+async def test_two_hundred_answers_share_a_connection(router: ScriptedRouter) -> None:
+    router.script = two_tokens
+    async with AsyncClient(router.address) as client:
+        answers = await asyncio.gather(*(client.complete("p") for _ in range(200)))
+    assert {answer.text for answer in answers} == {" can vary"}
+
+
+def test_importing_the_sdk_pulls_no_torch() -> None:
+    code = (
+        "import sys, tandem; tandem.AsyncClient, tandem.Client, tandem.SamplingParams; tandem.__version__;"
+        "print(sorted({'torch', 'transformers', 'ray', 'numba'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_every_exported_name_resolves() -> None:
+    assert all(getattr(tandem, name) is not None for name in tandem.__all__)
+    with pytest.raises(AttributeError):
+        _ = tandem.nothing  # type: ignore[attr-defined]
