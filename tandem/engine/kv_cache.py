@@ -29,7 +29,7 @@ class KVCache:
             fingerprint.num_kv_heads,
             fingerprint.head_dim,
         )
-        # Written once here: first-touch page faults are ten times slower than later writes (and must not hit a request).
+        # Written once here: the page faults of a first touch are ten times slower than later writes.
         self.pool = torch.zeros(shape, dtype=DTYPES[fingerprint.dtype], device=device).fill_(0)
         self._layers = [(layer[0], layer[1]) for layer in self.pool]
 

@@ -66,7 +66,6 @@ class Sampler:
                     ids[row] = token
         return self._with_logprobs(raw, ids, rows)
 
-
     def _shape(self, raw_RxV: Tensor, rows: list[Sequence]) -> Tensor:
         """Penalties, biases and bans; the input stays as it is for log probabilities."""
         shaped = raw_RxV

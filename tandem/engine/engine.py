@@ -1,0 +1,192 @@
+"""The engine of a worker: schedule → run → sample → emit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tandem.config import TandemConfig
+from tandem.engine.block_pool import BlockPool, BlockTable
+from tandem.engine.kv_cache import KVCache, count_blocks
+from tandem.engine.model_loader import load_model
+from tandem.engine.model_runner import ModelRunner
+from tandem.engine.sampler import Sampler, stop_ids
+from tandem.engine.scheduler import Scheduler, StepPlan
+from tandem.engine.self_check import check_exactness
+from tandem.engine.sequence import (
+    ChunkDone,
+    EngineEvent,
+    Failed,
+    NewToken,
+    Sequence,
+    Started,
+    prompt_hashes,
+)
+from tandem.errors import InternalError, InvalidRequest
+from tandem.types import EngineRequest, FinishReason, Token
+
+log = logging.getLogger(__name__)
+
+Emission = tuple[Sequence, EngineEvent]
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """A snapshot made after each step, for heartbeats."""
+
+    queued_prompt_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
+
+
+class Engine:
+    """One model, one KV pool, one loop. One thread calls its methods; `pool`, `reserve` and `load` are for any thread.
+
+    Ownership of blocks: a sequence that decodes here gives its table back when it ends. A sequence that only
+    prefills leaves its table to whoever added it, who releases it when the handoff is over.
+    """
+
+    def __init__(self, config: TandemConfig, publish: Callable[[list[Emission]], None]) -> None:
+        """Loads the model; `publish` gets what each step brought, in order.
+
+        Raises ModelRefused when the model would not be served exactly.
+        """
+        loaded = load_model(config)
+        self.info = loaded.info
+        self.fingerprint = loaded.info.fingerprint
+        num_blocks = count_blocks(config.engine, self.fingerprint)
+        self.cache = KVCache(self.fingerprint, num_blocks, config.engine.device)
+        self.pool = BlockPool(num_blocks, self.fingerprint.block_size, config.engine.prefix_cache)
+        self.load = EngineLoad()
+        self._hit_tokens = self._query_tokens = 0
+        self._publish = publish
+        self._runner = ModelRunner(loaded, self.cache, config.engine.device)
+        self._sampler = Sampler(self.info.eos_token_ids)
+        self._scheduler = Scheduler(config.engine, self.pool)
+        self._live: dict[Sequence, None] = {}
+        check_exactness(loaded, self._runner, self.pool)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    def reserve(self, request: EngineRequest, prefill_here: bool) -> BlockTable | None:
+        """Blocks for prompt and output, or None while the pool is too full. For any thread.
+
+        With prefill_here the last prompt token is left to compute, because its logits are needed. Raises
+        InvalidRequest when the pool could never hold the request.
+        """
+        prompt_len = len(request.prompt_ids)
+        # The last token generated is never read again, so its KV is never written.
+        num_blocks = self.pool.blocks_for(prompt_len + request.sampling.max_tokens - 1)
+        self.require_fit(num_blocks)
+        reusable = prompt_len - 1 if prefill_here else prompt_len
+        return self.pool.acquire(num_blocks, prompt_hashes(request, self.pool.block_size, reusable))
+
+    def require_fit(self, num_blocks: int) -> None:
+        """Raises InvalidRequest when the whole pool has fewer blocks."""
+        if num_blocks > self.pool.num_blocks:
+            size = self.pool.block_size
+            raise InvalidRequest(
+                f"the request needs KV for {num_blocks * size} tokens; the pool holds {self.pool.num_blocks * size}",
+                field="prompt",
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a prompt. Raises Overloaded or InvalidRequest; nothing is held then."""
+        if sequence.table is None:
+            self.require_fit(self.pool.blocks_for(sequence.prompt_len))
+        self._scheduler.add(sequence)
+        self._live[sequence] = None
+
+    def attach(self, sequence: Sequence) -> None:
+        """Continues a sequence whose prompt KV arrived, sealed and verified, and whose first token is known."""
+        self._scheduler.attach(sequence)
+        self._live[sequence] = None
+
+    def abort(self, sequence: Sequence) -> None:
+        """Stops work on a sequence, whatever its state; frees its blocks if the engine owns them. Idempotent."""
+        if not sequence.finished:
+            sequence.aborted = True
+            self._retire([sequence])
+
+    def step(self) -> None:
+        """Processes one batch of tokens. A failure ends the step's sequences, not the engine."""
+        plan = self._scheduler.schedule()
+        self._announce(plan)
+        try:
+            tokens = self._run(plan)
+        except Exception:
+            log.exception("a step of %d sequences failed", len(plan.sequences))
+            self._fail(plan)
+        else:
+            self._emit(plan, tokens)
+        self._take_snapshot()
+
+    def _announce(self, plan: StepPlan) -> None:
+        now = time.monotonic()
+        if plan.started:
+            self._publish([(s, Started((now - s.arrived_s) * 1000, s.num_computed)) for s in plan.started])
+            self._hit_tokens += sum(sequence.num_computed for sequence in plan.started)
+            self._query_tokens += sum(sequence.prompt_len for sequence in plan.started)
+
+    def _run(self, plan: StepPlan) -> list[Token]:
+        logits = self._runner.run(plan)
+        with torch.inference_mode():
+            return self._sampler.sample(logits, plan.sampled) if plan.sampled else []
+
+    def _emit(self, plan: StepPlan, tokens: list[Token]) -> None:
+        self._scheduler.advance(plan)
+        emissions: list[Emission] = [(chunk.sequence, ChunkDone(chunk.start, chunk.end)) for chunk in plan.chunks]
+        emissions += [(s, self._append(s, token)) for s, token in zip(plan.sampled, tokens, strict=True)]
+        self._retire([s for s in plan.sampled if s.finished or not s.decode_here])
+        self._publish(emissions)
+
+    def _append(self, sequence: Sequence, token: Token) -> NewToken:
+        sequence.output_ids.append(token.id)
+        sequence.finish_reason = finish_reason(sequence, self.info.eos_token_ids)
+        return NewToken(len(sequence.output_ids) - 1, token, sequence.finish_reason)
+
+    def _retire(self, gone: list[Sequence]) -> None:
+        self._scheduler.drop(gone)
+        for sequence in gone:
+            self._live.pop(sequence, None)
+            if sequence.decode_here and sequence.table is not None:
+                sequence.table.release()
+
+    def _fail(self, plan: StepPlan) -> None:
+        failure = InternalError("the engine failed on this step; the worker's log has the details")
+        for sequence in plan.sequences:
+            sequence.finish_reason = FinishReason.ERROR
+        self._retire(plan.sequences)
+        self._publish([(sequence, Failed(failure)) for sequence in plan.sequences])
+
+    def _take_snapshot(self) -> None:
+        scheduler = self._scheduler
+        self.load = EngineLoad(
+            queued_prompt_tokens=scheduler.queued_prompt_tokens,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            steps=self.load.steps + 1,
+            prefix_hit_tokens=self._hit_tokens,
+            prefix_query_tokens=self._query_tokens,
+        )
+
+
+def finish_reason(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> FinishReason | None:
+    """Whether the newest token ends the sequence (min_tokens is kept by the sampler, which bans stop tokens)."""
+    params = sequence.request.sampling
+    if sequence.output_ids[-1] in stop_ids(params, eos_token_ids):
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(sequence.output_ids) >= params.max_tokens else None

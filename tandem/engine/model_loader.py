@@ -1,0 +1,175 @@
+"""From a directory or hub id to a model that is known to be served exactly, or a clear refusal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from tandem.config import TandemConfig
+from tandem.engine import attention
+from tandem.engine.batch import AttentionOptions
+from tandem.engine.kv_cache import LAYOUT_VERSION
+from tandem.errors import ModelRefused, TandemError
+from tandem.types import Fingerprint, ModelInfo
+
+log = logging.getLogger(__name__)
+
+_DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DEFAULT_BLOCK_SIZE = {"cpu": 16, "cuda": 256}
+# Of a configuration, what says nothing about the model's function.
+_VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: nn.Module
+    info: ModelInfo
+    # What each layer's attention asks for, by layer index.
+    options: dict[int, AttentionOptions]
+
+
+def load_model(config: TandemConfig) -> LoadedModel:
+    """Raises ModelRefused, saying why, when the model cannot be found, loaded or served exactly."""
+    try:
+        model_config = AutoConfig.from_pretrained(config.model.path)
+        model = _instantiate(config, model_config)
+    except TandemError:
+        raise
+    except Exception as error:
+        raise ModelRefused(
+            f"cannot load the model {config.model.path}: {_first_line(error)}", field="model.path"
+        ) from error
+    return _examine(config, model.eval().requires_grad_(False))
+
+
+def _instantiate(config: TandemConfig, model_config: Any) -> nn.Module:
+    device, dtype = config.engine.device, _dtype(config)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelRefused("engine.device is cuda, but torch sees no CUDA device here", field="engine.device")
+    if config.model.load_format == "dummy":
+        dtype = getattr(model_config, "dtype", None) or torch.float32 if dtype == "auto" else dtype
+        torch.manual_seed(config.model.seed)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention.NAME)
+    else:
+        # safetensors only: a pickled checkpoint could run code.
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model.path, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True
+        )
+    loaded: nn.Module = model.to(device)
+    return loaded
+
+
+def _dtype(config: TandemConfig) -> Any:
+    if config.model.dtype != "auto":
+        return getattr(torch, config.model.dtype)
+    return torch.float32 if config.engine.device == "cpu" else "auto"
+
+
+def _examine(config: TandemConfig, model: Any) -> LoadedModel:
+    name = config.model.served_name
+    try:
+        probe = _probe(model, config.engine.device)
+        shape = _one_shape(model, probe)
+        limit = _length_limit(model.config)
+    except ModelRefused as error:
+        raise ModelRefused(
+            f"{name} ({model.config.model_type}) is refused: {error.message}", field="model.path"
+        ) from error
+    fingerprint = Fingerprint(
+        config_hash=_config_hash(model.config),
+        weights_hash=_weights_hash(model),
+        dtype=_DTYPE_NAMES[shape.dtype],
+        block_size=config.engine.block_size or _DEFAULT_BLOCK_SIZE[config.engine.device],
+        num_layers=len(probe.options),
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        layout=LAYOUT_VERSION,
+    )
+    info = ModelInfo(
+        name=name,
+        vocab_size=model.config.get_text_config().vocab_size,
+        max_model_len=min(limit, config.model.max_model_len or limit),
+        eos_token_ids=_eos_token_ids(config, model.config),
+        fingerprint=fingerprint,
+    )
+    return LoadedModel(model, info, probe.options)
+
+
+def _probe(model: Any, device: str) -> attention.Probe:
+    """One forward over a few tokens that records what every attention layer asks for."""
+    probe = attention.Probe()
+    ids = torch.arange(4, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    positions = torch.arange(4, device=device).unsqueeze(0)
+    with torch.inference_mode():
+        model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, paged=probe)
+    return probe
+
+
+def _one_shape(model: Any, probe: attention.Probe) -> attention.LayerShape:
+    layers = model.config.get_text_config().num_hidden_layers
+    if sorted(probe.options) != list(range(layers)):
+        raise ModelRefused(
+            f"{len(probe.options)} of its {layers} layers call attention through transformers' AttentionInterface"
+        )
+    shapes = set(probe.shapes.values())
+    if len(shapes) != 1:
+        raise ModelRefused("its layers differ in the shape of their keys and values")
+    return shapes.pop()
+
+
+def _length_limit(config: Any) -> int:
+    text = config.get_text_config()
+    limit = int(getattr(text, "max_position_embeddings", 0) or 0)
+    if limit < 1:
+        raise ModelRefused("its configuration does not say how long a sequence may be (max_position_embeddings)")
+    rope = getattr(text, "rope_parameters", None) or {}
+    # Per layer type in some models.
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    if any(kind.get("rope_type") == "dynamic" for kind in kinds):
+        raise ModelRefused("its rope type 'dynamic' makes a token's position depend on who else is in the batch")
+    originals = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    # Past its original length a longrope model turns every position differently, cached ones too.
+    return min([limit, *(int(original) for original in originals)])
+
+
+def _eos_token_ids(config: TandemConfig, model_config: Any) -> tuple[int, ...]:
+    eos = getattr(model_config.get_text_config(), "eos_token_id", None)
+    if config.model.load_format != "dummy":
+        try:
+            eos = GenerationConfig.from_pretrained(config.model.path).eos_token_id or eos
+        except OSError:
+            log.debug("%s has no generation_config.json", config.model.path)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+
+def _config_hash(model_config: Any) -> str:
+    settings = {key: value for key, value in model_config.to_dict().items() if key not in _VOLATILE}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _weights_hash(model: nn.Module) -> str:
+    """Of up to 256 evenly spaced elements of every parameter: enough to tell a fine-tune from its base."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(_sample(parameter).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, flat.numel() // 256)][:256].float()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
