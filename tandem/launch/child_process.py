@@ -1,0 +1,147 @@
+"""One child process: started, its output read line by line, ended by pid."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+# (name of the child, one line of its output)
+Output = Callable[[str, str], None]
+
+# Longer lines are passed on in pieces, and so many last lines are kept for an error report.
+MAX_LINE_BYTES, TAIL_LINES = 1 << 14, 20
+READY = "ready "
+LAST_WORDS_S = 2.0
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """What to run: `python -m module args...`."""
+
+    name: str
+    module: str
+    args: Sequence[str]
+
+
+class Backoff:
+    """How long to wait before the next restart: 0.5 s, doubling to 30 s, from the start again after a stable minute."""
+
+    FIRST_S, LIMIT_S, STABLE_S = 0.5, 30.0, 60.0
+
+    def __init__(self) -> None:
+        self._next_s = self.FIRST_S
+
+    def after(self, lived_s: float) -> float:
+        """Seconds to wait, given how long the process lived this time."""
+        if lived_s >= self.STABLE_S:
+            self._next_s = self.FIRST_S
+        delay, self._next_s = self._next_s, min(self._next_s * 2, self.LIMIT_S)
+        return delay
+
+
+class ChildProcess:
+    """A running child. It ends with this process, whatever happens to this process (tandem/launch/parent.py)."""
+
+    def __init__(self, spec: ProcessSpec, process: asyncio.subprocess.Process, output: Output) -> None:
+        self.spec = spec
+        self._process = process
+        self._output = output
+        self._started_s = time.monotonic()
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        # The address in the child's "ready HOST:PORT" line; empty if its output ended without one.
+        self.ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._pump = asyncio.create_task(self._read_output())
+
+    @classmethod
+    async def start(
+        cls, spec: ProcessSpec, output: Output, environment: Mapping[str, str] | None = None
+    ) -> ChildProcess:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-u",  # its last words must not be lost in a buffer
+            *_path_flags(),
+            "-m",
+            "tandem.launch.child",
+            spec.module,
+            *spec.args,
+            stdin=asyncio.subprocess.PIPE,  # nothing is written: the child exits when it closes
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=None if environment is None else {**os.environ, **environment},
+            start_new_session=True,  # Ctrl-C reaches the supervisor alone, which ends the children in order
+        )
+        return cls(spec, process, output)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    @property
+    def lived_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    async def wait(self) -> int:
+        """The exit code, once the process is gone and its output is read."""
+        code = await self._process.wait()
+        await asyncio.wait({self._pump}, timeout=LAST_WORDS_S)  # a grandchild may hold the pipe for longer
+        self._pump.cancel()
+        return code
+
+    def signal(self, number: signal.Signals) -> None:
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):  # gone, and not reaped yet
+                self._process.send_signal(number)
+
+    def report(self) -> str:
+        """How it ended and its last lines, for an error message."""
+        lines = "".join(f"\n    {line}" for line in self._tail) or " (it said nothing)"
+        return f"{self.spec.name} {describe_exit(self._process.returncode)}; its last lines:{lines}"
+
+    async def _read_output(self) -> None:
+        assert self._process.stdout is not None
+        rest = b""
+        while data := await self._process.stdout.read(1 << 16):
+            *lines, rest = (rest + data).split(b"\n")
+            if len(rest) > MAX_LINE_BYTES:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                self._take(line)
+        if rest:
+            self._take(rest)
+        if not self.ready.done():
+            self.ready.set_result("")
+
+    def _take(self, raw: bytes) -> None:
+        line = raw.decode("utf-8", "replace").rstrip("\r")
+        if line.startswith(READY) and not self.ready.done():
+            self.ready.set_result(line.removeprefix(READY).strip())
+            return
+        self._tail.append(line)
+        self._output(self.spec.name, line)
+
+
+def describe_exit(code: int | None) -> str:
+    if code is None:
+        return "is running"
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"exited with code {code}"
+
+
+def _path_flags() -> list[str]:
+    """A child imports from where we do: the working directory only if it is on our own path.
+
+    `-m` alone would put it first, and a stranger's router.py there would be run instead of ours.
+    """
+    return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]

@@ -1,0 +1,243 @@
+"""The service on one machine: a router and its workers, each a process of its own, started, watched and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from tandem.client import AsyncClient, ServiceStatus
+from tandem.config import TandemConfig
+from tandem.errors import ConfigError, DeadlineExceeded, TandemError, Unavailable
+from tandem.launch.child_process import Backoff, ChildProcess, Output, ProcessSpec, describe_exit
+from tandem.launch.cores import share_cores, usable_cores
+
+log = logging.getLogger(__name__)
+
+# A process that exits with this code has a wrong configuration: starting it again would change nothing.
+CONFIG_EXIT = 2
+POLL_S = 0.1
+# Added to the workers' own drain time before what is left is killed.
+STOP_MARGIN_S = 5.0
+
+
+class Supervisor:
+    """Runs `serve.prefill`, `serve.decode` and `serve.colocated` workers and their router until told to stop.
+
+        start() ──► running ──► stop()
+           │           │  a child crashes: it is started again, after a growing pause
+           │           └─ a child exits with code 2 (configuration): failed, wait() raises
+           └─ a child exits before the service is ready, or it is not ready in time: raises, nothing is left behind
+
+    Owns the children and one private file with the effective configuration; both are gone after stop().
+    """
+
+    def __init__(
+        self,
+        config: TandemConfig,
+        *,
+        output: Output,
+        start_timeout_s: float = 300.0,
+        environment: Mapping[str, str] | None = None,
+        router_module: str = "router",
+        worker_module: str = "tandem.cli.main",
+    ) -> None:
+        """`output` receives (child's name, line) for all that children print."""
+        _check_pools(config)
+        self._config = config
+        self._output = output
+        self._start_timeout_s = start_timeout_s
+        self._environment = environment
+        self._modules = (router_module, worker_module)
+        self._config_path: Path | None = None
+        self._children: dict[str, ChildProcess] = {}
+        self._watchers: list[asyncio.Task[None]] = []
+        self._stopping = False
+        self._failure: asyncio.Future[None] | None = None
+        # host:port of the router; known after start().
+        self.address = ""
+
+    async def start(self) -> ServiceStatus:
+        """Returns when every worker has joined.
+
+        Raises ConfigError or Unavailable, with the last words of the child at fault; then nothing is left running.
+        """
+        self._failure = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                return await self._start()
+        except TimeoutError:
+            names = ", ".join(self._children)
+            await self.stop()
+            raise Unavailable(f"the service was not ready within {self._start_timeout_s:g} s ({names})") from None
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> ServiceStatus:
+        self._write_config()
+        await self._start_router()
+        for spec in self._worker_specs():
+            await self._launch(spec)
+        status = await self._joined()
+        self._watchers = [asyncio.create_task(self._watch(child)) for child in self._children.values()]
+        return status
+
+    async def _start_router(self) -> None:
+        router = await self._launch(ProcessSpec("router", self._modules[0], ["--config", str(self._config_path)]))
+        self.address = await router.ready
+        if not self.address:
+            await router.wait()
+            raise _early_exit(router)
+        # A router that is started again must listen where the workers and clients look for it.
+        port = int(self.address.rpartition(":")[2])
+        self._config = self._config.model_copy(
+            update={"router": self._config.router.model_copy(update={"port": port})},
+        )
+        self._write_config()
+
+    def _worker_specs(self) -> list[ProcessSpec]:
+        serve = self._config.serve
+        roles = {"prefill": serve.prefill, "decode": serve.decode, "both": serve.colocated}
+        names = [
+            ("worker" if role == "both" else role, role, index)
+            for role, count in roles.items()
+            for index in range(count)
+        ]
+        shares = share_cores(usable_cores(), len(names))
+        return [
+            ProcessSpec(f"{name}-{index}", self._modules[1], self._worker_args(role, cores))
+            for (name, role, index), cores in zip(names, shares, strict=True)
+        ]
+
+    def _worker_args(self, role: str, cores: list[int]) -> list[str]:
+        args = ["worker", "--role", role, "--router", self.address, "--config", str(self._config_path)]
+        if self._config.engine.threads:
+            return args  # the user has chosen; cores that do not match would only hurt
+        return [*args, "--cpus", ",".join(map(str, cores)), "--threads", str(len(cores))]
+
+    async def _joined(self) -> ServiceStatus:
+        """Waits until the router lists every worker. Raises when one exits before."""
+        pids = {child.pid for name, child in self._children.items() if name != "router"}
+        async with AsyncClient(self.address) as client:
+            while True:
+                for child in self._children.values():
+                    if child.returncode is not None:
+                        await child.wait()
+                        raise _early_exit(child)
+                with suppress(Unavailable, DeadlineExceeded):  # the next look at the children says why
+                    status = await client.status()
+                    if pids <= {worker.pid for worker in status.workers}:
+                        return status
+                await asyncio.sleep(POLL_S)
+
+    async def _launch(self, spec: ProcessSpec) -> ChildProcess:
+        child = await ChildProcess.start(spec, self._output, self._environment)
+        self._children[spec.name] = child
+        log.debug("started %s, pid %d", spec.name, child.pid)
+        return child
+
+    async def _watch(self, child: ChildProcess) -> None:
+        """Starts a crashed child again, for as long as the service runs."""
+        backoff = Backoff()
+        while True:
+            code = await child.wait()
+            if self._stopping:
+                return
+            if code == 0 and child.spec.name != "router":  # drained
+                log.info("%s has left", child.spec.name)
+                return
+            if code == CONFIG_EXIT:
+                self._fail(_early_exit(child))
+                return
+            delay_s = backoff.after(child.lived_s)
+            log.warning(
+                "%s (pid %d) %s; starting it again in %.1f s",
+                child.spec.name,
+                child.pid,
+                describe_exit(code),
+                delay_s,
+            )
+            await asyncio.sleep(delay_s)
+            child = await self._launch(child.spec)
+
+    def _fail(self, error: TandemError) -> None:
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def wait(self) -> None:
+        """Returns never; raises ConfigError when a child can no longer run. Cancel it, then stop()."""
+        assert self._failure is not None, "start() comes first"
+        await asyncio.shield(self._failure)
+
+    def pids(self) -> dict[str, int]:
+        """Of the children that run now, by name."""
+        return {name: child.pid for name, child in self._children.items() if child.returncode is None}
+
+    async def stop(self) -> None:
+        """SIGTERM to all, a bounded wait, SIGKILL to what is left. Afterwards no child runs. May be called twice."""
+        self._stopping = True
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        self._signal_all(signal.SIGTERM)
+        waits = [asyncio.create_task(child.wait()) for child in self._children.values()]
+        if waits:
+            _, left = await asyncio.wait(waits, timeout=self._config.worker.drain_timeout_s + STOP_MARGIN_S)
+            if left:
+                log.warning("%d children did not stop in time; killing them", len(left))
+                self.kill()
+            await asyncio.gather(*waits)
+        self._remove_config()
+        if self._failure is not None and not self._failure.cancel():
+            self._failure.exception()  # seen, whether or not anybody waited
+
+    def kill(self) -> None:
+        """SIGKILL to every child, for somebody who cannot wait for stop()."""
+        self._signal_all(signal.SIGKILL)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for child in self._children.values():
+            child.signal(number)
+
+    def _write_config(self) -> None:
+        """Every child reads the same file; only this user can (its folder is private), and stop() removes it."""
+        if self._config_path is None:
+            self._config_path = Path(tempfile.mkdtemp(prefix="tandem-")) / "config.json"
+        draft = self._config_path.with_suffix(".new")
+        draft.write_text(json.dumps(self._config.model_dump()), encoding="utf-8")
+        os.replace(draft, self._config_path)  # a restarting child never reads half a file
+
+    def _remove_config(self) -> None:
+        if self._config_path is not None:
+            self._config_path.unlink(missing_ok=True)
+            self._config_path.parent.rmdir()
+            self._config_path = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+
+def _check_pools(config: TandemConfig) -> None:
+    serve = config.serve
+    if serve.prefill + serve.decode + serve.colocated == 0:
+        raise ConfigError("no workers: give serve.prefill and serve.decode, or serve.colocated", field="serve")
+    if not serve.colocated and not (serve.prefill and serve.decode):
+        missing = "decode" if serve.prefill else "prefill"
+        raise ConfigError(f"nobody would play {missing}: serve.{missing} is 0", field=f"serve.{missing}")
+
+
+def _early_exit(child: ChildProcess) -> TandemError:
+    kind: Callable[[str], TandemError] = ConfigError if child.returncode == CONFIG_EXIT else Unavailable
+    return kind(child.report())

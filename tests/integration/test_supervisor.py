@@ -1,0 +1,262 @@
+"""The supervisor over real processes. Stand-ins (tests/support) play router and worker, so that no model is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import standin_router
+
+from tandem.client import AsyncClient
+from tandem.config import TandemConfig, load_config
+from tandem.errors import ConfigError, TandemError, Unavailable
+from tandem.launch.child_process import Backoff, ChildProcess, ProcessSpec
+from tandem.launch.cores import share_cores
+from tandem.launch.processes import Supervisor
+
+SUPPORT = Path(standin_router.__file__).parent
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1])])}
+BOUND_S = 30.0
+
+
+class Service:
+    """A supervisor with stand-ins, and what they said."""
+
+    def __init__(self, **settings: dict[str, Any]) -> None:
+        self.lines: list[tuple[str, str]] = []
+        self.supervisor = Supervisor(
+            config_of(**settings),
+            output=lambda name, line: self.lines.append((name, line)),
+            start_timeout_s=BOUND_S,
+            environment=ENVIRONMENT,
+            router_module="standin_router",
+            worker_module="standin_worker",
+        )
+
+    def args_of(self, name: str) -> list[str]:
+        return next(line.split()[1:] for who, line in self.lines if who == name and line.startswith("args"))
+
+
+def config_of(**settings: dict[str, Any]) -> TandemConfig:
+    return load_config(overrides={"router": {"port": 0}, "worker": {"drain_timeout_s": 0.0}, **settings})
+
+
+@asynccontextmanager
+async def running(**settings: dict[str, Any]) -> AsyncIterator[Service]:
+    service = Service(**settings)
+    await service.supervisor.start()
+    pids = service.supervisor.pids()
+    try:
+        yield service
+    finally:
+        pids |= service.supervisor.pids()
+        await service.supervisor.stop()
+        assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(BOUND_S):
+        while not holds():
+            await asyncio.sleep(0.02)
+
+
+async def joined_pids(address: str) -> set[int]:
+    async with AsyncClient(address) as client:
+        try:
+            return {worker.pid for worker in (await client.status()).workers}
+        except Unavailable:
+            return set()
+
+
+async def until_joined(service: Service, pids: Callable[[], set[int]]) -> None:
+    async with asyncio.timeout(BOUND_S):
+        while not pids() or await joined_pids(service.supervisor.address) != pids():
+            await asyncio.sleep(0.02)
+
+
+def workers_of(service: Service) -> set[int]:
+    return {pid for name, pid in service.supervisor.pids().items() if name != "router"}
+
+
+async def test_starts_names_and_stops_everything() -> None:
+    async with running(serve={"prefill": 1, "decode": 2, "colocated": 1}) as service:
+        pids = service.supervisor.pids()
+        assert sorted(pids) == ["decode-0", "decode-1", "prefill-0", "router", "worker-0"]
+        assert await joined_pids(service.supervisor.address) == workers_of(service)
+        assert "both" in service.args_of("worker-0")
+        config = Path(service.args_of("prefill-0")[service.args_of("prefill-0").index("--config") + 1])
+        assert config.parent.stat().st_mode & 0o077 == 0
+        assert json.loads(config.read_text())["serve"]["decode"] == 2
+    assert not config.parent.exists()
+
+
+async def test_a_killed_worker_comes_back() -> None:
+    async with running() as service:
+        before = service.supervisor.pids()
+        os.kill(before["decode-0"], signal.SIGKILL)
+        await eventually(lambda: service.supervisor.pids().get("decode-0", before["decode-0"]) != before["decode-0"])
+        await until_joined(service, lambda: workers_of(service))
+        after = service.supervisor.pids()
+        assert after["decode-0"] not in before.values()
+        assert after["prefill-0"] == before["prefill-0"]
+
+
+async def test_a_killed_router_comes_back_at_the_same_address() -> None:
+    async with running() as service:
+        before, address = service.supervisor.pids(), service.supervisor.address
+        os.kill(before["router"], signal.SIGKILL)
+        await eventually(lambda: service.supervisor.pids().get("router", before["router"]) != before["router"])
+        await until_joined(service, lambda: workers_of(service))
+        assert service.supervisor.address == address
+        assert workers_of(service) == {before["prefill-0"], before["decode-0"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("refuse", ConfigError, r"exited with code 2.*\n +config key engine\.device: no such device"),
+        ("crash", Unavailable, r"exited with code 3.*\n +out of luck"),
+    ],
+)
+async def test_a_child_that_exits_early_is_reported_with_its_last_words(
+    name: str, kind: type[TandemError], words: str
+) -> None:
+    service = Service(model={"name": name})
+    with pytest.raises(kind) as caught:
+        await service.supervisor.start()
+    assert re.search(words, caught.value.message)
+    assert service.supervisor.pids() == {}
+
+
+async def test_a_router_that_cannot_start_is_reported() -> None:
+    async with running() as first:
+        port = int(first.supervisor.address.rpartition(":")[2])
+        second = Service(router={"port": port})
+        with pytest.raises(TandemError, match=r"(?s)router .*port is in use"):
+            await asyncio.wait_for(second.supervisor.start(), BOUND_S)
+        assert second.supervisor.pids() == {}
+
+
+async def test_a_worker_that_never_joins_is_bounded() -> None:
+    service = Service(model={"name": "never-join"})
+    service.supervisor._start_timeout_s = 3.0
+    with pytest.raises(Unavailable, match="not ready within 3 s"):
+        await service.supervisor.start()
+    assert service.supervisor.pids() == {}
+
+
+async def test_a_configuration_error_after_a_restart_ends_the_service(tmp_path: Path) -> None:
+    settings = {"model": {"name": "crash-later", "path": str(tmp_path / "mark")}}
+    async with running(serve={"prefill": 0, "decode": 0, "colocated": 1}, **settings) as service:
+        os.kill(service.supervisor.pids()["worker-0"], signal.SIGKILL)
+        with pytest.raises(ConfigError, match="the model is gone"):
+            await asyncio.wait_for(service.supervisor.wait(), BOUND_S)
+
+
+async def test_a_deaf_child_is_killed() -> None:
+    service = Service(model={"name": "deaf"})
+    await service.supervisor.start()
+    pids = service.supervisor.pids()
+    await asyncio.wait_for(service.supervisor.stop(), BOUND_S)
+    assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
+
+
+async def test_cancelling_the_start_leaves_nothing() -> None:
+    service = Service(model={"name": "never-join"})
+    starting = asyncio.create_task(service.supervisor.start())
+    await eventually(lambda: len(service.supervisor.pids()) == 3)
+    pids = service.supervisor.pids()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
+
+
+def test_children_end_with_a_killed_supervisor() -> None:
+    """A supervisor in a process of its own gets SIGKILL, which it cannot answer; its children must end."""
+    code = (
+        "import asyncio, json, test_supervisor as t\n"
+        "async def main():\n"
+        "    async with t.running(model={'name': 'deaf'}) as service:\n"  # not even SIGTERM helps
+        "        print(json.dumps(service.supervisor.pids()), flush=True)\n"
+        "        await asyncio.Event().wait()\n"
+        "asyncio.run(main())\n"
+    )
+    path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(Path(__file__).parent)])
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    with supervisor:
+        assert supervisor.stdout is not None
+        children = [psutil.Process(pid) for pid in json.loads(supervisor.stdout.readline()).values()]
+        supervisor.kill()
+    assert len(children) == 3
+    _, alive = psutil.wait_procs(children, timeout=BOUND_S)
+    assert alive == []
+
+
+@pytest.mark.parametrize("flood", [1, 1 << 20])
+async def test_long_lines_and_bad_bytes_pass(flood: int, tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(f"import os; os.write(1, b'x' * {flood} + b'\\xff\\nlast')")
+    lines: list[str] = []
+    spec = ProcessSpec("noisy", "noisy", [])
+    child = await ChildProcess.start(
+        spec, lambda _, line: lines.append(line), {"PYTHONPATH": f"{tmp_path}{os.pathsep}{SUPPORT.parents[1]}"}
+    )
+    assert await asyncio.wait_for(child.wait(), BOUND_S) == 0
+    assert "".join(lines) == "x" * flood + "\ufffdlast"
+    assert lines[-1] == "last"
+    assert await child.ready == ""
+
+
+def test_backoff_doubles_to_its_limit_and_starts_again_after_a_stable_minute() -> None:
+    backoff = Backoff()
+    assert [backoff.after(1.0) for _ in range(8)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert [backoff.after(60.0), backoff.after(1.0)] == [0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "shares"),
+    [
+        ([0, 1], 2, [[0], [1]]),
+        ([0, 1, 2, 3], 2, [[0, 1], [2, 3]]),
+        ([4, 5, 6], 2, [[4], [5, 6]]),
+        ([0, 1], 3, [[0], [1], [0]]),
+        ([0, 1, 2, 3], 1, [[0, 1, 2, 3]]),
+    ],
+)
+def test_cores_are_shared_evenly(cores: list[int], workers: int, shares: list[list[int]]) -> None:
+    assert share_cores(cores, workers) == shares
+
+
+async def test_workers_get_cores_and_as_many_threads_unless_told_otherwise() -> None:
+    async with running() as service:
+        args = service.args_of("prefill-0")
+        cpus, threads = args[args.index("--cpus") + 1], args[args.index("--threads") + 1]
+        assert len(cpus.split(",")) == int(threads)
+    async with running(engine={"threads": 3}) as service:
+        assert "--cpus" not in service.args_of("prefill-0")
+
+
+@pytest.mark.parametrize(
+    ("serve", "words"),
+    [
+        ({"prefill": 0, "decode": 0}, "no workers"),
+        ({"prefill": 1, "decode": 0}, "nobody would play decode"),
+        ({"prefill": 0, "decode": 1}, "nobody would play prefill"),
+    ],
+)
+def test_pools_that_cannot_serve_are_refused(serve: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Service(serve=serve)
