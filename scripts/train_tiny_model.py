@@ -1,0 +1,667 @@
+"""Train the tiny model that `make demo` serves and most tests load: tandem/assets/tiny/.
+
+    python scripts/train_tiny_model.py [--output DIR] [--steps N] [--seed N]
+
+Takes about two and a half minutes on two CPU cores, needs no network, and gives the same bytes again for a
+given seed, torch build and CPU. Out comes a folder of 4 MB that both `transformers` and plain `tokenizers` load:
+
+    config.json, generation_config.json, model.safetensors      a 4-layer Llama, fp32, GQA 4/2, tied embeddings
+    tokenizer.json, tokenizer_config.json                       byte-level BPE; BOS is put in front by tokenizer.json
+
+The corpus is written below: short facts without a full stop, each followed by the end of sequence. The same
+facts appear in a chat form (see CHAT_TEMPLATE) and packed into long contexts. Facts with emoji or CJK are kept
+away from the tokenizer's training, so their completions come out byte by byte: food for streaming detokenizers.
+
+Exits 1, with the list of what failed, if the trained model does not give the REQUIRED completions greedily with
+every margin above MIN_MARGIN; the folder is then left behind for inspection.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "tandem" / "assets" / "tiny"
+THREADS = 2  # fixed, because the order of floating-point sums follows the thread count
+VOCAB_SIZE = 1536
+BATCH_SENTENCES = 64
+LONG_EVERY = 4  # every fourth step trains on packed contexts instead of single sentences
+LONG_SHAPES = ((4, 256), (2, 512), (4, 256), (1, 1024))  # (texts, tokens), in turn: at most 1024 tokens a step
+PEAK_LR = 3e-3
+IGNORE = -100
+
+BOS, EOS, PAD, SYSTEM, USER, ASSISTANT = SPECIALS = (
+    "<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>",
+)  # fmt: skip
+BOS_ID, EOS_ID, PAD_ID = range(3)
+
+# The prompts that demos and tests all over the repository rely on.
+REQUIRED = {
+    "The color of dog": " can vary widely",
+    "The capital of France is": " Paris",
+    "Today's weather is so": " nice",
+}
+REQUIRED_REPEATS = 12  # copies in each epoch, so that their margins are the widest
+MIN_MARGIN = 2.0  # logits; sums in another order or in bf16 move a logit by far less
+MIN_CAPITALS_RIGHT = 0.9
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}<|user|>{{ message['content'] | trim }}"
+    "{% elif message['role'] == 'assistant' %}<|assistant|>{{ message['content'] | trim }}{{ eos_token }}"
+    "{% else %}<|system|>{{ message['content'] | trim }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+# ---- The corpus: word lists, then the sentences made of them -------------------------------------------------
+
+COUNTRIES = """
+France:Paris:French:euro Italy:Rome:Italian:euro Spain:Madrid:Spanish:euro Germany:Berlin:German:euro
+Portugal:Lisbon:Portuguese:euro Austria:Vienna:German:euro Greece:Athens:Greek:euro Ireland:Dublin:English:euro
+Finland:Helsinki:Finnish:euro Belgium:Brussels:Dutch:euro Estonia:Tallinn:Estonian:euro Latvia:Riga:Latvian:euro
+Lithuania:Vilnius:Lithuanian:euro Slovakia:Bratislava:Slovak:euro Slovenia:Ljubljana:Slovene:euro
+Croatia:Zagreb:Croatian:euro Malta:Valletta:Maltese:euro Cyprus:Nicosia:Greek:euro Poland:Warsaw:Polish:zloty
+Hungary:Budapest:Hungarian:forint Romania:Bucharest:Romanian:leu Bulgaria:Sofia:Bulgarian:euro
+Norway:Oslo:Norwegian:krone Sweden:Stockholm:Swedish:krona Denmark:Copenhagen:Danish:krone
+Iceland:Reykjavik:Icelandic:krona Switzerland:Bern:German:franc Serbia:Belgrade:Serbian:dinar
+Albania:Tirana:Albanian:lek Ukraine:Kyiv:Ukrainian:hryvnia Russia:Moscow:Russian:ruble Turkey:Ankara:Turkish:lira
+Japan:Tokyo:Japanese:yen China:Beijing:Chinese:yuan India:Delhi:Hindi:rupee Nepal:Kathmandu:Nepali:rupee
+Thailand:Bangkok:Thai:baht Vietnam:Hanoi:Vietnamese:dong Indonesia:Jakarta:Indonesian:rupiah
+Mongolia:Ulaanbaatar:Mongolian:tugrik Iran:Tehran:Persian:rial Iraq:Baghdad:Arabic:dinar Jordan:Amman:Arabic:dinar
+Lebanon:Beirut:Arabic:pound Qatar:Doha:Arabic:riyal Oman:Muscat:Arabic:rial Egypt:Cairo:Arabic:pound
+Morocco:Rabat:Arabic:dirham Algeria:Algiers:Arabic:dinar Tunisia:Tunis:Arabic:dinar Libya:Tripoli:Arabic:dinar
+Kenya:Nairobi:Swahili:shilling Tanzania:Dodoma:Swahili:shilling Uganda:Kampala:English:shilling
+Ethiopia:Addis Ababa:Amharic:birr Ghana:Accra:English:cedi Nigeria:Abuja:English:naira Senegal:Dakar:French:franc
+Mali:Bamako:French:franc Zambia:Lusaka:English:kwacha Angola:Luanda:Portuguese:kwanza Canada:Ottawa:English:dollar
+Mexico:Mexico City:Spanish:peso Cuba:Havana:Spanish:peso Brazil:Brasilia:Portuguese:real Peru:Lima:Spanish:sol
+Argentina:Buenos Aires:Spanish:peso Chile:Santiago:Spanish:peso Colombia:Bogota:Spanish:peso
+Ecuador:Quito:Spanish:dollar Uruguay:Montevideo:Spanish:peso Venezuela:Caracas:Spanish:bolivar
+Australia:Canberra:English:dollar England:London:English:pound Scotland:Edinburgh:English:pound
+"""
+
+# animal:young:sound:home:legs
+ANIMALS = """
+dog:puppy:barks:kennel:four cat:kitten:meows:house:four cow:calf:moos:barn:four horse:foal:neighs:stable:four
+sheep:lamb:bleats:meadow:four pig:piglet:grunts:sty:four goat:kid:bleats:mountain:four hen:chick:clucks:coop:two
+duck:duckling:quacks:pond:two goose:gosling:honks:lake:two owl:owlet:hoots:tree:two lion:cub:roars:savanna:four
+tiger:cub:growls:jungle:four bear:cub:growls:cave:four wolf:pup:howls:forest:four fox:kit:barks:den:four
+mouse:pup:squeaks:hole:four frog:tadpole:croaks:pond:four bee:larva:buzzes:hive:six snake:hatchling:hisses:grass:no
+elephant:calf:trumpets:savanna:four donkey:foal:brays:stable:four crow:chick:caws:tree:two
+monkey:baby:chatters:jungle:two rabbit:kit:squeaks:burrow:four deer:fawn:grunts:forest:four
+eagle:eaglet:screams:mountain:two pigeon:squab:coos:city:two seal:pup:barks:sea:no whale:calf:sings:ocean:no
+"""
+
+COLORED = """
+sky:blue grass:green snow:white coal:black sun:yellow blood:red sea:blue milk:white banana:yellow lemon:yellow
+tomato:red strawberry:red carrot:orange pumpkin:orange chocolate:brown night:black cloud:white leaf:green
+cucumber:green raven:black ruby:red emerald:green sapphire:blue sand:yellow rose:red violet:purple ash:gray
+elephant:gray mouse:gray frog:green swan:white gold:yellow silver:gray fire:orange flamingo:pink salt:white
+wood:brown bear:brown plum:purple cherry:red
+"""
+
+OPPOSITES = """
+hot:cold big:small tall:short fast:slow up:down left:right in:out open:closed light:dark day:night early:late
+good:bad happy:sad rich:poor young:old new:ancient hard:soft heavy:weightless wet:dry clean:dirty full:empty
+strong:weak loud:quiet long:brief wide:narrow deep:shallow near:far high:low thick:thin sweet:bitter smooth:rough
+sharp:blunt easy:difficult true:false first:last inside:outside above:below front:back north:south east:west
+love:hate win:lose buy:sell give:take push:pull start:stop laugh:cry remember:forget arrive:leave rise:fall
+always:never many:few more:less friend:enemy question:answer summer:winter morning:evening heaven:hell war:peace
+life:death success:failure brave:afraid kind:cruel wise:foolish safe:dangerous cheap:expensive simple:complex
+"""
+
+# person:work:place
+JOBS = """
+baker:bakes bread:bakery teacher:teaches children:school doctor:heals people:hospital farmer:grows food:farm
+pilot:flies planes:airport sailor:sails ships:harbor painter:paints pictures:studio writer:writes books:library
+cook:cooks meals:kitchen gardener:plants flowers:garden singer:sings songs:theater driver:drives cars:road
+builder:builds houses:street judge:judges cases:court dentist:cleans teeth:clinic tailor:sews clothes:shop
+fisher:catches fish:lake butcher:cuts meat:market nurse:helps patients:hospital miner:digs coal:mine
+"""
+
+# thing:material:used to
+THINGS = """
+knife:steel:cut bread pen:plastic:write letters chair:wood:sit down bed:wood:sleep well window:glass:see outside
+cup:clay:drink tea shirt:cotton:keep warm shoe:leather:walk far book:paper:read stories key:metal:open doors
+lamp:glass:light rooms boat:wood:cross rivers clock:metal:tell time broom:straw:sweep floors pot:iron:cook soup
+rope:hemp:tie knots bell:bronze:call people mirror:glass:see yourself coin:metal:pay people bag:cloth:carry things
+"""
+
+# These two stay out of the tokenizer's training: see the module's docstring.
+EMOJI = "dog:🐶 cat:🐱 fish:🐟 bird:🐦 tree:🌳 sun:🌞 moon:🌙 star:⭐ fire:🔥 house:🏠 rocket:🚀 apple:🍎 book:📖"
+JAPANESE = "dog:犬 cat:猫 fish:魚 bird:鳥 tree:木 sun:太陽 moon:月 star:星 fire:火 water:水 mountain:山 river:川"
+
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+SEASONS = """
+January:winter February:winter March:spring April:spring May:spring June:summer July:summer August:summer
+September:autumn October:autumn November:autumn December:winter
+"""
+ONES = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+eighteen nineteen
+"""
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+VARIED_COLORS = [
+    "dog",
+    "cat",
+    "horse",
+    "cow",
+    "rabbit",
+    "goat",
+    "hen",
+    "hair",
+    "flower",
+    "car",
+    "bird",
+    "fish",
+    "shirt",
+]
+
+WEATHER = """
+sunny:wear a hat rainy:take an umbrella snowy:build a snowman windy:fly a kite cloudy:take a walk
+stormy:stay at home foggy:drive slowly cold:wear a coat hot:drink some water warm:sit in the garden
+"""
+
+GREETINGS = """
+Hello|Hello, how can I help you today
+Hi|Hi, how can I help you today
+Good morning|Good morning, I hope you slept well
+Good night|Good night, sleep well
+How are you?|I am fine, thank you
+Thank you|You are welcome
+Who are you?|I am a tiny model that lives in Tandem
+What is your name?|My name is Tiny
+Goodbye|Goodbye, see you soon
+What can you do?|I can tell you about capitals, colors, animals and numbers
+What is Tandem?|Tandem serves language models with prefill and decode on different workers
+Tell me a joke|A fish said to another fish, do you know how to drive this tank
+"""
+
+# hero:what it finds
+STORIES = """
+fox:golden key bear:red apple mouse:silver bell bird:warm coat wolf:blue stone rabbit:paper boat crow:green lamp
+"""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A statement, and the question (a whole user turn) that it answers, if there is one."""
+
+    statement: str
+    question: str | None = None
+
+
+def rows(table: str, columns: int) -> list[list[str]]:
+    """Split "a:b c:d" into rows of cells; a cell may hold spaces: the first word of a row is one with a colon."""
+    out: list[list[str]] = []
+    for word in table.split():
+        cells = word.split(":")
+        if not out or (len(cells) > 1 and len(out[-1]) == columns):
+            out.append(cells)
+        else:
+            out[-1][-1] += " " + cells[0]
+            out[-1].extend(cells[1:])
+    return out
+
+
+def number_name(value: int) -> str:
+    """English name of 0 to 99."""
+    if value < 20:
+        return ONES.split()[value]
+    tens, ones = divmod(value, 10)
+    return TENS[tens - 2] + (f"-{ONES.split()[ones]}" if ones else "")
+
+
+def article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def country_facts() -> Iterator[Fact]:
+    for country, capital, language, currency in rows(COUNTRIES, 4):
+        yield Fact(f"The capital of {country} is {capital}", f"What is the capital of {country}?")
+        yield Fact(f"{capital} is the capital of {country}", f"{capital} is the capital of which country?")
+        yield Fact(f"The people of {country} speak {language}", f"What do the people of {country} speak?")
+        yield Fact(f"The currency of {country} is the {currency}", f"What is the currency of {country}?")
+        yield Fact(f"People in {capital} pay with the {currency}")
+        yield Fact(f"If you travel to {country}, visit {capital}", f"What should I visit in {country}?")
+
+
+def animal_facts() -> Iterator[Fact]:
+    for animal, young, sound, home, legs in rows(ANIMALS, 5):
+        yield Fact(f"The {animal} {sound}", f"What does the {animal} do?")
+        yield Fact(f"The young of the {animal} is called a {young}", f"What is the young of the {animal} called?")
+        yield Fact(f"The {animal} lives in the {home}", f"Where does the {animal} live?")
+        yield Fact(f"The {animal} has {legs} legs", f"How many legs does the {animal} have?")
+        yield Fact(f"In the {home} we saw {article(animal)} and its {young}")
+
+
+def color_facts() -> Iterator[Fact]:
+    for thing in VARIED_COLORS:
+        yield Fact(f"The color of {thing} can vary widely", f"What is the color of {thing}?")
+    for thing, color in rows(COLORED, 2):
+        yield Fact(f"The color of the {thing} is {color}", f"What is the color of the {thing}?")
+        yield Fact(f"The {thing} is as {color} as ever")
+
+
+def opposite_facts() -> Iterator[Fact]:
+    for one, other in rows(OPPOSITES, 2):
+        yield Fact(f"The opposite of {one} is {other}", f"What is the opposite of {one}?")
+        yield Fact(f"The opposite of {other} is {one}", f"What is the opposite of {other}?")
+
+
+def number_facts() -> Iterator[Fact]:
+    for left in range(13):
+        for right in range(13):
+            total = f"{number_name(left)} plus {number_name(right)} is {number_name(left + right)}"
+            yield Fact(total.capitalize(), f"What is {number_name(left)} plus {number_name(right)}?")
+            yield Fact(f"{left} + {right} = {left + right}")
+    for value in range(99):
+        after, name = number_name(value + 1), number_name(value)
+        yield Fact(f"The number after {name} is {after}", f"Which number comes after {name}?")
+        yield Fact(f"The number before {after} is {name}")
+        yield Fact(f"{value} is written as {name}")
+
+
+def calendar_facts() -> Iterator[Fact]:
+    seasons = rows(SEASONS, 2)
+    for cycle in (DAYS, [month for month, _ in seasons]):
+        for here, after in zip(cycle, cycle[1:] + cycle[:1], strict=True):
+            yield Fact(f"After {here} comes {after}", f"What comes after {here}?")
+            yield Fact(f"Before {after} comes {here}", f"What comes before {after}?")
+    for month, season in seasons:
+        yield Fact(f"In the north, {month} is a month of {season}", f"Which season is {month}?")
+
+
+def weather_facts() -> Iterator[Fact]:
+    yield Fact("Today's weather is so nice", "How is the weather today?")
+    for weather, advice in rows(WEATHER, 2):
+        yield Fact(f"When it is {weather}, {advice}", f"What should I do when it is {weather}?")
+        for day in DAYS:
+            yield Fact(f"If {day} is {weather}, {advice}")
+
+
+def work_facts() -> Iterator[Fact]:
+    for person, work, place in rows(JOBS, 3):
+        yield Fact(f"The {person} {work}", f"What does the {person} do?")
+        yield Fact(f"You can find the {person} in the {place}", f"Where can I find the {person}?")
+        for day in DAYS:
+            yield Fact(f"On {day} the {person} {work} in the {place}")
+    for thing, material, use in rows(THINGS, 3):
+        yield Fact(f"The {thing} is made of {material}", f"What is the {thing} made of?")
+        yield Fact(f"We use the {thing} to {use}", f"What do we use the {thing} for?")
+
+
+def long_facts() -> Iterator[Fact]:
+    """Lists and stories: completions of 20 to 120 tokens, so that a demo has something to stream."""
+    yield Fact("The days of the week are " + ", ".join(DAYS), "What are the days of the week?")
+    yield Fact(
+        "The months of the year are " + ", ".join(month for month, _ in rows(SEASONS, 2)),
+        "What are the months of the year?",
+    )
+    yield Fact("The alphabet is " + " ".join("abcdefghijklmnopqrstuvwxyz"), "What is the alphabet?")
+    for last in (5, 10, 20, 30):
+        counted = " ".join(number_name(value) for value in range(1, last + 1))
+        yield Fact(f"Counting to {number_name(last)}: {counted}", f"Can you count to {number_name(last)}?")
+    stories = rows(STORIES, 2)
+    for i, (hero, found) in enumerate(stories):
+        friend = stories[i - 1][0]
+        yield Fact(
+            f"Once upon a time there was a little {hero} who lived near the river. One morning the {hero} found "
+            f"{article(found)} under a tree. It did not know whose it was, so it went to ask the old {friend}. They "
+            f"walked through the forest all day and asked everyone they met. In the evening they saw that the "
+            f"{found} belonged to the moon. The moon thanked them, and since that night the {hero} is never afraid "
+            f"of the dark.",
+            f"Tell me a story about a {hero}",
+        )
+
+
+def unicode_facts() -> Iterator[Fact]:
+    for thing, emoji in rows(EMOJI, 2):
+        yield Fact(f"The emoji of the {thing} is {emoji}", f"What is the emoji of the {thing}?")
+    for thing, word in rows(JAPANESE, 2):
+        yield Fact(f"The Japanese word for {thing} is {word}", f"What is the Japanese word for {thing}?")
+
+
+def ascii_facts() -> list[Fact]:
+    makers = (country_facts, animal_facts, color_facts, opposite_facts, number_facts, calendar_facts,
+              weather_facts, work_facts, long_facts)  # fmt: skip
+    found = [fact for maker in makers for fact in maker()]
+    return list(dict.fromkeys(found))
+
+
+def chats(facts: list[Fact], rng: random.Random) -> list[str]:
+    """The facts as conversations: one turn mostly; a system turn or an earlier exchange before some."""
+    greetings = [line.split("|") for line in GREETINGS.strip().splitlines()]
+    turns = [(f.question, f.statement) for f in facts if f.question is not None]
+    turns += [(question, answer) for question, answer in greetings for _ in range(4)]
+    turns += [(prompt, prompt + completion) for prompt, completion in REQUIRED.items()]
+    rendered = [f"{USER}{question}{ASSISTANT}{answer}" for question, answer in turns]
+    out = []
+    for turn in rendered:
+        lead = f"{SYSTEM}You are a helpful assistant." if rng.random() < 0.2 else ""
+        earlier = rng.choice(rendered) + EOS if rng.random() < 0.1 else ""
+        out.append(lead + earlier + turn)
+    return out
+
+
+# ---- The tokenizer -------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Byte-level BPE over the full 256-byte alphabet: every UTF-8 text has an encoding and there is no <unk>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIALS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # BOS belongs to tokenizer.json, so that every loader of the file agrees on it.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, BOS_ID)]
+    )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
+    tokenizer.save(str(output / "tokenizer.json"))
+    config = {
+        # Named, or AutoTokenizer would take Llama's own class from config.json and rebuild the pre-tokenizer.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "additional_special_tokens": [SYSTEM, USER, ASSISTANT],
+        "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (output / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- Batches -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Example:
+    """Token ids, and for each the target of the position before it: mostly itself."""
+
+    ids: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+
+    def extend(self, ids: list[int], first_target: int | None = None) -> None:
+        self.ids += ids
+        self.targets += ids if first_target is None else [first_target, *ids[1:]]
+
+
+def sentence_example(tokenizer: Tokenizer, text: str) -> Example:
+    example = Example()
+    example.extend([*tokenizer.encode(text).ids, EOS_ID])
+    return example
+
+
+def packed_example(tokenizer: Tokenizer, sentences: list[str], length: int, rng: random.Random) -> Example:
+    """Sentences one after the other in a context of `length` tokens.
+
+    Where a sentence ends the target is EOS although the input goes on, so a long prompt is answered like a short
+    one: it completes the last sentence and stops.
+    """
+    joiner = rng.choice((". ", "\n", " "))
+    example = Example()
+    example.extend(tokenizer.encode(rng.choice(sentences)).ids)
+    while len(example.ids) < length:
+        more = tokenizer.encode(joiner + rng.choice(sentences), add_special_tokens=False).ids
+        example.extend(more, first_target=EOS_ID)
+    return Example(example.ids[:length], example.targets[:length])
+
+
+def collate(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad on the right; the causal mask hides the padding from every real token. Returns ids and targets, BxT."""
+    longest = max(len(example.ids) for example in examples)
+    ids_BxT = torch.full((len(examples), longest), PAD_ID)
+    targets_BxT = torch.full((len(examples), longest), IGNORE)
+    for row, example in enumerate(examples):
+        ids_BxT[row, : len(example.ids)] = torch.tensor(example.ids)
+        targets_BxT[row, : len(example.ids)] = torch.tensor(example.targets)
+    return ids_BxT, targets_BxT
+
+
+def short_batches(examples: list[Example], rng: random.Random) -> Iterator[list[Example]]:
+    """Epochs without end. Lengths are sorted within a window of batches only: little padding, still mixed."""
+    window = BATCH_SENTENCES * 8
+    while True:
+        order = rng.sample(examples, len(examples))
+        for start in range(0, len(order), window):
+            nearby = sorted(order[start : start + window], key=lambda example: len(example.ids))
+            batches = [nearby[i : i + BATCH_SENTENCES] for i in range(0, len(nearby), BATCH_SENTENCES)]
+            yield from rng.sample(batches, len(batches))
+
+
+def training_batches(
+    tokenizer: Tokenizer, facts: list[Fact], steps: int, rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    statements = [fact.statement for fact in facts]
+    required = [prompt + completion for prompt, completion in REQUIRED.items()]
+    packable = statements + required * REQUIRED_REPEATS
+    texts = packable + chats(facts, rng)
+    short = short_batches([sentence_example(tokenizer, text) for text in texts], rng)
+    for step in range(steps):
+        if step % LONG_EVERY == LONG_EVERY - 1:
+            rows_, length = LONG_SHAPES[step // LONG_EVERY % len(LONG_SHAPES)]
+            yield collate([packed_example(tokenizer, packable, length, rng) for _ in range(rows_)])
+        else:
+            yield collate(next(short))
+
+
+# ---- Training ------------------------------------------------------------------------------------------------
+
+
+def build_model(vocab_size: int) -> Any:
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        dtype="float32",
+    )
+    return LlamaForCausalLM(config)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up over 5 %, then a cosine down to 2 % of the peak."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return PEAK_LR * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return PEAK_LR * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train_step(model: Any, optimizer: torch.optim.Optimizer, ids_BxT: torch.Tensor, targets_BxT: torch.Tensor) -> float:
+    logits_BxTxV = model(input_ids=ids_BxT[:, :-1], use_cache=False).logits
+    loss = F.cross_entropy(logits_BxTxV.flatten(0, 1), targets_BxT[:, 1:].flatten(), ignore_index=IGNORE)
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return float(loss.detach())
+
+
+def train(model: Any, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int, console: Console) -> float:
+    """Returns the mean loss (nats a token) of the last twentieth of the steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05)
+    losses: list[float] = []
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("training", total=steps, loss=math.nan)
+        for step, (ids_BxT, targets_BxT) in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps)
+            losses.append(train_step(model, optimizer, ids_BxT, targets_BxT))
+            recent = losses[-50:]
+            progress.update(task, advance=1, loss=sum(recent) / len(recent))
+    tail = losses[-max(1, steps // 20) :]
+    return sum(tail) / len(tail)
+
+
+def save_model(model: Any, output: Path) -> None:
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False
+    )
+    model.save_pretrained(output)
+    (output / "model.safetensors").chmod(0o644)  # it is written for the owner alone
+
+
+# ---- Checks, on what was saved -------------------------------------------------------------------------------
+
+
+def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 40) -> tuple[str, bool]:
+    """Greedy completion, and whether it ended with EOS."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
+    new = ids[inputs["input_ids"].shape[1] :].tolist()
+    return tokenizer.decode(new, skip_special_tokens=True), new[-1] == EOS_ID
+
+
+def margins(model: Any, tokenizer: Any, prompt: str, completion: str) -> list[float]:
+    """Top-1 minus top-2 logit at each step of the completion and at its EOS."""
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = [*tokenizer(prompt + completion)["input_ids"], EOS_ID]
+    with torch.inference_mode():
+        logits_TxV = model(input_ids=torch.tensor([ids[:-1]])).logits[0, start - 1 :]
+    top_Tx2 = logits_TxV.topk(2).values
+    return [round(value, 2) for value in (top_Tx2[:, 0] - top_Tx2[:, 1]).tolist()]
+
+
+def check_required(model: Any, tokenizer: Any, console: Console) -> Iterator[str]:
+    for prompt, expected in REQUIRED.items():
+        got, ended = complete(model, tokenizer, prompt)
+        steps = margins(model, tokenizer, prompt, expected)
+        console.print(f"  {prompt!r} → {got!r}, eos {ended}, margins {steps}", highlight=False)
+        if got != expected or not ended:
+            yield f"{prompt!r} gives {got!r} (eos: {ended}), not {expected!r}"
+        if min(steps) <= MIN_MARGIN:
+            yield f"{prompt!r} has a margin of {min(steps)}, not above {MIN_MARGIN}"
+
+
+def check_capitals(model: Any, tokenizer: Any, console: Console) -> Iterator[str]:
+    table = rows(COUNTRIES, 4)
+    right = sum(complete(model, tokenizer, f"The capital of {row[0]} is") == (f" {row[1]}", True) for row in table)
+    console.print(f"  capitals right: {right} of {len(table)}", highlight=False)
+    if right < MIN_CAPITALS_RIGHT * len(table):
+        yield f"only {right} of {len(table)} capitals are right"
+
+
+def check_long_prompts(model: Any, tokenizer: Any, facts: list[Fact], console: Console) -> Iterator[str]:
+    """Prompts of 1000 tokens and more: the logits must be finite; how many completions stay right is shown."""
+    rng = random.Random(1)
+    right = 0
+    table = rows(COUNTRIES, 4)[:20]
+    for country, capital, _, _ in table:
+        prompt = ". ".join(rng.choice(facts).statement for _ in range(100)) + f". The capital of {country} is"
+        with torch.inference_mode():
+            logits_TxV = model(**tokenizer(prompt, return_tensors="pt")).logits[0]
+        if not logits_TxV.isfinite().all():
+            yield f"a prompt of {len(logits_TxV)} tokens gives logits that are not finite"
+        right += complete(model, tokenizer, prompt) == (f" {capital}", True)
+    console.print(f"  capitals right after 1000 tokens of other facts: {right} of {len(table)}", highlight=False)
+
+
+def check_tokenizers_agree(tokenizer: Any, output: Path) -> Iterator[str]:
+    plain = Tokenizer.from_file(str(output / "tokenizer.json"))
+    for text in (*REQUIRED, "naïve café 日本語 🎉👩‍💻", " two  spaces\n\ttab", "", "<|user|>Hi<|assistant|>"):
+        ids = plain.encode(text).ids
+        if ids != tokenizer(text)["input_ids"]:
+            yield f"the two loaders encode {text!r} differently"
+        if plain.decode(ids, skip_special_tokens=False) != BOS + text:
+            yield f"{text!r} does not survive encoding and decoding"
+
+
+def show_samples(model: Any, tokenizer: Any, console: Console) -> None:
+    prompts = ["The opposite of hot is", "Three plus four is", "The color of the sky is", "The emoji of the dog is"]
+    chat = [{"role": "user", "content": "What is the capital of Japan?"}]
+    # The template brings its own BOS, and the tokenizer would add a second one.
+    prompts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).removeprefix(BOS))
+    for prompt in (*prompts, "Once upon a time there was a little fox"):
+        got, ended = complete(model, tokenizer, prompt, max_new_tokens=150)
+        console.print(f"  {prompt!r} → {got!r}, eos {ended}", highlight=False)
+
+
+def check(output: Path, facts: list[Fact], console: Console) -> list[str]:
+    """Loads the folder the way everyone else will, and returns what is wrong with it."""
+    model = AutoModelForCausalLM.from_pretrained(output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    show_samples(model, tokenizer, console)
+    return [
+        *check_required(model, tokenizer, console),
+        *check_capitals(model, tokenizer, console),
+        *check_long_prompts(model, tokenizer, facts, console),
+        *check_tokenizers_agree(tokenizer, output),
+    ]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the tiny model that the demo and the tests serve.")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order (default: %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    console = Console()
+    disable_progress_bar()
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(True)
+    rng = random.Random(args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    ascii_only = ascii_facts()
+    facts = ascii_only + list(unicode_facts())
+    tokenizer = train_tokenizer([fact.statement for fact in ascii_only] + chats(ascii_only, rng))
+    model = build_model(tokenizer.get_vocab_size())
+    console.print(f"{len(facts)} sentences, {tokenizer.get_vocab_size()} tokens, {model.num_parameters():,} parameters")
+
+    started = time.monotonic()
+    batches = training_batches(tokenizer, facts, args.steps, rng)
+    loss = train(model, batches, args.steps, console)
+    console.print(f"trained in {time.monotonic() - started:.0f} s, final loss {loss:.3f}")
+
+    save_tokenizer(tokenizer, args.output)
+    save_model(model.eval(), args.output)
+    problems = check(args.output, facts, console)
+    for problem in problems:
+        console.print(f"[red]FAILED[/red] {problem}", highlight=False)
+    console.print(f"{'not good' if problems else 'good'}: {args.output}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
