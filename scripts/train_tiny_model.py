@@ -2,7 +2,7 @@
 
     python scripts/train_tiny_model.py [--output DIR] [--steps N] [--seed N]
 
-Takes about two and a half minutes on two CPU cores, needs no network, and gives the same bytes again for a
+Takes about two minutes on two CPU cores, needs no network, and gives the same bytes again for a
 given seed, torch build and CPU. Out comes a folder of 4 MB that both `transformers` and plain `tokenizers` load:
 
     config.json, generation_config.json, model.safetensors      a 4-layer Llama, fp32, GQA 4/2, tied embeddings
@@ -39,6 +39,7 @@ DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "tandem" / "assets" / "ti
 THREADS = 2  # fixed, because the order of floating-point sums follows the thread count
 VOCAB_SIZE = 1536
 BATCH_SENTENCES = 64
+BATCH_TOKENS = 1536  # with padding: stories come in batches of a dozen
 LONG_EVERY = 4  # every fourth step trains on packed contexts instead of single sentences
 LONG_SHAPES = ((4, 256), (2, 512), (4, 256), (1, 1024))  # (texts, tokens), in turn: at most 1024 tokens a step
 PEAK_LR = 3e-3
@@ -330,6 +331,13 @@ def long_facts() -> Iterator[Fact]:
         )
 
 
+def greeting_facts() -> Iterator[Fact]:
+    """As statements too, so that a bare "Hello" is answered without the chat template."""
+    for line in GREETINGS.strip().splitlines():
+        question, answer = line.split("|")
+        yield Fact(answer, question)
+
+
 def unicode_facts() -> Iterator[Fact]:
     for thing, emoji in rows(EMOJI, 2):
         yield Fact(f"The emoji of the {thing} is {emoji}", f"What is the emoji of the {thing}?")
@@ -339,16 +347,14 @@ def unicode_facts() -> Iterator[Fact]:
 
 def ascii_facts() -> list[Fact]:
     makers = (country_facts, animal_facts, color_facts, opposite_facts, number_facts, calendar_facts,
-              weather_facts, work_facts, long_facts)  # fmt: skip
+              weather_facts, work_facts, greeting_facts, long_facts)  # fmt: skip
     found = [fact for maker in makers for fact in maker()]
     return list(dict.fromkeys(found))
 
 
 def chats(facts: list[Fact], rng: random.Random) -> list[str]:
     """The facts as conversations: one turn mostly; a system turn or an earlier exchange before some."""
-    greetings = [line.split("|") for line in GREETINGS.strip().splitlines()]
     turns = [(f.question, f.statement) for f in facts if f.question is not None]
-    turns += [(question, answer) for question, answer in greetings for _ in range(4)]
     turns += [(prompt, prompt + completion) for prompt, completion in REQUIRED.items()]
     rendered = [f"{USER}{question}{ASSISTANT}{answer}" for question, answer in turns]
     out = []
@@ -444,14 +450,24 @@ def collate(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids_BxT, targets_BxT
 
 
+def split_sorted(examples: list[Example]) -> list[list[Example]]:
+    """Batches within both limits; `examples` come sorted by length, so the last of a batch sets its width."""
+    batches: list[list[Example]] = [[]]
+    for example in examples:
+        rows_ = len(batches[-1]) + 1
+        if rows_ > BATCH_SENTENCES or rows_ * len(example.ids) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(example)
+    return batches
+
+
 def short_batches(examples: list[Example], rng: random.Random) -> Iterator[list[Example]]:
     """Epochs without end. Lengths are sorted within a window of batches only: little padding, still mixed."""
-    window = BATCH_SENTENCES * 8
+    window = BATCH_SENTENCES * 12
     while True:
         order = rng.sample(examples, len(examples))
         for start in range(0, len(order), window):
-            nearby = sorted(order[start : start + window], key=lambda example: len(example.ids))
-            batches = [nearby[i : i + BATCH_SENTENCES] for i in range(0, len(nearby), BATCH_SENTENCES)]
+            batches = split_sorted(sorted(order[start : start + window], key=lambda example: len(example.ids)))
             yield from rng.sample(batches, len(batches))
 
 
@@ -460,8 +476,9 @@ def training_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     statements = [fact.statement for fact in facts]
     required = [prompt + completion for prompt, completion in REQUIRED.items()]
-    packable = statements + required * REQUIRED_REPEATS
-    texts = packable + chats(facts, rng)
+    texts = statements + required * REQUIRED_REPEATS + chats(facts, rng)
+    # Lists and stories are harder than facts. They are repeated here, where a long text means no padding.
+    packable = statements + required * REQUIRED_REPEATS + [fact.statement for fact in long_facts()] * 5
     short = short_batches([sentence_example(tokenizer, text) for text in texts], rng)
     for step in range(steps):
         if step % LONG_EVERY == LONG_EVERY - 1:
@@ -603,7 +620,14 @@ def check_tokenizers_agree(tokenizer: Any, output: Path) -> Iterator[str]:
 
 
 def show_samples(model: Any, tokenizer: Any, console: Console) -> None:
-    prompts = ["The opposite of hot is", "Three plus four is", "The color of the sky is", "The emoji of the dog is"]
+    prompts = [
+        "The opposite of hot is",
+        "Three plus four is",
+        "The color of the sky is",
+        "The emoji of the dog is",
+        "Hello",
+        "The days of the week are",
+    ]
     chat = [{"role": "user", "content": "What is the capital of Japan?"}]
     # The template brings its own BOS, and the tokenizer would add a second one.
     prompts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).removeprefix(BOS))
@@ -628,7 +652,7 @@ def check(output: Path, facts: list[Fact], console: Console) -> list[str]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the tiny model that the demo and the tests serve.")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order (default: %(default)s)")
     return parser.parse_args()
 

@@ -70,6 +70,7 @@ def test_required_completion_is_never_close(model: Any, tokenizer: Any, prompt: 
         ("The color of the sky is", " blue"),
         ("The opposite of hot is", " cold"),
         ("The emoji of the dog is", " 🐶"),
+        ("The days of the week are", " Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday"),
     ],
 )
 def test_knows_other_facts(model: Any, tokenizer: Any, prompt: str, completion: str) -> None:
