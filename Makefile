@@ -1,0 +1,42 @@
+# make demo | test | check: each sets itself up on a fresh machine (Python 3.11 or newer) and starts at once after that.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test check clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/serve.stamp
+	@$(BIN)/tandem demo
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py tests/unit/test_stubs.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/torch.stamp: $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Tandem needs Python 3.11 or newer; say which: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo "setting up $(VENV) (once) ..."
+	@$(PYTHON) -m venv $(VENV)
+# torch first and by itself: its pin decides between a CPU build and gigabytes of CUDA libraries.
+	@$(PIP) torch
+	@touch $@
+
+# What the tests need covers what the demo needs, and a later `make demo` must not install anything again.
+$(VENV)/serve.stamp: $(VENV)/torch.stamp
+	@$(PIP) -e '.[serve]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp
+	@$(PIP) -e '.[dev]'
+	@touch $(VENV)/serve.stamp $@

@@ -1,0 +1,74 @@
+"""What the commands share: options, errors as one line, text that is safe to show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tandem.errors import ConfigError, InvalidRequest, TandemError
+
+RouterOption = Annotated[str, typer.Option("--router", metavar="HOST:PORT", help="The router's address.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML or JSON; tandem/config.py lists its keys.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="The model; a tiny one of our own if not given.")
+]
+
+
+class Device(StrEnum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class LoadFormat(StrEnum):
+    AUTO = "auto"
+    DUMMY = "dummy"
+
+
+# A pipe or file has no width of its own: wide enough that nothing is cut.
+PIPE_WIDTH = 200
+
+
+def make_console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=PIPE_WIDTH)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """A TandemError ends the command with one line on stderr: code 2 for what the user asked for, 1 for the rest."""
+    try:
+        yield
+    except TandemError as error:
+        typer.echo(f"tandem: {error.message}{_hint(error)}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError | InvalidRequest) else 1) from None
+
+
+def _hint(error: TandemError) -> str:
+    if error.retry_after_ms is None:
+        return ""
+    return f" (try again in {math.ceil(error.retry_after_ms / 1000)} s)"
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a model says must not move the cursor or set a title."""
+    return "".join(char for char in text if char in "\n\t" or (char >= " " and not "\x7f" <= char <= "\x9f"))
+
+
+def human_bytes(count: float) -> str:
+    """'812 B', '1.5 KiB', '3.0 MiB'."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"

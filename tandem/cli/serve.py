@@ -1,0 +1,95 @@
+"""`tandem serve`: the whole service on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections import Counter
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from tandem.cli.common import ConfigOption, Device, LoadFormat, ModelOption, reported
+from tandem.client import ServiceStatus
+from tandem.config import load_config
+from tandem.launch.processes import Supervisor
+
+
+def pool_sizes(prefill: int | None, decode: int | None, colocated: int | None) -> dict[str, Any]:
+    """The `serve` section's overrides: colocated workers alone mean that nobody is split."""
+    if colocated is not None and prefill is None and decode is None:
+        prefill = decode = 0
+    return {"prefill": prefill, "decode": decode, "colocated": colocated}
+
+
+def serve(
+    model: ModelOption = None,
+    prefill: Annotated[int | None, typer.Option(help="Prefill workers; 1 if nothing is said.")] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode workers; 1 if nothing is said.")] = None,
+    colocated: Annotated[
+        int | None, typer.Option(help="Workers that play both roles; alone, it means no split workers.")
+    ] = None,
+    config: ConfigOption = None,
+    device: Annotated[Device | None, typer.Option(help="Where the engines run.")] = None,
+    load_format: Annotated[LoadFormat | None, typer.Option(help="dummy: random weights, for load tests.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address that the router listens on.")] = None,
+    port: Annotated[int | None, typer.Option(help="The router's port; 0: any free one.")] = None,
+) -> None:
+    """Start a router and its workers on this machine and keep them running. Ctrl-C stops everything."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    with reported():
+        settings = load_config(
+            config,
+            {
+                "model": {"path": model, "load_format": load_format},
+                "engine": {"device": device},
+                "router": {"host": host, "port": port},
+                "serve": pool_sizes(prefill, decode, colocated),
+            },
+        )
+        typer.echo(f"starting {settings.model.served_name} …", err=True)
+        supervisor = Supervisor(settings, output=_pass_on)
+        asyncio.run(run_until_signal(supervisor, lambda status: typer.echo(ready_line(supervisor.address, status))))
+        typer.echo("stopped", err=True)
+
+
+def _pass_on(name: str, line: str) -> None:
+    typer.echo(f"{name:>10} │ {line}", err=True)
+
+
+def ready_line(address: str, status: ServiceStatus) -> str:
+    models = ", ".join(model.name for model in status.models)
+    kinds = Counter("colocated" if len(worker.roles) > 1 else "+".join(worker.roles) for worker in status.workers)
+    pools = " + ".join(f"{kinds[kind]} {kind}" for kind in ("prefill", "decode", "colocated") if kinds[kind])
+    return f"ready at {address}: model {models}, {pools}"
+
+
+async def run_until_signal(supervisor: Supervisor, ready: Callable[[ServiceStatus], None]) -> None:
+    """Runs the service until SIGINT or SIGTERM; a second signal does not wait for the children. Raises TandemError."""
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            supervisor.kill()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    running, stopping = asyncio.create_task(_run(supervisor, ready)), asyncio.create_task(stop.wait())
+    await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    running.cancel()
+    try:
+        await running
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
+    finally:
+        await supervisor.stop()
+
+
+async def _run(supervisor: Supervisor, ready: Callable[[ServiceStatus], None]) -> None:
+    ready(await supervisor.start())
+    await supervisor.wait()

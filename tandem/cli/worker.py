@@ -1,0 +1,70 @@
+"""`tandem worker`: one worker process, joined to a router."""
+
+from __future__ import annotations
+
+import logging
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from tandem.cli.common import ConfigOption, Device, LoadFormat, ModelOption, reported
+from tandem.config import TandemConfig, load_config
+from tandem.errors import ConfigError
+from tandem.launch.cores import pin, usable_cores
+from tandem.types import Role
+
+
+class WorkerRole(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        return frozenset(Role) if self is WorkerRole.BOTH else frozenset({Role(self.value)})
+
+
+def parse_cpus(text: str) -> list[int]:
+    """From '0,1'. Raises ConfigError for what is no core that this process may use."""
+    usable = usable_cores()
+    try:
+        cores = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise ConfigError(f"--cpus takes core numbers such as 0,1, not {text!r}", field="cpus") from None
+    wrong = [core for core in cores if core not in usable]
+    if wrong:
+        raise ConfigError(f"--cpus: this process may not use core {wrong[0]}, only {usable}", field="cpus")
+    return cores
+
+
+def worker(
+    role: Annotated[WorkerRole, typer.Option(help="What it plays; both is a colocated worker.")],
+    router: Annotated[str, typer.Option(metavar="HOST:PORT", help="The router to join.")],
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    load_format: Annotated[LoadFormat | None, typer.Option(help="dummy: random weights, for load tests.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where the engine runs.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Torch threads; 0: one per core it may use.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one.")] = None,
+    advertise: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="How others reach it.")] = None,
+    cpus: Annotated[str | None, typer.Option(metavar="0,1", help="Keep to these cores.")] = None,
+) -> None:
+    """Run one worker and join it to a router. `tandem serve` does this for you on one machine."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    with reported():
+        settings: TandemConfig = load_config(
+            config,
+            {
+                "model": {"path": model, "load_format": load_format},
+                "engine": {"device": device, "threads": threads},
+                "worker": {"host": host, "port": port, "advertise": advertise},
+            },
+        )
+        if cpus is not None:
+            pin(parse_cpus(cpus))
+        # Not before the pinning: it imports torch, which counts the cores it may use.
+        from tandem.launch.worker import run_worker
+
+        raise typer.Exit(run_worker(settings, role.roles, router))
