@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from tandem import errors
 
@@ -98,6 +100,29 @@ def bind(server: grpc.aio.Server, host: str, port: int) -> int:
     return bound
 
 
+async def add_health(server: grpc.aio.Server, names: tuple[str, ...]) -> health.aio.HealthServicer:  # type: ignore[name-defined]
+    """The standard health service, saying that all of these services serve, and reflection over them."""
+    service = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    for name in ("", *names):
+        await service.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(service, server)
+    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return service
+
+
+async def read(stream: Any) -> Any:
+    """The next message of a call or of a handler's context; None at the end."""
+    message = await stream.read()
+    return None if message is grpc.aio.EOF else message  # type: ignore[attr-defined]
+
+
+async def ended(call: Any) -> errors.TandemError:
+    """Why a stream that was read to its end has ended, as a TandemError."""
+    trailing = await call.trailing_metadata()
+    details = await call.details()
+    return _error_of(await call.code(), details, trailing)
+
+
 def status_of(error: errors.TandemError) -> grpc.StatusCode:
     return next(STATUS[base] for base in type(error).__mro__ if base in STATUS)
 
@@ -105,10 +130,14 @@ def status_of(error: errors.TandemError) -> grpc.StatusCode:
 def error_from_rpc(error: grpc.RpcError) -> errors.TandemError:
     """The TandemError behind a failed call; statuses that no Tandem process sent are translated by meaning."""
     call: Any = error
-    metadata = {str(key): str(value) for key, value in (call.trailing_metadata() or ())}
-    message = call.details() or call.code().name.lower().replace("_", " ")
+    return _error_of(call.code(), call.details(), call.trailing_metadata())
+
+
+def _error_of(code: grpc.StatusCode, details: str | None, trailing: Any) -> errors.TandemError:
+    metadata = {str(key): str(value) for key, value in (trailing or ())}
+    message = details or code.name.lower().replace("_", " ")
     if _CODE_KEY not in metadata:
-        return _PLAIN.get(call.code(), errors.InternalError)(message)
+        return _PLAIN.get(code, errors.InternalError)(message)
     retry = metadata.get(_RETRY_KEY)
     return errors.from_code(
         metadata[_CODE_KEY],

@@ -11,7 +11,7 @@ import hashlib
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -65,6 +65,8 @@ class BlockPool:
         self._hash_of: dict[int, bytes] = {}
         self._by_hash: dict[bytes, int] = {}
         self._quarantined = 0
+        # Called after blocks came back, from whatever thread gave them; must not block.
+        self.on_free: Callable[[], object] = lambda: None
         self._lock = threading.Lock()
 
     @property
@@ -141,6 +143,7 @@ class BlockPool:
                     self._free[block] = None
                 if self._refs[block] < 0:
                     raise InternalError(f"block {block} released twice")
+        self.on_free()
 
     def _quarantine(self, blocks: Sequence[int]) -> None:
         with self._lock:

@@ -94,6 +94,23 @@ class Engine:
         reusable = prompt_len - 1 if prefill_here else prompt_len
         return self.pool.acquire(num_blocks, prompt_hashes(request, self.pool.block_size, reusable))
 
+    def validate(self, request: EngineRequest) -> None:
+        """Raises InvalidRequest for what would break a step, and with it other requests. For any thread."""
+        prompt, params = request.prompt_ids, request.sampling
+        if not prompt:
+            raise InvalidRequest("the prompt is empty", field="prompt")
+        highest = max((*prompt, *params.logit_bias, *params.stop_token_ids))
+        if highest >= self.info.vocab_size:
+            raise InvalidRequest(
+                f"token id {highest} is not below the vocabulary's {self.info.vocab_size}", field="prompt"
+            )
+        if len(prompt) + params.max_tokens > self.info.max_model_len:
+            raise InvalidRequest(
+                f"prompt ({len(prompt)}) + max_tokens ({params.max_tokens}) is over the model's "
+                f"{self.info.max_model_len} tokens",
+                field="max_tokens",
+            )
+
     def require_fit(self, num_blocks: int) -> None:
         """Raises InvalidRequest when the whole pool has fewer blocks."""
         if num_blocks > self.pool.num_blocks:

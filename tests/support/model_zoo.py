@@ -31,8 +31,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": {**_COMMON, "sliding_window": 24},
     "qwen2": _COMMON,
     "qwen3": _COMMON,
-    "gemma2": {**_COMMON, "tie_word_embeddings": False, "sliding_window": 24, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
-    "gemma3_text": {**_COMMON, "tie_word_embeddings": False, "sliding_window": 24, "layer_types": _SLIDING, "query_pre_attn_scalar": 16},
+    "gemma2": {
+        **_COMMON,
+        "tie_word_embeddings": False,
+        "sliding_window": 24,
+        "attn_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 16,
+    },
+    "gemma3_text": {
+        **_COMMON,
+        "tie_word_embeddings": False,
+        "sliding_window": 24,
+        "layer_types": _SLIDING,
+        "query_pre_attn_scalar": 16,
+    },
     "phi3": {**_MHA, "num_key_value_heads": 2},
     "gpt2": {
         "vocab_size": 128,

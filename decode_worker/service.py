@@ -1,0 +1,142 @@
+"""The decode role of a worker: reserves blocks, receives KV into them, decodes, streams tokens."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import grpc
+
+from decode_worker.reservations import Reservation
+from decode_worker.reserve_queue import ReserveQueue
+from decode_worker.subscriptions import Subscription
+from kv_transfer.admission import Claims
+from kv_transfer.grpc_transport import kv_service
+from tandem import wire
+from tandem.errors import Refused, TransferFailed
+from tandem.types import EngineRequest, Fingerprint, Role
+from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
+from tandem.worker.host import WorkerHost
+
+log = logging.getLogger(__name__)
+
+
+class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
+    """tandem.v1.DecodeWorker, and the kv_transfer Landings of this worker."""
+
+    role = Role.DECODE
+    service = "tandem.v1.DecodeWorker"
+
+    def __init__(self, host: WorkerHost, claims: Claims | None = None) -> None:
+        """claims: shared with this worker's other transports, so that two never meet in a reservation."""
+        self._host = host
+        self._queue = ReserveQueue(host)
+        self._by_id: dict[str, Reservation] = {}
+        self._by_request: dict[str, Reservation] = {}
+        self._subscriptions: dict[str, Subscription] = {}
+        self._kv = kv_service(self, host.config, claims)
+        host.transports.append("grpc")
+
+    # Room
+
+    def attach(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
+        server.add_generic_rpc_handlers((self._kv,))
+
+    def report(self, load: registry_pb2.Load) -> None:
+        load.reservations = len(self._by_id)
+        load.waiting_reservations = len(self._queue)
+        load.kv_bytes_received = self._kv.counters.bytes
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._by_id)
+
+    async def aclose(self) -> None:
+        for reservation in list(self._by_id.values()):
+            reservation.end()
+        self._kv.close()
+
+    # Landings
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self._host.engine.fingerprint
+
+    def find(self, reservation_id: str) -> Reservation:
+        """Raises TransferFailed for an id that was never made or is over. Ids are 128 random bits: a dict look-up
+        tells a guesser nothing useful."""
+        reservation = self._by_id.get(reservation_id)
+        if reservation is None:
+            raise TransferFailed("no such reservation: it never was, or it is over")
+        return reservation
+
+    # gRPC
+
+    async def Reserve(self, message: worker_pb2.ReserveRequest, context: Any) -> worker_pb2.Reservation:
+        self._host.require(Role.DECODE)
+        request = wire.request_from_wire(message.request)
+        self._host.engine.validate(request)
+        self._end_older(request)
+        started = time.monotonic()
+        table = await self._queue.acquire(request)
+        subscription = self._subscriptions.get(message.subscriber_id)
+        if subscription is None or context.cancelled():
+            table.release()
+            raise Refused("no such subscription: subscribe before reserving")
+        reservation = Reservation(self._host, request, table, message.subscriber_id, subscription.put, self._forget)
+        self._by_id[reservation.id] = self._by_request[request.request_id] = reservation
+        self._host.promises[reservation.id] = reservation
+        reservation.renew(message.lease_ms / 1000)
+        queued_ms = (time.monotonic() - started) * 1000
+        return worker_pb2.Reservation(
+            reservation_id=reservation.id, cached_tokens=table.cached_tokens, queued_ms=queued_ms
+        )
+
+    async def Renew(self, message: worker_pb2.RenewRequest, context: Any) -> worker_pb2.RenewResponse:
+        for reservation_id in message.reservation_ids:
+            reservation = self._by_id.get(reservation_id)
+            if reservation is not None:
+                reservation.renew(message.lease_ms / 1000)
+        return worker_pb2.RenewResponse()
+
+    async def Abort(self, message: worker_pb2.AbortRequest, context: Any) -> worker_pb2.AbortResponse:
+        reservation = self._by_request.get(message.request_id)
+        if reservation is not None and reservation.attempt <= message.attempt:
+            reservation.end()
+        return worker_pb2.AbortResponse()
+
+    async def Subscribe(self, message: worker_pb2.SubscribeRequest, context: Any) -> None:
+        if message.subscriber_id in self._subscriptions or not message.subscriber_id:
+            raise Refused("the subscriber id is empty or in use")
+        subscription = self._subscriptions[message.subscriber_id] = Subscription()
+        try:
+            await context.send_initial_metadata(())
+            while True:
+                await context.write(await subscription.next_batch())
+        finally:
+            del self._subscriptions[message.subscriber_id]
+            self._end_all_of(message.subscriber_id)
+
+    def _end_older(self, request: EngineRequest) -> None:
+        """A new attempt replaces an older one; an attempt that is not newer is stale. Raises Refused then."""
+        existing = self._by_request.get(request.request_id)
+        if existing is None:
+            return
+        if existing.attempt >= request.attempt:
+            raise Refused(f"request {request.request_id} has attempt {existing.attempt} here already")
+        existing.end()
+
+    def _end_all_of(self, subscriber_id: str) -> None:
+        gone = [r for r in self._by_id.values() if r.subscriber_id == subscriber_id]
+        if gone:
+            log.warning("a router's subscription ended: %d of its requests are aborted", len(gone))
+        for reservation in gone:
+            reservation.end()
+
+    def _forget(self, reservation: Reservation) -> None:
+        del self._by_id[reservation.id]
+        del self._host.promises[reservation.id]
+        if self._by_request.get(reservation.request_id) is reservation:
+            del self._by_request[reservation.request_id]

@@ -1,0 +1,19 @@
+"""A process that plays the prefill role only."""
+
+from __future__ import annotations
+
+from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES, GrpcTransport
+from prefill_worker.service import PrefillRoom
+from tandem.config import TandemConfig
+from tandem.types import Role
+from tandem.worker.host import Room, WorkerHost
+from tandem.worker.main import run_rooms
+
+
+def run(config: TandemConfig, router: str) -> int:
+    """Until SIGTERM; returns the exit code."""
+    return run_rooms(config, frozenset({Role.PREFILL}), router, _rooms, MAX_MESSAGE_BYTES)
+
+
+def _rooms(host: WorkerHost) -> list[Room]:
+    return [PrefillRoom(host, {"grpc": GrpcTransport(host.config)})]

@@ -1,0 +1,26 @@
+"""A worker process with both rooms on one engine: it plays the roles it is given, and can be given others later."""
+
+from __future__ import annotations
+
+from decode_worker.service import DecodeRoom
+from kv_transfer.admission import Claims
+from kv_transfer.base import Transport
+from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES, GrpcTransport
+from kv_transfer.local import LocalTransport
+from prefill_worker.service import PrefillRoom
+from tandem.config import TandemConfig
+from tandem.types import Role
+from tandem.worker.host import Room, WorkerHost
+from tandem.worker.main import run_rooms
+
+
+def run_worker(config: TandemConfig, roles: frozenset[Role], router: str) -> int:
+    """Until SIGTERM; returns the exit code (2: trying again would not help)."""
+    return run_rooms(config, roles, router, _rooms, MAX_MESSAGE_BYTES)
+
+
+def _rooms(host: WorkerHost) -> list[Room]:
+    claims = Claims()
+    decode = DecodeRoom(host, claims)
+    transports: dict[str, Transport] = {"local": LocalTransport(decode, claims), "grpc": GrpcTransport(host.config)}
+    return [PrefillRoom(host, transports), decode]

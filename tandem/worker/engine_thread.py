@@ -1,0 +1,103 @@
+"""Runs the engine in a thread of its own, so that the event loop never waits for torch (law 6)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from tandem.config import TandemConfig
+from tandem.engine.engine import Emission, Engine
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class EngineThread:
+    """Steps while there is work; runs posted calls between steps; hands what steps bring to the event loop.
+
+    One loop callback per step delivers all of its events, each to its sequence's listener, in order.
+    """
+
+    def __init__(self, config: TandemConfig) -> None:
+        """Loads the model, here and now. Raises ModelRefused."""
+        self.engine = Engine(config, self._publish)
+        self._calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts stepping; listeners are called in the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends after the step under way. Blocks for it."""
+        self.post(self._mark_stopping)
+        self._thread.join()
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Runs `call` between steps; nobody waits for it."""
+        self._calls.put(call)
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Runs `function` between steps and returns its result, or raises what it raised."""
+        assert self._loop is not None
+        done: asyncio.Future[T] = self._loop.create_future()
+
+        def run() -> None:
+            try:
+                result = function()
+            except Exception as error:
+                self._tell(_settle, done, error, None)
+            else:
+                self._tell(_settle, done, None, result)
+
+        self._calls.put(run)
+        return await done
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._drain_calls(block=not self.engine.has_work)
+            if self.engine.has_work:
+                self.engine.step()
+
+    def _drain_calls(self, block: bool) -> None:
+        try:
+            while True:
+                self._calls.get(block=block)()
+                block = False
+        except queue.Empty:
+            return
+
+    def _mark_stopping(self) -> None:
+        self._stopping = True
+
+    def _publish(self, emissions: list[Emission]) -> None:
+        self._tell(_deliver, emissions)
+
+    def _tell(self, callback: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:
+            # The loop closed while a step was under way: the process is leaving and nobody listens.
+            log.debug("event loop closed; dropped an engine event")
+
+
+def _settle(done: asyncio.Future[T], error: Exception | None, result: T) -> None:
+    if done.cancelled():
+        return
+    if error is not None:
+        done.set_exception(error)
+    else:
+        done.set_result(result)
+
+
+def _deliver(emissions: list[Emission]) -> None:
+    for sequence, event in emissions:
+        sequence.listener(event)

@@ -1,0 +1,185 @@
+"""What every worker process has, whatever its roles: one engine, one gRPC server, one link to the router."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import grpc
+
+from tandem import __version__, rpc, wire
+from tandem.config import TandemConfig
+from tandem.engine.block_pool import BlockTable
+from tandem.engine.sequence import EngineEvent, Sequence
+from tandem.errors import Refused, Unavailable
+from tandem.types import EngineRequest, ModelInfo, Role
+from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
+from tandem.worker.engine_thread import EngineThread
+
+log = logging.getLogger(__name__)
+
+
+class Promise(Protocol):
+    """Blocks that the decode role of this very worker reserved: a colocated prefill computes straight into them."""
+
+    request: EngineRequest
+    table: BlockTable
+
+    def listener(self, event: EngineEvent, /) -> None:
+        """Gets the sequence's events from the second token on."""
+
+    def begin(self, sequence: Sequence) -> None:
+        """The sequence that runs in these blocks."""
+
+
+class Room(Protocol):
+    """A role's services on a worker."""
+
+    role: Role
+    # Full name of its gRPC service.
+    service: str
+
+    def attach(self, server: grpc.aio.Server) -> None: ...
+
+    def report(self, load: registry_pb2.Load) -> None:
+        """Fills in the fields of the heartbeat that this role knows."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests still depend on this role."""
+
+    async def aclose(self) -> None: ...
+
+
+class WorkerHost:
+    """The state that a worker's rooms share. Lives in the event loop."""
+
+    def __init__(self, config: TandemConfig, thread: EngineThread, roles: frozenset[Role]) -> None:
+        self.config = config
+        self.thread = thread
+        self.engine = thread.engine
+        self.info: ModelInfo = thread.engine.info
+        self.worker_id = f"{'+'.join(sorted(roles))}-{secrets.token_hex(4)}"
+        self.roles = roles
+        self.draining = False
+        # By reservation id.
+        self.promises: dict[str, Promise] = {}
+        self.rooms: list[Room] = []
+        # KV transports that the worker can receive by, best first.
+        self.transports: list[str] = []
+        self.address = ""
+        # Set when something changed that the router should hear of before the next heartbeat is due.
+        self.news = asyncio.Event()
+        # Set when the worker should finish what is live and leave.
+        self.leaving = asyncio.Event()
+        self._blocks_freed: list[Callable[[], None]] = []
+        loop = asyncio.get_running_loop()
+        self.engine.pool.on_free = lambda: loop.call_soon_threadsafe(self._on_free)
+
+    def require(self, role: Role) -> None:
+        """Raises Refused or Unavailable when the worker takes no new work of this role."""
+        if role not in self.roles:
+            raise Refused(f"worker {self.worker_id} does not play the role {role}")
+        if self.draining:
+            raise Unavailable(f"worker {self.worker_id} is draining", retry_after_ms=1000)
+
+    def when_blocks_free(self, callback: Callable[[], None]) -> None:
+        """Calls back in the event loop each time blocks return to the pool."""
+        self._blocks_freed.append(callback)
+
+    def _on_free(self) -> None:
+        for callback in self._blocks_freed:
+            callback()
+
+    def set_roles(self, roles: frozenset[Role]) -> None:
+        """Plays these roles from now on. Raises Refused for a role whose room this process does not have."""
+        missing = roles - {room.role for room in self.rooms}
+        if missing:
+            raise Refused(f"worker {self.worker_id} cannot play the role {min(missing)}: it has no such service")
+        self.roles = roles
+        self.news.set()
+
+    def drain(self) -> None:
+        """Takes no new work from now on; the process leaves when nothing depends on it any more."""
+        self.draining = True
+        self.leaving.set()
+        self.news.set()
+
+    async def until_idle(self) -> None:
+        freed = asyncio.Event()
+        self.when_blocks_free(freed.set)
+        while self.busy:
+            # A request's last blocks may come back a moment before its bookkeeping ends: look again soon.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(freed.wait(), 0.1)
+            freed.clear()
+
+    @property
+    def busy(self) -> bool:
+        return self.engine.num_live > 0 or any(room.busy for room in self.rooms)
+
+    def hello(self) -> registry_pb2.Hello:
+        return registry_pb2.Hello(
+            worker_id=self.worker_id,
+            address=self.address,
+            roles=wire.roles_to_wire(self.roles),
+            model=wire.model_to_wire(self.info),
+            version=__version__,
+            total_blocks=self.engine.pool.num_blocks,
+            transports=self.transports,
+            pid=os.getpid(),
+            device=self.config.engine.device,
+        )
+
+    def load(self) -> registry_pb2.Load:
+        engine = self.engine.load
+        load = registry_pb2.Load(
+            free_blocks=self.engine.pool.num_free,
+            queued_prompt_tokens=engine.queued_prompt_tokens,
+            running_decodes=engine.running,
+            waiting_prefills=engine.waiting,
+            steps=engine.steps,
+            prefix_hit_tokens=engine.prefix_hit_tokens,
+            prefix_query_tokens=engine.prefix_query_tokens,
+        )
+        for room in self.rooms:
+            room.report(load)
+        return load
+
+    def integrity(self) -> registry_pb2.Integrity:
+        report, load = self.engine.pool.check_integrity(), self.load()
+        return registry_pb2.Integrity(
+            ok=not report.problem,
+            referenced_blocks=report.referenced,
+            reservations=load.reservations,
+            quarantined_blocks=report.quarantined,
+            live_sequences=self.engine.num_live,
+            problem=report.problem,
+        )
+
+
+class AdminService(worker_pb2_grpc.WorkerAdminServicer):
+    def __init__(self, host: WorkerHost) -> None:
+        self._host = host
+
+    async def CheckIntegrity(self, request: worker_pb2.CheckIntegrityRequest, context: Any) -> registry_pb2.Integrity:
+        return self._host.integrity()
+
+
+async def make_worker_server(host: WorkerHost, rooms: list[Room], max_message_bytes: int) -> grpc.aio.Server:
+    """The worker's server with every room's services; bound and announced as host.address. Raises ConfigError."""
+    server = rpc.make_server(max_message_bytes)
+    host.rooms = rooms
+    for room in rooms:
+        room.attach(server)
+    worker_pb2_grpc.add_WorkerAdminServicer_to_server(AdminService(host), server)
+    await rpc.add_health(server, (*(room.service for room in rooms), "tandem.v1.WorkerAdmin"))
+    worker = host.config.worker
+    port = rpc.bind(server, worker.host, worker.port)
+    host.address = worker.advertise or f"{worker.host}:{port}"
+    return server

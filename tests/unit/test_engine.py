@@ -1,0 +1,210 @@
+"""The engine on tiny models: same tokens, nothing leaked, clear refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_driver import EngineDriver
+from model_zoo import ARCHITECTURES, save_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tandem.config import EngineConfig, parse_config
+from tandem.engine.engine import Engine
+from tandem.engine.kv_cache import count_blocks
+from tandem.engine.model_loader import load_model
+from tandem.engine.sequence import ChunkDone, Started
+from tandem.errors import InvalidRequest, ModelRefused
+from tandem.types import Fingerprint, FinishReason, SamplingParams
+
+PROMPTS = [[5, 6, 7], list(range(3, 60)), [9] * 20]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+def _refusal(path: Path, **settings: Any) -> str:
+    with pytest.raises(ModelRefused) as caught:
+        Engine(parse_config({"model": {"path": str(path)}, "engine": {"kv_memory_mib": 4}, **settings}), print)
+    return caught.value.message
+
+
+def test_batch_chunks_and_prefix_cache_do_not_change_tokens(llama: Path) -> None:
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    alone = [EngineDriver(llama).generate([prompt], params)[0] for prompt in PROMPTS]
+    chunked = EngineDriver(llama, max_step_tokens=5)
+    assert chunked.generate(PROMPTS, params) == alone
+    assert chunked.generate(PROMPTS, params) == alone
+    assert chunked.engine.load.prefix_hit_tokens > 0
+    assert EngineDriver(llama, prefix_cache=False).generate(PROMPTS, params) == alone
+
+
+def test_seeded_sampling_is_the_same_alone_and_in_a_batch(llama: Path) -> None:
+    params = [
+        SamplingParams(max_tokens=10, temperature=1.0, top_p=0.95, seed=seed, ignore_eos=True) for seed in range(16)
+    ]
+    driver = EngineDriver(llama)
+    together = driver.generate([PROMPTS[1]] * 16, params)
+    alone = [driver.generate([PROMPTS[1]], each)[0] for each in params]
+    assert together == alone
+    assert len({tuple(tokens) for tokens in together}) > 8
+
+
+def test_events_come_in_order(llama: Path) -> None:
+    driver = EngineDriver(llama, max_step_tokens=32)
+    driver.generate([PROMPTS[1]], SamplingParams(max_tokens=2, ignore_eos=True))
+    events = [event for _, event in driver.emissions]
+    assert isinstance(events[0], Started)
+    assert [event for event in events if isinstance(event, ChunkDone)] == [ChunkDone(0, 32), ChunkDone(32, 57)]
+    assert [type(event).__name__ for event in events[-2:]] == ["NewToken", "NewToken"]
+
+
+def test_eos_stop_ids_and_length_end_a_request(llama: Path) -> None:
+    driver = EngineDriver(llama)
+    free = driver.generate([PROMPTS[0]], SamplingParams(max_tokens=8, ignore_eos=True))[0]
+    stopped = driver.add("stop", PROMPTS[0], SamplingParams(max_tokens=8, ignore_eos=True, stop_token_ids=(free[2],)))
+    long = driver.add("length", PROMPTS[0], SamplingParams(max_tokens=3, ignore_eos=True))
+    driver.run()
+    assert stopped.finish_reason is FinishReason.STOP
+    assert stopped.output_ids == free[: free.index(free[2]) + 1]
+    assert long.finish_reason is FinishReason.LENGTH
+    assert long.output_ids == free[:3]
+
+
+def test_abort_in_every_state_frees_everything(llama: Path) -> None:
+    driver = EngineDriver(llama, max_step_tokens=8)
+    survivor = driver.add("survivor", PROMPTS[0], SamplingParams(max_tokens=30, ignore_eos=True))
+    waiting = driver.add("waiting", PROMPTS[1], SamplingParams(max_tokens=5))
+    driver.engine.abort(waiting)
+    prefilling = driver.add("prefilling", [7] * 57, SamplingParams(max_tokens=5))
+    driver.engine.step()
+    assert 0 < prefilling.num_computed < 57
+    driver.engine.abort(prefilling)
+    decoding = driver.add("decoding", [8] * 4, SamplingParams(max_tokens=40, ignore_eos=True))
+    while len(decoding.output_ids) < 3:
+        driver.engine.step()
+    driver.engine.abort(decoding)
+    driver.engine.abort(decoding)
+    driver.run()
+    assert survivor.finish_reason is FinishReason.LENGTH
+    assert driver.engine.num_live == 0
+    assert driver.engine.pool.check_integrity().referenced == 0
+
+
+def test_a_failing_step_ends_its_sequences_and_not_the_engine(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = EngineDriver(llama)
+    with monkeypatch.context() as broken:
+        broken.setattr(driver.engine._runner, "run", lambda plan: 1 / 0)
+        driver.add("unlucky", PROMPTS[0], SamplingParams(max_tokens=4))
+        driver.run()
+    assert "unlucky" in driver.failures
+    assert "division" not in str(driver.failures["unlucky"]), "no internals in error messages"
+    assert driver.engine.pool.check_integrity().referenced == 0
+    driver.failures.clear()
+    assert len(driver.generate([PROMPTS[0]], SamplingParams(max_tokens=4, ignore_eos=True))[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "complaint"),
+    [
+        ([], SamplingParams(), "empty"),
+        ([128], SamplingParams(), "128"),
+        ([5], SamplingParams(logit_bias={500: 1.0}), "500"),
+        ([5] * 500, SamplingParams(max_tokens=13), "512"),
+    ],
+)
+def test_bad_requests_are_refused(llama: Path, prompt: list[int], params: SamplingParams, complaint: str) -> None:
+    with pytest.raises(InvalidRequest, match=complaint):
+        EngineDriver(llama).add("bad", prompt, params)
+
+
+def test_a_request_larger_than_the_pool_is_refused(llama: Path) -> None:
+    driver = EngineDriver(llama, num_blocks=4)
+    with pytest.raises(InvalidRequest, match="the pool holds 64"):
+        driver.add("large", [5] * 60, SamplingParams(max_tokens=6))
+    assert driver.engine.pool.num_free == 4
+
+
+def test_a_missing_model_is_refused(tmp_path: Path) -> None:
+    assert "nowhere" in _refusal(tmp_path / "nowhere")
+
+
+def test_a_model_that_does_its_own_attention_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "mamba",
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=4,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    message = _refusal(tmp_path)
+    assert "mamba" in message
+    assert "\n" not in message
+
+
+def test_attention_arguments_that_are_not_honoured_are_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "gpt_oss",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert "s_aux" in _refusal(tmp_path)
+
+
+def test_dynamic_rope_is_refused(tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "dynamic" in _refusal(tmp_path)
+
+
+def test_a_pool_without_room_for_a_block_is_refused() -> None:
+    large = Fingerprint("", "", "float32", block_size=256, num_layers=80, num_kv_heads=8, head_dim=128, layout=1)
+    with pytest.raises(ModelRefused, match="kv_memory_mib 1 holds none"):
+        count_blocks(EngineConfig(kv_memory_mib=1), large)
+
+
+def test_fingerprints_tell_models_apart(llama: Path, tmp_path: Path) -> None:
+    other = save_model("llama", tmp_path / "other", seed=1)
+
+    def fingerprint(path: Path, **engine: Any) -> Any:
+        return load_model(parse_config({"model": {"path": str(path)}, "engine": engine})).info.fingerprint
+
+    same = fingerprint(llama)
+    assert same.difference(fingerprint(llama)) is None
+    assert "weights_hash" in (same.difference(fingerprint(other)) or "")
+    assert same.difference(fingerprint(llama, block_size=32)) == "block_size 16 against 32"
+
+
+def test_dummy_weights_need_a_config_only_and_follow_the_seed(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", **ARCHITECTURES["llama"]).save_pretrained(tmp_path)
+
+    def weights(seed: int) -> torch.Tensor:
+        model = {"path": str(tmp_path), "load_format": "dummy", "seed": seed}
+        return next(load_model(parse_config({"model": model})).model.parameters())
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_half_precision_runs(llama: Path) -> None:
+    config = parse_config({"model": {"path": str(llama), "dtype": "bfloat16"}, "engine": {"kv_memory_mib": 4}})
+    assert Engine(config, print).info.fingerprint.dtype == "bfloat16"

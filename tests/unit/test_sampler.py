@@ -1,0 +1,160 @@
+"""Sampling: right distributions, right filters, and a result that depends on the row alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tandem.engine.sampler import Sampler, uniform
+from tandem.engine.sequence import Sequence
+from tandem.types import EngineRequest, SamplingParams
+
+VOCAB = 50
+EOS = 2
+
+
+def _row(params: SamplingParams, outputs: tuple[int, ...] = (), prompt: tuple[int, ...] = (5, 6)) -> Sequence:
+    request = EngineRequest("r", prompt, replace(params, max_tokens=100))
+    return Sequence(request, lambda event: None, decode_here=True, output_ids=list(outputs))
+
+
+def _logits(rows: int = 1, seed: int = 0) -> Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def _sample(logits: Tensor, *rows: Sequence) -> list[int]:
+    return [token.id for token in Sampler((EOS,)).sample(logits, list(rows))]
+
+
+def _draws(logits: Tensor, params: SamplingParams, count: int) -> Tensor:
+    """Relative frequencies of tokens over many seeds."""
+    rows = [_row(replace(params, seed=seed)) for seed in range(count)]
+    picked = torch.tensor(_sample(logits.expand(count, -1), *rows))
+    return torch.bincount(picked, minlength=VOCAB) / count
+
+
+def test_uniform_is_spread_evenly_over_seeds_and_positions() -> None:
+    draws = torch.tensor([uniform(seed, position) for seed in range(200) for position in range(50)])
+    assert 0 <= float(draws.min()) <= float(draws.max()) < 1
+    counts = torch.histc(draws, bins=20, min=0, max=1)
+    assert float((counts - 500).abs().max()) < 120  # five standard deviations
+    assert uniform(1, 0) != uniform(0, 1)
+
+
+def test_greedy_takes_the_best() -> None:
+    logits = _logits(3)
+    assert _sample(logits, *[_row(SamplingParams())] * 3) == logits.argmax(dim=-1).tolist()
+
+
+def test_frequencies_follow_the_softmax() -> None:
+    logits = _logits()
+    wanted = torch.softmax(logits[0] / 0.7, dim=-1)
+    assert float((_draws(logits, SamplingParams(temperature=0.7), 20000) - wanted).abs().max()) < 0.015
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0, top_k=3),
+        SamplingParams(temperature=1.0, top_p=0.6),
+        SamplingParams(temperature=1.0, min_p=0.3),
+        SamplingParams(temperature=1.5, top_k=8, top_p=0.8, min_p=0.1),
+    ],
+)
+def test_filters_agree_with_transformers(params: SamplingParams) -> None:
+    from transformers.generation.logits_process import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = _logits()
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
+    if params.top_k:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        warpers.append(MinPLogitsWarper(params.min_p))
+    wanted = torch.softmax(warpers(torch.zeros(1, 1, dtype=torch.long), logits.clone()), dim=-1)[0]
+    got = _draws(logits, params, 20000)
+    assert set(got.nonzero().flatten().tolist()) == set(wanted.nonzero().flatten().tolist())
+    assert float((got - wanted).abs().max()) < 0.02
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    logits = _logits(16)
+    kinds = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0, seed=7),
+        SamplingParams(temperature=0.9, top_p=0.9, seed=8),
+        SamplingParams(temperature=1.1, top_k=5, presence_penalty=1.0, seed=9),
+    ]
+    rows = [_row(replace(kinds[i % 4]), outputs=(3, 4, i)) for i in range(16)]
+    together = _sample(logits, *rows)
+    alone = [_sample(logits[i : i + 1], rows[i])[0] for i in range(16)]
+    assert together == alone
+
+
+def test_position_changes_the_draw_and_seed_repeats_it() -> None:
+    flat = torch.zeros(1, VOCAB)
+    params = SamplingParams(temperature=1.0, seed=3)
+    draws = [_sample(flat, _row(params, outputs=(1,) * position))[0] for position in range(20)]
+    assert len(set(draws)) > 5
+    assert draws == [_sample(flat, _row(params, outputs=(1,) * position))[0] for position in range(20)]
+
+
+def test_penalties_agree_with_their_definitions() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5], logits[0, 7], logits[0, 9] = 2.0, 1.9, -1.0
+    # 5 is in the prompt: repetition divides it below 7.
+    assert _sample(logits, _row(SamplingParams(repetition_penalty=1.5))) == [7]
+    # presence and frequency look at the output only.
+    assert _sample(logits, _row(SamplingParams(presence_penalty=2.0))) == [5]
+    assert _sample(logits, _row(SamplingParams(presence_penalty=0.5), outputs=(5,))) == [7]
+    assert _sample(logits, _row(SamplingParams(frequency_penalty=0.06), outputs=(5, 5))) == [7]
+    assert _sample(logits, _row(SamplingParams(frequency_penalty=0.06), outputs=(5,))) == [5]
+
+
+def test_penalty_counts_follow_the_output_as_it_grows_and_after_a_handoff() -> None:
+    params = SamplingParams(frequency_penalty=0.5, repetition_penalty=1.2, temperature=1.0, seed=4)
+    sampler, logits = Sampler((EOS,)), _logits()
+    stayed = _row(params)
+    for _ in range(8):
+        stayed.output_ids.append(sampler.sample(logits, [stayed])[0].id)
+    for length in range(8):
+        moved = _row(params, outputs=tuple(stayed.output_ids[:length]))
+        assert _sample(logits, moved) == [stayed.output_ids[length]]
+
+
+def test_bias_and_min_tokens() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, EOS] = 10.0
+    assert _sample(logits, _row(SamplingParams())) == [EOS]
+    assert _sample(logits, _row(SamplingParams(logit_bias={9: 11.0}))) == [9]
+    banned = SamplingParams(min_tokens=2, stop_token_ids=(0,))
+    assert _sample(logits, _row(banned))[0] not in (EOS, 0)
+    assert _sample(logits, _row(banned, outputs=(1, 1))) == [EOS]
+    assert _sample(logits, _row(SamplingParams(min_tokens=2, ignore_eos=True))) == [EOS]
+
+
+def test_logprobs_are_of_the_models_own_distribution() -> None:
+    logits = _logits()
+    wanted = torch.log_softmax(logits[0], dim=-1)
+    params = SamplingParams(temperature=0.5, top_k=2, seed=1, logprobs=3, logit_bias={4: 50.0})
+    token = Sampler((EOS,)).sample(logits, [_row(params)])[0]
+    assert token.id == 4
+    assert token.logprob == pytest.approx(float(wanted[4]))
+    best = wanted.topk(3)
+    assert [id_ for id_, _ in token.top_logprobs] == best.indices.tolist()
+    assert [value for _, value in token.top_logprobs] == pytest.approx(best.values.tolist())
+    assert Sampler((EOS,)).sample(logits, [_row(SamplingParams(logprobs=0))])[0].top_logprobs == ()
+
+
+def test_extreme_temperatures_do_not_break() -> None:
+    logits = _logits() * 100
+    assert _sample(logits, _row(SamplingParams(temperature=1e-6, seed=1))) == [int(logits.argmax())]
+    assert 0 <= _sample(logits, _row(SamplingParams(temperature=100, seed=1)))[0] < VOCAB
