@@ -1,0 +1,40 @@
+"""`python -m router`: the router as a process."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from router.app import run
+from tandem.config import load_config
+from tandem.errors import ConfigError
+
+_LINE = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="router", description=__doc__)
+    parser.add_argument("--config", type=Path, help="YAML file; tandem/config.py lists its keys")
+    parser.add_argument("--host", help="address to listen on; overrides router.host")
+    parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one; overrides router.port")
+    options = parser.parse_args(arguments)
+    _configure_logging()
+    try:
+        config = load_config(options.config, {"router": {"host": options.host, "port": options.port}})
+    except ConfigError as error:
+        print(f"router: {error}", file=sys.stderr)
+        return 2
+    return run(config)
+
+
+def _configure_logging() -> None:
+    """To stderr, with the request id on every line; '-' on lines of no request."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(_LINE, defaults={"request_id": "-"}))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Validates a request once; what lies behind may trust it."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from tokenizers import Tokenizer
+
+from router.tokenizer import encode
+from tandem.config import RouterConfig
+from tandem.errors import InvalidRequest, ModelNotFound, Overloaded, Unavailable
+from tandem.types import (
+    MAX_CHOICES,
+    MAX_STOP_STRING_CHARS,
+    MAX_STOP_STRINGS,
+    EngineRequest,
+    ModelInfo,
+    SamplingParams,
+)
+from tandem.v1 import generation_pb2
+from tandem.wire import sampling_from_wire
+
+MAX_LABEL_CHARS = 256
+# A house that is full empties at the pace of whole requests: sooner makes no sense.
+RETRY_AFTER_MS = 1000
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A valid request: tokenized once, seeded, with the router's own id."""
+
+    request_id: str
+    model: ModelInfo
+    prompt_ids: tuple[int, ...]
+    # With a seed.
+    sampling: SamplingParams
+    n: int
+    stop: tuple[str, ...]
+    cache_salt: str
+    keep_special_tokens: bool
+    user_tag: str
+
+    def choice(self, index: int, attempt: int = 0) -> EngineRequest:
+        """What the workers get for one choice."""
+        return EngineRequest(
+            request_id=self.request_id if self.n == 1 else f"{self.request_id}-{index}",
+            prompt_ids=self.prompt_ids,
+            sampling=replace(self.sampling, seed=choice_seed(self.sampling.seed or 0, index)),
+            attempt=attempt,
+            cache_salt=self.cache_salt,
+        )
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """The request's own seed for choice 0; for the others one that depends on nothing but (seed, index)."""
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest())
+
+
+def deadline_s(remaining_s: float | None, config: RouterConfig) -> float:
+    """Seconds that a request may take (law 4). remaining_s: what its caller set, if anything."""
+    return min(config.default_deadline_s if remaining_s is None else remaining_s, config.max_deadline_s)
+
+
+class Gate:
+    """Counts the requests in the house."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._inside = 0
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Raises Overloaded when the house is full."""
+        if self._inside >= self._limit:
+            raise Overloaded(
+                f"{self._limit} requests are live, the most this router takes", retry_after_ms=RETRY_AFTER_MS
+            )
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+
+class Admission:
+    def __init__(self, tokenizer: Tokenizer | None, served: Callable[[], ModelInfo | None]) -> None:
+        self.tokenizer = tokenizer
+        self._served = served
+
+    async def admit(self, request: generation_pb2.GenerateRequest) -> Admitted:
+        """Raises InvalidRequest naming the field and its limit, ModelNotFound, or Unavailable."""
+        _check_labels(request)
+        n = request.n or 1
+        _require(n <= MAX_CHOICES, "n", f"n must be in [1, {MAX_CHOICES}], not {n}")
+        stop = self._stop_strings(request)
+        sampling = sampling_from_wire(request.sampling) if request.HasField("sampling") else SamplingParams()
+        model = self._model(request.model)
+        _check_token_maps(sampling, model.vocab_size)
+        prompt_ids = await self._prompt_ids(request, model)
+        _check_length(len(prompt_ids), sampling.max_tokens, model.max_model_len)
+        return Admitted(
+            request_id=secrets.token_hex(16),
+            model=model,
+            prompt_ids=prompt_ids,
+            sampling=sampling if sampling.seed is not None else replace(sampling, seed=secrets.randbits(64)),
+            n=n,
+            stop=stop,
+            cache_salt=request.cache_salt,
+            keep_special_tokens=request.keep_special_tokens,
+            user_tag=request.user_tag,
+        )
+
+    def _model(self, name: str) -> ModelInfo:
+        model = self._served()
+        if model is None:
+            raise Unavailable("no worker has joined, so no model is served")
+        if name and name != model.name:
+            raise ModelNotFound(f"model {name!r} is not served; served: {model.name}", field="model")
+        return model
+
+    def _stop_strings(self, request: generation_pb2.GenerateRequest) -> tuple[str, ...]:
+        stop = tuple(request.stop)
+        _require(len(stop) <= MAX_STOP_STRINGS, "stop", f"stop must hold at most {MAX_STOP_STRINGS} strings")
+        for string in stop:
+            _require(bool(string), "stop", "a stop string must not be empty")
+            limit = f"a stop string must have at most {MAX_STOP_STRING_CHARS} characters, not {len(string)}"
+            _require(len(string) <= MAX_STOP_STRING_CHARS, "stop", limit)
+        _require(not stop or self.tokenizer is not None, "stop", "stop strings need a tokenizer; the model has none")
+        return stop
+
+    async def _prompt_ids(self, request: generation_pb2.GenerateRequest, model: ModelInfo) -> tuple[int, ...]:
+        match request.WhichOneof("prompt"):
+            case "text":
+                ids = await self._encode(request.text)
+            case "token_ids":
+                ids = tuple(request.token_ids.ids)
+            case _:
+                raise InvalidRequest("the request has no prompt", field="prompt")
+        _require(bool(ids), "prompt", "the prompt is empty")
+        _require(max(ids) < model.vocab_size, "prompt", f"token ids must be below {model.vocab_size}, not {max(ids)}")
+        return ids
+
+    async def _encode(self, data: bytes) -> tuple[int, ...]:
+        if self.tokenizer is None:
+            raise InvalidRequest("the model has no tokenizer: the prompt must be token ids", field="prompt")
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"the prompt is not valid UTF-8 at byte {error.start}", field="prompt") from None
+        _require(bool(text), "prompt", "the prompt is empty")
+        return await encode(self.tokenizer, text)
+
+
+def _require(ok: bool, field: str, message: str) -> None:
+    if not ok:
+        raise InvalidRequest(message, field=field)
+
+
+def _check_labels(request: generation_pb2.GenerateRequest) -> None:
+    for name in ("model", "user_tag", "cache_salt"):
+        length = len(getattr(request, name))
+        limit = f"{name} must have at most {MAX_LABEL_CHARS} characters, not {length}"
+        _require(length <= MAX_LABEL_CHARS, name, limit)
+
+
+def _check_token_maps(sampling: SamplingParams, vocab_size: int) -> None:
+    for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+        largest = max(ids, default=0)
+        _require(largest < vocab_size, name, f"{name} must hold token ids below {vocab_size}, not {largest}")
+
+
+def _check_length(prompt_tokens: int, max_tokens: int, limit: int) -> None:
+    _require(prompt_tokens < limit, "prompt", f"the prompt has {prompt_tokens} tokens; the model's limit is {limit}")
+    _require(
+        prompt_tokens + max_tokens <= limit,
+        "max_tokens",
+        f"prompt ({prompt_tokens}) and max_tokens ({max_tokens}) together exceed the model's limit of {limit} tokens",
+    )

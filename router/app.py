@@ -1,0 +1,90 @@
+"""Puts the router together and runs it until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from router.admission import Admission
+from router.generation import GenerationService
+from router.join import JoinService
+from router.orchestrator import Orchestrator
+from router.registry import Registry
+from router.tokenizer import load_tokenizer
+from tandem import rpc
+from tandem.config import TandemConfig
+from tandem.errors import ConfigError
+from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2, registry_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+# A stopping router waits this long for live requests.
+STOP_GRACE_S = 5.0
+# Then this long for calls that do not end by themselves: joined workers, health watchers.
+HANG_UP_S = 0.5
+
+
+def run(config: TandemConfig) -> int:
+    """The process's exit code: 0 after a signal, 2 when the configuration is wrong or the port is taken."""
+    try:
+        asyncio.run(serve(config, lambda address: print(f"ready {address}", flush=True)))
+    except ConfigError as error:
+        print(f"router: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+async def serve(config: TandemConfig, ready: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT. ready gets host:port once the router answers. Raises ConfigError."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with open_router(config) as address:
+        ready(address)
+        await stop.wait()
+        log.info("stopping")
+
+
+@asynccontextmanager
+async def open_router(config: TandemConfig) -> AsyncIterator[str]:
+    """A serving router; yields its host:port, and stops gracefully on the way out. Raises ConfigError."""
+    registry = Registry(config.router)
+    admission = Admission(load_tokenizer(config.model), lambda: registry.model)
+    orchestrator = Orchestrator(config.router, registry, admission)
+    server = rpc.make_server(config.router.max_message_bytes)
+    generation, join = GenerationService(orchestrator, registry), JoinService(registry, config.router)
+    generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
+    registry_pb2_grpc.add_RegistryServicer_to_server(join, server)
+    health_service = await _add_health(server)
+    port = rpc.bind(server, config.router.host, config.router.port)
+    await server.start()
+    try:
+        yield f"[{config.router.host}]:{port}" if ":" in config.router.host else f"{config.router.host}:{port}"
+    finally:
+        await health_service.enter_graceful_shutdown()
+        await orchestrator.close(STOP_GRACE_S)
+        registry.close()
+        await server.stop(HANG_UP_S)
+
+
+async def _add_health(server: grpc.aio.Server) -> Any:
+    """The standard health service and reflection."""
+    names = [
+        generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name,
+        registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,
+    ]
+    service = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    for name in names:
+        await service.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(service, server)
+    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return service

@@ -1,0 +1,89 @@
+"""The gRPC front door: the Generation service, which the SDK and the CLI speak."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import grpc
+
+import tandem
+from router.orchestrator import Live, Orchestrator
+from router.registry import Registry
+from router.worker import Worker
+from tandem.errors import Cancelled
+from tandem.types import Event
+from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2
+from tandem.wire import event_to_wire, model_to_wire
+
+# Entries in one Status answer.
+MAX_LISTED_REQUESTS = 100
+INTEGRITY_TIMEOUT_S = 5.0
+
+
+class GenerationService(generation_pb2_grpc.GenerationServicer):
+    def __init__(self, orchestrator: Orchestrator, registry: Registry) -> None:
+        self._orchestrator = orchestrator
+        self._registry = registry
+        self._started_s = time.monotonic()
+
+    async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> None:
+        async def emit(event: Event) -> None:
+            try:
+                await context.write(event_to_wire(event))
+            except grpc.aio.BaseError as error:
+                # gRPC's handling of a client that left can reach the write before it cancels this call.
+                raise Cancelled("the client left") from error
+
+        await self._orchestrator.generate(request, context.time_remaining(), emit)
+
+    async def ListModels(
+        self, _request: generation_pb2.ListModelsRequest, _context: Any
+    ) -> generation_pb2.ListModelsResponse:
+        return generation_pb2.ListModelsResponse(models=self._models())
+
+    async def Status(self, request: generation_pb2.StatusRequest, _context: Any) -> generation_pb2.StatusResponse:
+        workers = self._registry.workers
+        checks = await asyncio.gather(*(_integrity(worker, request.check_integrity) for worker in workers))
+        live = self._orchestrator.live
+        return generation_pb2.StatusResponse(
+            version=tandem.__version__,
+            uptime_ms=(time.monotonic() - self._started_s) * 1000,
+            live_requests=len(live),
+            finished_requests=self._orchestrator.finished,
+            failed_requests=self._orchestrator.failed,
+            workers=[_worker_status(worker, check) for worker, check in zip(workers, checks, strict=True)],
+            models=self._models(),
+            requests=[_live_request(entry) for entry in live[:MAX_LISTED_REQUESTS]],
+        )
+
+    def _models(self) -> list[registry_pb2.ModelInfo]:
+        model = self._registry.model
+        return [] if model is None else [model_to_wire(model)]
+
+
+async def _integrity(worker: Worker, wanted: bool) -> registry_pb2.Integrity | None:
+    return await worker.check_integrity(INTEGRITY_TIMEOUT_S) if wanted else None
+
+
+def _worker_status(worker: Worker, check: registry_pb2.Integrity | None) -> generation_pb2.WorkerStatus:
+    return generation_pb2.WorkerStatus(
+        hello=worker.hello,
+        load=worker.load,
+        heartbeat_age_ms=(time.monotonic() - worker.heard_s) * 1000,
+        draining=worker.draining,
+        integrity=check,
+    )
+
+
+def _live_request(live: Live) -> generation_pb2.LiveRequest:
+    """Of n choices, the first stands for the request."""
+    choice = live.choices[0]
+    return generation_pb2.LiveRequest(
+        request_id=live.request_id,
+        phase=choice.timeline.phase,
+        age_ms=live.timeline.now_ms(),
+        prefill_worker=choice.prefill_worker,
+        decode_worker=choice.decode_worker,
+    )

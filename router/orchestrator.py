@@ -1,0 +1,167 @@
+"""One request from the door to its end, whatever the door: n choices at once, one deadline, one outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from router.admission import Admission, Admitted, Gate, deadline_s
+from router.aio import first_error
+from router.choice import Brief, Choice, Emit
+from router.detokenizer import Detokenizer
+from router.output import ChoiceOutput
+from router.registry import Registry
+from tandem import errors
+from tandem.config import RouterConfig
+from tandem.timeline import Phase, Timeline
+from tandem.types import Accepted, Completed, Event, Usage
+from tandem.v1 import generation_pb2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Live:
+    """An accepted request that has not ended."""
+
+    request_id: str
+    timeline: Timeline
+    choices: tuple[Choice, ...]
+
+
+class Orchestrator:
+    """Every door calls `generate`; who is live and how others ended is counted here.
+
+    open ──close()──▶ closing: new requests are refused, live ones have a grace ──▶ closed: the rest have failed
+    """
+
+    def __init__(self, config: RouterConfig, registry: Registry, admission: Admission) -> None:
+        self._config = config
+        self._registry = registry
+        self._admission = admission
+        self._gate = Gate(config.max_live_requests)
+        self._live: dict[str, Live] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closing = False
+        # Accepted requests that completed, and that ended otherwise (an error, or the client left).
+        self.finished = self.failed = 0
+
+    @property
+    def live(self) -> tuple[Live, ...]:
+        """Oldest first."""
+        return tuple(self._live.values())
+
+    async def generate(self, request: generation_pb2.GenerateRequest, remaining_s: float | None, emit: Emit) -> None:
+        """Emits the events of one request; returns after Completed, or raises a TandemError.
+
+        remaining_s: the caller's deadline. emit is never called twice at once, and its waiting slows the request
+        down, not the workers. Cancelling the call releases everything.
+        """
+        timeline = Timeline()
+        self._check_open()
+        with self._gate.enter():
+            async with _deadline(deadline_s(remaining_s, self._config)) as deadline:
+                admitted = await self._admission.admit(request)
+                timeline.mark(Phase.ADMITTED)
+                self._check_open()
+                await self._run(admitted, timeline, deadline, _one_at_a_time(emit))
+
+    async def close(self, grace_s: float) -> None:
+        """Refuses new requests, lets live ones finish for a while, then fails them. Returns when none is live."""
+        self._closing = True
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("%d requests are still live: ending them", len(self._live))
+        for live in self._live.values():
+            for choice in live.choices:
+                choice.fail(errors.Unavailable("the router stopped before the request had ended"))
+        await self._idle.wait()
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise errors.Unavailable("the router is stopping")
+
+    async def _run(self, admitted: Admitted, timeline: Timeline, deadline: float, emit: Emit) -> None:
+        choices = tuple(self._choice(admitted, index, timeline, deadline, emit) for index in range(admitted.n))
+        async with self._counted(admitted, Live(admitted.request_id, timeline, choices)):
+            await emit(Accepted(admitted.request_id, len(admitted.prompt_ids)))
+            with first_error():
+                async with asyncio.TaskGroup() as tasks:
+                    for choice in choices:
+                        tasks.create_task(choice.run())
+            await emit(Completed(_usage(admitted, choices)))
+
+    def _choice(self, admitted: Admitted, index: int, timeline: Timeline, deadline: float, emit: Emit) -> Choice:
+        request = admitted.choice(index)
+        brief = Brief(index, request, deadline, replace(timeline, marks=dict(timeline.marks)))
+        tokenizer = self._admission.tokenizer
+        detokenizer = tokenizer and Detokenizer(tokenizer, admitted.prompt_ids, admitted.keep_special_tokens)
+        spelled = frozenset(admitted.model.eos_token_ids) if admitted.keep_special_tokens else frozenset()
+        output = ChoiceOutput(detokenizer, admitted.stop, admitted.sampling.min_tokens, spelled)
+        return Choice(brief, output, self._registry, emit)
+
+    @asynccontextmanager
+    async def _counted(self, admitted: Admitted, live: Live) -> AsyncIterator[None]:
+        """The one place where an accepted request begins and ends (law 2)."""
+        adapter = logging.LoggerAdapter(log, {"request_id": live.request_id})
+        adapter.info(
+            "accepted: %d prompt tokens, n=%d, tag %r", len(admitted.prompt_ids), admitted.n, admitted.user_tag
+        )
+        self._live[live.request_id] = live
+        self._idle.clear()
+        try:
+            yield
+            self.finished += 1
+        except BaseException as error:
+            self.failed += 1
+            raise _told(error, adapter) from error
+        finally:
+            del self._live[live.request_id]
+            if not self._live:
+                self._idle.set()
+
+
+def _told(error: BaseException, adapter: logging.LoggerAdapter[logging.Logger]) -> BaseException:
+    """Logs how a request failed. A bug's details stay in the log; its caller learns that there was one."""
+    if isinstance(error, errors.TandemError | asyncio.CancelledError):
+        adapter.info("failed: %s: %s", type(error).__name__, error)
+        return error
+    adapter.error("unexpected error", exc_info=error)
+    return errors.InternalError("internal error; the router's log has the details")
+
+
+@asynccontextmanager
+async def _deadline(seconds: float) -> AsyncIterator[float]:
+    """Yields the deadline on the event loop's clock. Raises DeadlineExceeded when it passes inside."""
+    scope = asyncio.timeout(seconds)
+    try:
+        async with scope:
+            yield asyncio.get_running_loop().time() + seconds
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        raise errors.DeadlineExceeded(f"the request's deadline of {seconds:.3g} s passed") from None
+
+
+def _one_at_a_time(emit: Emit) -> Emit:
+    lock = asyncio.Lock()
+
+    async def locked(event: Event) -> None:
+        async with lock:
+            await emit(event)
+
+    return locked
+
+
+def _usage(admitted: Admitted, choices: tuple[Choice, ...]) -> Usage:
+    return Usage(
+        prompt_tokens=len(admitted.prompt_ids),
+        output_tokens=sum(choice.output_tokens for choice in choices),
+        cached_prompt_tokens=choices[0].cached_prompt_tokens,
+    )

@@ -1,0 +1,68 @@
+"""The text of one choice: token steps in; tokens, text and the reason of the end out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from router.detokenizer import Detokenizer
+from router.stop_strings import StopStrings
+from tandem.types import FinishReason, Token
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a worker produced for one choice at once; a finish reason marks the last."""
+
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason | None = None
+
+
+class ChoiceOutput:
+    """What the client has been given of one choice.
+
+    open ──finish reason of the worker──▶ ended (reason)
+      └────a stop string completes──────▶ ended (STOP, stop names it; later tokens do not exist)
+    """
+
+    def __init__(
+        self,
+        detokenizer: Detokenizer | None,
+        stop: Sequence[str],
+        min_tokens: int,
+        spelled_stop_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """spelled_stop_ids: tokens whose text is emitted although they end the choice."""
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(stop)
+        self._min_tokens = min_tokens
+        self._spelled_stop_ids = spelled_stop_ids
+        self.tokens = 0
+        self.reason: FinishReason | None = None
+
+    @property
+    def stop(self) -> str | None:
+        return self._stops.matched
+
+    def push(self, steps: Iterable[Step]) -> tuple[tuple[Token, ...], str]:
+        """The tokens and the text to emit for these steps."""
+        tokens: list[Token] = []
+        text = ""
+        for step in steps:
+            for token in step.tokens:
+                ends = step.finish_reason is FinishReason.STOP and token is step.tokens[-1]
+                tokens.append(token)
+                text += self._spell(token.id, ends)
+                if self.stop is not None:
+                    self.reason = FinishReason.STOP
+                    return tuple(tokens), text
+            if step.finish_reason is not None:
+                self.reason = step.finish_reason
+                text += self._stops.flush()
+        return tuple(tokens), text
+
+    def _spell(self, token_id: int, ends: bool) -> str:
+        self.tokens += 1
+        if self._detokenizer is None or (ends and token_id not in self._spelled_stop_ids):
+            return ""
+        return self._stops.push(self._detokenizer.push(token_id), armed=self.tokens > self._min_tokens)

@@ -1,0 +1,80 @@
+"""Which workers serve a choice: a pure function from a snapshot. Filter, score, pick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tandem.errors import InvalidRequest, Unavailable
+from tandem.types import Role
+
+
+@dataclass(frozen=True)
+class WorkerView:
+    """One routable worker at one moment: its last heartbeat and what this router placed since."""
+
+    worker_id: str
+    roles: frozenset[Role]
+    draining: bool
+    block_size: int
+    total_blocks: int
+    # Less what was placed since the heartbeat; below 0 when more is promised than there is.
+    free_blocks: int
+    # Prompt tokens not yet computed.
+    queued_prompt_tokens: int
+    # Decoding, reserved or waiting for blocks.
+    live_requests: int
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a choice needs: KV of its prompt while it prefills, of prompt and output while it decodes."""
+
+    prompt_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The ids of two workers; the same one twice when it plays both roles, and then the KV does not travel."""
+
+    prefill: str
+    decode: str
+
+
+def choose(workers: Sequence[WorkerView], demand: Demand) -> Placement:
+    """Raises Unavailable when a role has no worker now, InvalidRequest when no joined worker could ever hold it."""
+    prefills = _filter(workers, Role.PREFILL, demand.prompt_tokens)
+    decodes = _filter(workers, Role.DECODE, demand.prompt_tokens + demand.max_tokens)
+    prefill = min(prefills, key=_prefill_cost)
+    decode = prefill if prefill in decodes else min(decodes, key=_decode_cost)
+    return Placement(prefill.worker_id, decode.worker_id)
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)
+
+
+def _prefill_cost(worker: WorkerView) -> tuple[int, int, str]:
+    return worker.queued_prompt_tokens, worker.live_requests, worker.worker_id
+
+
+def _decode_cost(worker: WorkerView) -> tuple[int, int, str]:
+    return -worker.free_blocks, worker.live_requests, worker.worker_id
+
+
+def _filter(workers: Sequence[WorkerView], role: Role, tokens: int) -> list[WorkerView]:
+    playing = [worker for worker in workers if role in worker.roles]
+    if not playing:
+        raise Unavailable(f"no {role} worker has joined")
+    large = [worker for worker in playing if blocks_for(tokens, worker.block_size) <= worker.total_blocks]
+    if not large:
+        limit = max(worker.total_blocks * worker.block_size for worker in playing)
+        raise InvalidRequest(
+            f"the request needs room for {tokens} tokens; the largest {role} worker holds {limit}",
+            field="prompt" if role is Role.PREFILL else "max_tokens",
+        )
+    ready = [worker for worker in large if not worker.draining]
+    if not ready:
+        raise Unavailable(f"every {role} worker that could hold the request is draining")
+    return ready

@@ -1,0 +1,113 @@
+"""The workers that have joined, and who may join."""
+
+from __future__ import annotations
+
+import logging
+
+import tandem
+from router.placement import WorkerView
+from router.worker import Worker
+from tandem.config import RouterConfig
+from tandem.errors import InvalidRequest, Refused
+from tandem.types import ModelInfo, Role
+from tandem.v1 import registry_pb2
+from tandem.wire import model_from_wire, roles_from_wire
+
+log = logging.getLogger(__name__)
+
+
+class Registry:
+    """Joined workers by id. The first to join an empty registry decides the model; others must fit it."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._config = config
+        self._workers: dict[str, Worker] = {}
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        return tuple(self._workers.values())
+
+    @property
+    def model(self) -> ModelInfo | None:
+        """What is served; None while nobody has joined."""
+        return next((worker.model for worker in self._workers.values()), None)
+
+    def __getitem__(self, worker_id: str) -> Worker:
+        return self._workers[worker_id]
+
+    def snapshot(self) -> tuple[WorkerView, ...]:
+        """The workers that requests can be placed on, at this moment."""
+        return tuple(worker.view() for worker in self._workers.values() if worker.routable)
+
+    def admit(self, first: registry_pb2.Heartbeat) -> Worker:
+        """Takes a worker in, in place of an older one of the same id. Raises Refused saying what does not fit."""
+        hello = first.hello
+        problem = _malformed(hello) or self._misfit(hello)
+        if problem is not None:
+            log.warning("refused worker %r at %r: %s", hello.worker_id, hello.address, problem)
+            raise Refused(f"the router refused worker {hello.worker_id!r}: {problem}")
+        older = self._workers.get(hello.worker_id)
+        if older is not None:
+            self.remove(older, "the same worker_id joined again")
+        worker = self._workers[hello.worker_id] = Worker(first, self._config)
+        log.info("worker %s joined from %s", worker.id, hello.address)
+        return worker
+
+    def _misfit(self, hello: registry_pb2.Hello) -> str | None:
+        if hello.version != tandem.__version__:
+            return f"tandem version {hello.version!r} against the router's {tandem.__version__!r}"
+        others = (worker for worker in self._workers.values() if worker.id != hello.worker_id)
+        other = next(others, None)
+        return None if other is None else _difference(model_from_wire(hello.model), other)
+
+    def remove(self, worker: Worker, why: str) -> None:
+        """At once out of routing; its live requests fail."""
+        if self._workers.get(worker.id) is worker:
+            del self._workers[worker.id]
+        if worker.loss is None:
+            log.warning("worker %s is out: %s", worker.id, why)
+            worker.lose(why)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            self.remove(worker, "the router stopped")
+
+    def drain(self, worker_id: str) -> None:
+        """Tells a worker to take no new work and to leave when its live requests are done."""
+        self._named(worker_id).drain()
+
+    def set_roles(self, worker_id: str, roles: frozenset[Role]) -> None:
+        """Tells a worker to play these roles."""
+        if not roles:
+            raise InvalidRequest("roles must name at least one role", field="roles")
+        self._named(worker_id).set_roles(roles)
+
+    def _named(self, worker_id: str) -> Worker:
+        if worker_id not in self._workers:
+            joined = ", ".join(sorted(self._workers)) or "none"
+            raise InvalidRequest(f"no worker {worker_id!r} has joined; joined: {joined}", field="worker_id")
+        return self._workers[worker_id]
+
+
+def _malformed(hello: registry_pb2.Hello) -> str | None:
+    port = hello.address.rpartition(":")[2]
+    checks = (
+        (bool(hello.worker_id), "hello.worker_id is empty"),
+        (port.isdecimal() and 0 < int(port) < 65536, f"hello.address {hello.address!r} is not host:port"),
+        (bool(roles_from_wire(list(hello.roles))), "hello.roles names no known role"),
+        (hello.total_blocks > 0, "hello.total_blocks is 0"),
+        (hello.model.fingerprint.block_size > 0, "hello.model.fingerprint.block_size is 0"),
+        (hello.model.vocab_size > 0, "hello.model.vocab_size is 0"),
+        (hello.model.max_model_len > 0, "hello.model.max_model_len is 0"),
+    )
+    return next((problem for ok, problem in checks if not ok), None)
+
+
+def _difference(model: ModelInfo, other: Worker) -> str | None:
+    """Every field counts, not only the fingerprint: the router validates requests once, for all workers."""
+    for name in ("name", "vocab_size", "max_model_len", "eos_token_ids"):
+        mine, theirs = getattr(model, name), getattr(other.model, name)
+        if mine != theirs:
+            return f"model {name} {mine} against {theirs} of worker {other.id}"
+    difference = model.fingerprint.difference(other.model.fingerprint)
+    return None if difference is None else f"{difference} of worker {other.id}"

@@ -1,0 +1,61 @@
+"""Stop strings in a stream of text pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Lets text through until a stop string is complete, and holds back what may become one.
+
+        streaming ──a stop string completes──▶ stopped (matched says which)
+
+    The string that completes first wins; of those that complete at the same character, the longest. So the result
+    does not depend on how the text was cut into pieces.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = tuple(strings)
+        # Text not let through yet: the longest end of the text so far that begins a stop string.
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, piece: str, armed: bool = True) -> str:
+        """The text that is now sure to precede any stop string. While not armed, complete strings do not count."""
+        text = self._held + piece
+        match = self._first_match(text) if armed else None
+        if match is not None:
+            end, length = match
+            self.matched, self._held = text[end - length : end], ""
+            return text[: end - length]
+        held = self._held_length(text)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """What was held back, when the text ends without a match."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_match(self, text: str) -> tuple[int, int] | None:
+        """(end, length) of the winner among matches that end in the new piece: older ones were not armed."""
+        old = len(self._held)
+        found = [
+            (start + len(string), -len(string))
+            for string in self._strings
+            if (start := text.find(string, max(0, old - len(string) + 1))) >= 0
+        ]
+        if not found:
+            return None
+        end, negative_length = min(found)
+        return end, -negative_length
+
+    def _held_length(self, text: str) -> int:
+        longest = max(map(len, self._strings), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if self._begins_one(text[-length:]):
+                return length
+        return 0
+
+    def _begins_one(self, tail: str) -> bool:
+        return any(len(string) > len(tail) and string.startswith(tail) for string in self._strings)

@@ -1,0 +1,130 @@
+"""From the one token stream of a decode worker to the mailbox of each choice."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from router.aio import read
+from router.output import Step
+from tandem import errors, wire
+from tandem.types import FinishReason
+from tandem.v1 import worker_pb2
+
+
+class Mailbox:
+    """What workers produced for one attempt and its choice has not taken yet, in position order.
+
+        waiting ──first token──▶ open ──finish reason──▶ ended     (decode_ended: the decode worker said so itself)
+           └───────────────────────┴──fail──▶ failed               (the choice is ended by its watcher)
+
+    Position 0 comes from the prefill worker, the others from the decode worker, on two streams: decode steps wait for
+    the first token. Bounded by max_tokens: a worker that sends more fails the choice.
+    """
+
+    def __init__(self, max_tokens: int, clock_ms: Callable[[], float]) -> None:
+        self._max_tokens = max_tokens
+        self._clock_ms = clock_ms
+        self._first_arrived = False
+        self._steps: deque[Step] = deque()
+        self._next_position = 1
+        self._arrival = asyncio.Event()
+        self._failure: asyncio.Future[errors.TandemError] = asyncio.get_running_loop().create_future()
+        # When the decode worker's first tokens arrived.
+        self.decoding_since_ms: float | None = None
+        self.decode_gap_ms: float | None = None
+        # The decode worker reported the end itself: it holds nothing any more.
+        self.decode_ended = False
+
+    def put_first(self, step: Step) -> None:
+        self._first_arrived = True
+        self._steps.appendleft(step)
+        self._arrival.set()
+
+    def put_decoded(self, message: worker_pb2.RequestTokens) -> None:
+        self.decode_ended |= bool(message.finish_reason or message.HasField("failure"))
+        error = self._problem(message)
+        if error is not None:
+            self.fail(error)
+            return
+        if self.decoding_since_ms is None:
+            self.decoding_since_ms = self._clock_ms()
+            self.decode_gap_ms = message.decode_gap_ms if message.HasField("decode_gap_ms") else None
+        self._next_position += len(message.tokens)
+        tokens = tuple(map(wire.token_from_wire, message.tokens))
+        self._steps.append(Step(tokens, wire.reason_from_wire(message.finish_reason)))
+        if self._first_arrived:
+            self._arrival.set()
+
+    def _problem(self, message: worker_pb2.RequestTokens) -> errors.TandemError | None:
+        if message.HasField("failure"):
+            return wire.failure_from_wire(message.failure)
+        reason = wire.reason_from_wire(message.finish_reason)
+        if reason in (FinishReason.ABORT, FinishReason.ERROR):
+            return errors.Unavailable(f"the decode worker ended the request ({reason}) and gave no cause")
+        if message.tokens and message.position != self._next_position:
+            return errors.InternalError(
+                f"the decode worker sent position {message.position} where {self._next_position} was due"
+            )
+        if self._next_position + len(message.tokens) > self._max_tokens:
+            return errors.InternalError(f"the decode worker sent more than max_tokens={self._max_tokens} tokens")
+        return None
+
+    def fail(self, error: errors.TandemError) -> None:
+        """The first failure counts."""
+        if not self._failure.done():
+            self._failure.set_result(error)
+
+    async def watch(self) -> None:
+        """Raises when the mailbox fails; else runs until it is cancelled."""
+        raise await self._failure
+
+    async def take(self) -> list[Step]:
+        """Everything that arrived, at least one step."""
+        await self._arrival.wait()
+        self._arrival.clear()
+        taken = list(self._steps)
+        self._steps.clear()
+        return taken
+
+
+class Subscription:
+    """The token stream from one decode worker to this router, and the mailboxes that it fills."""
+
+    def __init__(self) -> None:
+        # Fresh for every connection and not guessable: tokens of a former one can never arrive here.
+        self.id = secrets.token_hex(16)
+        self._boxes: dict[tuple[str, int], Mailbox] = {}
+        self._call: Any = None
+
+    async def open(self, stub: Any, timeout_s: float) -> None:
+        """Returns when the worker has accepted the stream. Raises grpc.RpcError or TimeoutError."""
+        self._call = stub.Subscribe(worker_pb2.SubscribeRequest(subscriber_id=self.id))
+        async with asyncio.timeout(timeout_s):
+            await self._call.wait_for_connection()
+
+    @property
+    def is_open(self) -> bool:
+        return self._call is not None and not self._call.done()
+
+    def register(self, request_id: str, attempt: int, box: Mailbox) -> None:
+        self._boxes[request_id, attempt] = box
+
+    def forget(self, request_id: str, attempt: int) -> None:
+        self._boxes.pop((request_id, attempt), None)
+
+    async def pump(self) -> None:
+        """Fills mailboxes until the stream ends, which raises Unavailable or grpc.RpcError."""
+        while (batch := await read(self._call)) is not None:
+            for message in batch.requests:
+                self._dispatch(message)
+        raise errors.Unavailable("it ended its token stream")
+
+    def _dispatch(self, message: worker_pb2.RequestTokens) -> None:
+        """Tokens of unknown requests and of stale attempts go nowhere: their choice has ended."""
+        box = self._boxes.get((message.request_id, message.attempt))
+        if box is not None:
+            box.put_decoded(message)

@@ -1,0 +1,318 @@
+"""A worker without a model: a real gRPC server and a real Join stream, whose every phase a test can hold or fail."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+import tandem
+from tandem import rpc, wire
+from tandem.errors import TandemError
+from tandem.types import Fingerprint, FinishReason, ModelInfo, Role
+from tandem.v1 import common_pb2, registry_pb2, registry_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+FINGERPRINT = Fingerprint("config", "weights", "float32", 16, 2, 2, 8, 1)
+MODEL = ModelInfo("tiny", 4096, 512, (0,), FINGERPRINT)
+# Where a test can hold a request or make it fail.
+PHASES = ("reserve", "start", "first", "seal", "decode")
+
+
+async def eventually(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
+    """Returns once the condition holds."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        await asyncio.sleep(0.003)
+
+
+class Cluster:
+    """The scripted workers of one test, and what happened on them, in order."""
+
+    def __init__(self, router: str) -> None:
+        self.router = router
+        self.workers: dict[str, ScriptedWorker] = {}
+        # (worker id, what, request id)
+        self.log: list[tuple[str, str, str]] = []
+        # What the model says, one id after another; it goes on to max_tokens with token 5.
+        self.output: list[int] = []
+        # Reason of the end of `output`; None: it goes on.
+        self.reason: FinishReason | None = None
+
+    def happened(self, what: str, worker_id: str | None = None) -> list[str]:
+        """Request ids."""
+        return [entry[2] for entry in self.log if entry[1] == what and worker_id in (None, entry[0])]
+
+    async def saw(self, what: str, times: int = 1) -> None:
+        await eventually(lambda: len(self.happened(what)) >= times)
+
+    def token(self, position: int) -> int:
+        return self.output[position] if position < len(self.output) else 5
+
+    def reason_at(self, position: int, max_tokens: int) -> FinishReason | None:
+        if self.reason is not None and position == len(self.output) - 1:
+            return self.reason
+        return FinishReason.LENGTH if position == max_tokens - 1 else None
+
+    @asynccontextmanager
+    async def worker(
+        self, worker_id: str, roles: Sequence[Role] = (Role.PREFILL, Role.DECODE), **changes: Any
+    ) -> AsyncIterator[ScriptedWorker]:
+        worker = self.workers[worker_id] = ScriptedWorker(self, worker_id, roles, **changes)
+        await worker.start()
+        try:
+            yield worker
+        finally:
+            await worker.kill()
+
+
+class ScriptedWorker(
+    worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorkerServicer, worker_pb2_grpc.WorkerAdminServicer
+):
+    def __init__(
+        self,
+        cluster: Cluster,
+        worker_id: str,
+        roles: Sequence[Role],
+        model: ModelInfo = MODEL,
+        version: str = "",
+        total_blocks: int = 1000,
+        transports: Sequence[str] = ("shm", "grpc"),
+        address: str = "",
+    ) -> None:
+        self.cluster, self.id, self.roles, self.model = cluster, worker_id, frozenset(roles), model
+        self.version, self.total_blocks, self.transports = version or tandem.__version__, total_blocks, transports
+        self.address = address
+        # Cleared: requests wait there.
+        self.gates = {phase: asyncio.Event() for phase in PHASES}
+        # By phase, and "integrity".
+        self.errors: dict[str, TandemError] = {}
+        self.reserve_requests: list[worker_pb2.ReserveRequest] = []
+        self.prefill_requests: list[worker_pb2.PrefillRequest] = []
+        self.renewed: list[list[str]] = []
+        self.directives: list[registry_pb2.Directive] = []
+        self.join_error: grpc.aio.AioRpcError | None = None
+        self.load = registry_pb2.Load(free_blocks=total_blocks)
+        self.silent = self.draining = False
+        self.steps_per_batch = 1
+        self.integrity = registry_pb2.Integrity(ok=True)
+        self._queues: dict[str, asyncio.Queue[worker_pb2.TokenBatch | None]] = {}
+        self._reservations: dict[str, worker_pb2.ReserveRequest] = {}
+        self._decodes: dict[str, asyncio.Task[None]] = {}
+        for gate in self.gates.values():
+            gate.set()
+
+    def hold(self, phase: str) -> None:
+        self.gates[phase].clear()
+
+    def let(self, phase: str) -> None:
+        self.gates[phase].set()
+
+    @property
+    def held_requests(self) -> int:
+        """Reservations and decodes that nobody has ended: must be 0 when nothing is live (law 3)."""
+        return len(self._reservations) + len(self._decodes)
+
+    @property
+    def subscribed(self) -> bool:
+        return bool(self._queues)
+
+    async def start(self) -> None:
+        self.server = rpc.make_server()
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, self.server)
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, self.server)
+        worker_pb2_grpc.add_WorkerAdminServicer_to_server(self, self.server)
+        port = rpc.bind(self.server, "127.0.0.1", 0)
+        self.address = self.address or f"127.0.0.1:{port}"
+        await self.server.start()
+        self.channel = rpc.make_channel(self.cluster.router)
+        self.joining = asyncio.create_task(self._join())
+
+    async def kill(self) -> None:
+        """As a process that dies: nothing is said to anybody."""
+        self.joining.cancel()
+        await asyncio.gather(self.joining, return_exceptions=True)
+        await self.channel.close(None)
+        for task in self._decodes.values():
+            task.cancel()
+        await self.server.stop(0)
+
+    # Join.
+
+    def hello(self) -> registry_pb2.Hello:
+        return registry_pb2.Hello(
+            worker_id=self.id,
+            address=self.address,
+            roles=wire.roles_to_wire(self.roles),
+            model=wire.model_to_wire(self.model),
+            version=self.version,
+            total_blocks=self.total_blocks,
+            transports=self.transports,
+        )
+
+    async def _join(self) -> None:
+        self.call: Any = registry_pb2_grpc.RegistryStub(self.channel).Join()
+        try:
+            await self.beat(self.hello())
+            reader = asyncio.create_task(self._read_directives())
+            try:
+                while not reader.done():
+                    await asyncio.wait({reader}, timeout=0.05)
+                    if not self.silent and not reader.done():
+                        await self.beat()
+                await reader
+            finally:
+                reader.cancel()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await self._note_error()
+
+    async def _note_error(self) -> None:
+        self.join_error = rpc.error_from_rpc(
+            grpc.aio.AioRpcError(
+                await self.call.code(),
+                await self.call.initial_metadata(),
+                await self.call.trailing_metadata(),
+                await self.call.details(),
+            )
+        )
+
+    async def beat(self, hello: registry_pb2.Hello | None = None) -> None:
+        await self.call.write(registry_pb2.Heartbeat(hello=hello, load=self.load, draining=self.draining))
+
+    async def _read_directives(self) -> None:
+        while (directive := await self.call.read()) is not grpc.aio.EOF:
+            self.directives.append(directive)
+
+    async def leave(self) -> None:
+        await self.call.done_writing()
+
+    # Serving.
+
+    def note(self, what: str, request_id: str) -> None:
+        self.cluster.log.append((self.id, what, request_id))
+
+    async def reach(self, phase: str, request_id: str) -> None:
+        self.note(phase, request_id)
+        await self.gates[phase].wait()
+        if phase in self.errors:
+            raise self.errors[phase]
+
+    async def Reserve(self, request: worker_pb2.ReserveRequest, context: Any) -> worker_pb2.Reservation:
+        self.reserve_requests.append(request)
+        try:
+            await self.reach("reserve", request.request.request_id)
+        except asyncio.CancelledError:
+            self.note("reserve_cancelled", request.request.request_id)
+            raise
+        reservation_id = f"reservation-{request.request.request_id}"
+        self._reservations[reservation_id] = request
+        return worker_pb2.Reservation(reservation_id=reservation_id, cached_tokens=1)
+
+    async def Renew(self, request: worker_pb2.RenewRequest, context: Any) -> worker_pb2.RenewResponse:
+        self.renewed.append(list(request.reservation_ids))
+        return worker_pb2.RenewResponse()
+
+    async def Subscribe(self, request: worker_pb2.SubscribeRequest, context: Any) -> None:
+        queue = self._queues[request.subscriber_id] = asyncio.Queue()
+        await context.send_initial_metadata(())
+        try:
+            while (batch := await queue.get()) is not None:
+                await context.write(batch)
+        finally:
+            del self._queues[request.subscriber_id]
+
+    def end_subscriptions(self) -> None:
+        for queue in self._queues.values():
+            queue.put_nowait(None)
+
+    async def Abort(self, request: worker_pb2.AbortRequest, context: Any) -> worker_pb2.AbortResponse:
+        self.note("abort", request.request_id)
+        self._reservations.pop(f"reservation-{request.request_id}", None)
+        decode = self._decodes.pop(request.request_id, None)
+        if decode is not None:
+            decode.cancel()
+        return worker_pb2.AbortResponse()
+
+    async def CheckIntegrity(self, request: Any, context: Any) -> registry_pb2.Integrity:
+        if "integrity" in self.errors:
+            raise self.errors["integrity"]
+        return self.integrity
+
+    async def Prefill(self, request: worker_pb2.PrefillRequest, context: Any) -> None:
+        self.prefill_requests.append(request)
+        request_id = request.request.request_id
+        try:
+            await self._prefill(request, request_id, context)
+            self.note("prefill_done", request_id)
+        except asyncio.CancelledError:
+            self.note("prefill_cancelled", request_id)
+            raise
+
+    async def _prefill(self, request: worker_pb2.PrefillRequest, request_id: str, context: Any) -> None:
+        await self.reach("start", request_id)
+        started = worker_pb2.PrefillStarted(queued_ms=1, cached_tokens=2)
+        await context.write(worker_pb2.PrefillEvent(started=started))
+        await self.reach("first", request_id)
+        reason = self.cluster.reason_at(0, request.request.sampling.max_tokens)
+        token = common_pb2.Token(id=self.cluster.token(0))
+        first = worker_pb2.FirstToken(token=token, finish_reason=wire.reason_to_wire(reason), compute_ms=1)
+        await context.write(worker_pb2.PrefillEvent(first_token=first))
+        if reason is not None:
+            return
+        await self.reach("seal", request_id)
+        self.cluster.workers[request.target.worker_id].seal(request.target.reservation_id)
+        summary = worker_pb2.TransferSummary(bytes=1000, frames=3, transfer_ms=0.5)
+        sealed = worker_pb2.Sealed(summary=summary, after_first_token_ms=0.25)
+        await context.write(worker_pb2.PrefillEvent(sealed=sealed))
+
+    # Decoding.
+
+    def seal(self, reservation_id: str) -> None:
+        request = self._reservations.pop(reservation_id)
+        request_id = request.request.request_id
+        self._decodes[request_id] = asyncio.create_task(self._decode(request, request_id))
+
+    async def _decode(self, request: worker_pb2.ReserveRequest, request_id: str) -> None:
+        try:
+            await self.reach("decode", request_id)
+            await self._decode_tokens(request, request_id)
+        except TandemError as error:
+            self.send(request.subscriber_id, request_id, 1, [], FinishReason.ERROR, wire.failure_to_wire(error))
+        self._decodes.pop(request_id, None)
+
+    async def _decode_tokens(self, request: worker_pb2.ReserveRequest, request_id: str) -> None:
+        position, reason, limit = 1, None, request.request.sampling.max_tokens
+        while reason is None:
+            ids: list[int] = []
+            while len(ids) < self.steps_per_batch and reason is None:
+                ids.append(self.cluster.token(position + len(ids)))
+                reason = self.cluster.reason_at(position + len(ids) - 1, limit)
+            self.send(request.subscriber_id, request_id, position, ids, reason)
+            position += len(ids)
+            await asyncio.sleep(0)
+
+    def send(
+        self,
+        subscriber_id: str,
+        request_id: str,
+        position: int,
+        ids: Sequence[int],
+        reason: FinishReason | None = None,
+        failure: common_pb2.Failure | None = None,
+        attempt: int = 0,
+    ) -> None:
+        message = worker_pb2.RequestTokens(
+            request_id=request_id,
+            attempt=attempt,
+            position=position,
+            tokens=[common_pb2.Token(id=id_) for id_ in ids],
+            finish_reason=wire.reason_to_wire(reason),
+            failure=failure,
+            decode_gap_ms=0.5 if position == 1 else None,
+        )
+        if subscriber_id in self._queues:
+            self._queues[subscriber_id].put_nowait(worker_pb2.TokenBatch(requests=[message]))

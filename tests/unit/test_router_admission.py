@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from router.admission import MAX_LABEL_CHARS, Admission, Admitted, Gate, choice_seed, deadline_s
+from router.tokenizer import INLINE_CHARS, load_tokenizer
+from tandem.config import TINY_MODEL, ModelConfig, RouterConfig
+from tandem.errors import ConfigError, InvalidRequest, ModelNotFound, Overloaded, TandemError, Unavailable
+from tandem.types import MAX_CHOICES, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, Fingerprint, ModelInfo, SamplingParams
+from tandem.v1.common_pb2 import Sampling
+from tandem.v1.generation_pb2 import GenerateRequest, TokenIds
+from tandem.wire import sampling_to_wire
+
+TOKENIZER = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
+FINGERPRINT = Fingerprint("c", "w", "float32", 16, 2, 2, 8, 1)
+MODEL = ModelInfo("tiny", TOKENIZER.get_vocab_size(), 256, (0,), FINGERPRINT)
+
+
+async def admit(request: GenerateRequest, tokenizer: Tokenizer | None = TOKENIZER, model: Any = MODEL) -> Admitted:
+    return await Admission(tokenizer, lambda: model).admit(request)
+
+
+def ids(*values: int, **fields: Any) -> GenerateRequest:
+    return GenerateRequest(token_ids=TokenIds(ids=values), **fields)
+
+
+def sampling(**fields: Any) -> Sampling:
+    return sampling_to_wire(SamplingParams(**fields))
+
+
+async def test_a_plain_request_gets_defaults_an_id_and_a_seed() -> None:
+    one, two = await admit(ids(1, 2)), await admit(ids(1, 2))
+    assert one.sampling.seed is not None
+    assert one.sampling.max_tokens == SamplingParams().max_tokens
+    assert (one.n, one.prompt_ids) == (1, (1, 2))
+    assert one.request_id != two.request_id
+    assert len(one.request_id) == 32
+    assert one.sampling.seed != two.sampling.seed
+
+
+async def test_text_is_tokenized_once() -> None:
+    admitted = await admit(GenerateRequest(text=b"Once upon a time"))
+    assert admitted.prompt_ids == tuple(TOKENIZER.encode("Once upon a time").ids)
+
+
+async def test_long_text_is_tokenized_beside_the_event_loop() -> None:
+    text = "word " * INLINE_CHARS
+    model = ModelInfo("tiny", MODEL.vocab_size, 10**7, (0,), FINGERPRINT)
+    admitted = await admit(GenerateRequest(text=text.encode()), model=model)
+    assert admitted.prompt_ids == tuple(TOKENIZER.encode(text).ids)
+
+
+async def test_every_choice_has_its_own_id_and_seed() -> None:
+    admitted = await admit(ids(1, n=3, sampling=sampling(seed=7), cache_salt="tenant"))
+    choices = [admitted.choice(index) for index in range(3)]
+    assert len({choice.request_id for choice in choices}) == 3
+    assert all(choice.request_id.startswith(admitted.request_id) for choice in choices)
+    assert [choice.sampling.seed for choice in choices] == [7, choice_seed(7, 1), choice_seed(7, 2)]
+    assert len({choice.sampling.seed for choice in choices}) == 3
+    assert {choice.cache_salt for choice in choices} == {"tenant"}
+    assert admitted.choice(0, attempt=2).attempt == 2
+
+
+def test_a_single_choice_is_the_request() -> None:
+    admitted = asyncio.run(admit(ids(1)))
+    assert admitted.choice(0).request_id == admitted.request_id
+
+
+def test_choice_seeds_are_stable() -> None:
+    assert choice_seed(5, 0) == 5
+    assert choice_seed(5, 1) == choice_seed(5, 1) != choice_seed(6, 1)
+    assert 0 <= choice_seed(2**64 - 1, 31) < 2**64
+
+
+WRONG: list[tuple[GenerateRequest, str, str]] = [
+    (GenerateRequest(), "prompt", "no prompt"),
+    (GenerateRequest(text=b""), "prompt", "empty"),
+    (ids(), "prompt", "empty"),
+    (GenerateRequest(text=b"ab\xff"), "prompt", "not valid UTF-8 at byte 2"),
+    (ids(MODEL.vocab_size), "prompt", f"below {MODEL.vocab_size}"),
+    (ids(*range(1, 257)), "prompt", "the prompt has 256 tokens; the model's limit is 256"),
+    (ids(1, sampling=sampling(max_tokens=256)), "max_tokens", "exceed the model's limit of 256"),
+    (ids(1, sampling=sampling(logit_bias={MODEL.vocab_size: 1.0})), "logit_bias", f"below {MODEL.vocab_size}"),
+    (ids(1, sampling=sampling(stop_token_ids=(MODEL.vocab_size,))), "stop_token_ids", f"below {MODEL.vocab_size}"),
+    (ids(1, sampling=Sampling()), "max_tokens", "1 or more"),
+    (ids(1, n=MAX_CHOICES + 1), "n", f"{MAX_CHOICES}"),
+    (ids(1, stop=[""]), "stop", "not be empty"),
+    (ids(1, stop=["x" * (MAX_STOP_STRING_CHARS + 1)]), "stop", f"{MAX_STOP_STRING_CHARS} characters"),
+    (ids(1, stop=["x"] * (MAX_STOP_STRINGS + 1)), "stop", f"at most {MAX_STOP_STRINGS} strings"),
+    (ids(1, cache_salt="x" * (MAX_LABEL_CHARS + 1)), "cache_salt", f"{MAX_LABEL_CHARS}"),
+    (ids(1, user_tag="x" * (MAX_LABEL_CHARS + 1)), "user_tag", f"{MAX_LABEL_CHARS}"),
+]
+
+
+@pytest.mark.parametrize(("request_", "field", "message"), WRONG)
+async def test_a_wrong_field_is_named_with_its_limit(request_: GenerateRequest, field: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        await admit(request_)
+    assert caught.value.field == field
+
+
+async def test_the_longest_request_that_fits_is_taken() -> None:
+    assert (await admit(ids(1, sampling=sampling(max_tokens=255)))).sampling.max_tokens == 255
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (GenerateRequest(text=b"hi"), "the prompt must be token ids"),
+        (ids(1, stop=["x"]), "stop strings need a tokenizer"),
+    ],
+)
+async def test_without_a_tokenizer_only_token_ids(request_: GenerateRequest, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        await admit(request_, tokenizer=None)
+    assert (await admit(ids(1), tokenizer=None)).prompt_ids == (1,)
+
+
+async def test_an_unknown_model_is_told_what_is_served() -> None:
+    with pytest.raises(ModelNotFound, match="'huge' is not served; served: tiny"):
+        await admit(ids(1, model="huge"))
+    assert (await admit(ids(1, model="tiny"))).model is MODEL
+
+
+async def test_before_any_worker_has_joined_nothing_is_served() -> None:
+    with pytest.raises(Unavailable, match="no worker has joined"):
+        await admit(ids(1), model=None)
+
+
+def test_the_gate_counts_who_is_inside() -> None:
+    gate = Gate(1)
+    with gate.enter():
+        with pytest.raises(Overloaded) as caught, gate.enter():
+            pass
+        assert caught.value.retry_after_ms
+    with pytest.raises(TandemError), gate.enter():
+        raise TandemError("left by an error")
+    with gate.enter():
+        pass
+
+
+@pytest.mark.parametrize(("remaining", "expected"), [(None, 10.0), (3.0, 3.0), (99.0, 20.0), (0.0, 0.0)])
+def test_one_deadline(remaining: float | None, expected: float) -> None:
+    assert deadline_s(remaining, RouterConfig(default_deadline_s=10, max_deadline_s=20)) == expected
+
+
+def test_a_directory_without_a_tokenizer_is_no_error_but_a_broken_one_is(tmp_path: Any) -> None:
+    model = ModelConfig(path=str(tmp_path))
+    assert load_tokenizer(model) is None
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        load_tokenizer(model)
+    assert load_tokenizer(ModelConfig()) is not None

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from router.ledger import Ledger
+from router.placement import Demand, Placement, WorkerView, choose
+from tandem.errors import InvalidRequest, Unavailable
+from tandem.types import Role
+
+PREFILL, DECODE = frozenset({Role.PREFILL}), frozenset({Role.DECODE})
+BOTH = PREFILL | DECODE
+SMALL = Demand(prompt_tokens=20, max_tokens=10)
+
+
+def worker(worker_id: str, roles: frozenset[Role], **changes: object) -> WorkerView:
+    view = WorkerView(
+        worker_id=worker_id,
+        roles=roles,
+        draining=False,
+        block_size=16,
+        total_blocks=100,
+        free_blocks=100,
+        queued_prompt_tokens=0,
+        live_requests=0,
+    )
+    return replace(view, **changes)  # type: ignore[arg-type]
+
+
+def test_prefill_goes_to_the_shortest_queue() -> None:
+    workers = [
+        worker("p1", PREFILL, queued_prompt_tokens=50),
+        worker("p2", PREFILL, queued_prompt_tokens=40),
+        worker("d1", DECODE),
+    ]
+    assert choose(workers, SMALL) == Placement("p2", "d1")
+
+
+def test_decode_goes_where_most_blocks_are_free_then_to_the_fewest_requests() -> None:
+    prefill = worker("p1", PREFILL)
+    crowded, roomy = worker("d1", DECODE, free_blocks=10), worker("d2", DECODE, free_blocks=11, live_requests=9)
+    assert choose([prefill, crowded, roomy], SMALL).decode == "d2"
+    assert choose([prefill, replace(roomy, free_blocks=10), crowded], SMALL).decode == "d1"
+
+
+def test_a_colocated_prefill_worker_keeps_its_request() -> None:
+    workers = [worker("c1", BOTH, free_blocks=1), worker("d1", DECODE)]
+    assert choose(workers, SMALL) == Placement("c1", "c1")
+
+
+def test_a_colocated_worker_that_cannot_hold_the_output_hands_it_off() -> None:
+    workers = [worker("c1", BOTH, total_blocks=2), worker("d1", DECODE)]
+    assert choose(workers, Demand(32, 1)) == Placement("c1", "d1")
+
+
+def test_ties_are_broken_the_same_way_in_any_order() -> None:
+    workers = [worker("b", BOTH), worker("a", BOTH)]
+    assert choose(workers, SMALL) == choose(workers[::-1], SMALL) == Placement("a", "a")
+
+
+def test_draining_workers_get_nothing() -> None:
+    workers = [worker("p1", PREFILL, draining=True), worker("p2", PREFILL, queued_prompt_tokens=999)]
+    assert choose([*workers, worker("d1", DECODE)], SMALL).prefill == "p2"
+
+
+@pytest.mark.parametrize(("present", "missing"), [(PREFILL, "decode"), (DECODE, "prefill")])
+def test_a_missing_role_is_named(present: frozenset[Role], missing: str) -> None:
+    with pytest.raises(Unavailable, match=f"no {missing} worker has joined"):
+        choose([worker("w", present)], SMALL)
+
+
+def test_all_draining_is_unavailable_not_invalid() -> None:
+    with pytest.raises(Unavailable, match="every decode worker that could hold the request is draining"):
+        choose([worker("p", PREFILL), worker("d", DECODE, draining=True)], SMALL)
+
+
+@pytest.mark.parametrize(
+    ("prefill_blocks", "decode_blocks", "message"),
+    [
+        (1, 100, "room for 20 tokens; the largest prefill worker holds 16"),
+        (100, 1, "room for 30 tokens; the largest decode worker holds 16"),
+    ],
+)
+def test_what_no_worker_could_ever_hold_is_invalid_and_names_the_limit(
+    prefill_blocks: int, decode_blocks: int, message: str
+) -> None:
+    workers = [
+        worker("p", PREFILL, total_blocks=prefill_blocks),
+        worker("d", DECODE, total_blocks=decode_blocks, draining=True),
+    ]
+    with pytest.raises(InvalidRequest, match=message):
+        choose(workers, SMALL)
+
+
+def test_exactly_the_pool_fits() -> None:
+    workers = [worker("p", PREFILL, total_blocks=2), worker("d", DECODE, total_blocks=2)]
+    assert choose(workers, Demand(22, 10)) == Placement("p", "d")
+    with pytest.raises(InvalidRequest):
+        choose(workers, Demand(23, 10))
+
+
+def test_the_ledger_keeps_what_the_worker_has_not_been_told_yet() -> None:
+    ledger = Ledger()
+    ledger.place("told", 5)
+    ledger.place("waiting", 7)
+    ledger.sent("told")
+    ledger.sent("unknown")
+    assert (ledger.total, len(ledger)) == (12, 2)
+    ledger.heartbeat()
+    assert (ledger.total, len(ledger)) == (7, 1)
+    ledger.drop("told")
+    ledger.drop("waiting")
+    ledger.heartbeat()
+    assert (ledger.total, len(ledger)) == (0, 0)
