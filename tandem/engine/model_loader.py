@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from tandem.config import TandemConfig
 from tandem.engine import attention
@@ -37,6 +38,8 @@ class LoadedModel:
 
 def load_model(config: TandemConfig) -> LoadedModel:
     """Raises ModelRefused, saying why, when the model cannot be found, loaded or served exactly."""
+    # A worker's output is a log, not a terminal.
+    disable_progress_bar()
     try:
         model_config = AutoConfig.from_pretrained(config.model.path)
         model = _instantiate(config, model_config)
