@@ -11,7 +11,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.engine.cpu_parallel import FAST, atomic_add, bits_of_float, float_of_bits, kernel, launch, pointer
+from tandem.engine.cpu_parallel import FAST, atomic_add, bits_of_float, float_of_bits, floats, kernel, launch, pointer
 
 # Keys one work item covers. A constant, so that a row's arithmetic depends on its own context alone, never on the
 # batch or the thread count. Small enough to give two cores work at a context of 128, large enough that the partial
@@ -21,12 +21,6 @@ SPLIT = 64
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
-
-
-@njit(inline="always", fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def floats(address: int, length: int) -> Any:
-    """float32 array over raw memory."""
-    return carray(pointer(address), (length,), np.float32)
 
 
 @njit(inline="always", fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -216,7 +210,8 @@ def decode_attention(
     page, kv_heads = k_pool.shape[1:3]
     splits = sum(_splits_of(context, options.window) for context in batch.context_lens[:rows])
     parts = torch.empty(splits * heads * (dim + 2))
-    scores = torch.empty(torch.get_num_threads() * heads * SPLIT)
+    threads = torch.get_num_threads()
+    scores = torch.empty(threads * heads * SPLIT)
     done = torch.zeros(rows, dtype=torch.int64)
     table, contexts = batch.block_table_BxM, batch.context_lens_B
     launch(
@@ -225,6 +220,7 @@ def decode_attention(
         *(rows, heads, kv_heads, dim, page, table.stride(0), options.window),
         *(bits_of_float(options.scale), bits_of_float(options.softcap)),
         *(parts.data_ptr(), scores.data_ptr(), done.data_ptr()),
+        threads=threads,
     )
 
 

@@ -14,15 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import cfunc, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
 # Words of a launch; the first two are counters that the kernel's threads share, the rest are the kernel's own.
 WORDS = 32
 # Fused multiply-add and reassociation only: infinities and NaN keep their meaning, a NaN must surface.
 FAST = {"nsz", "arcp", "contract", "reassoc"}
+_C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _SIGNATURE = types.void(types.CPointer(types.int64))
 
 
@@ -63,6 +65,12 @@ def float_of_bits(_context: Any, bits: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
+@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+def floats(address: int, length: int) -> Any:
+    """float32 array over raw memory."""
+    return carray(pointer(address), (length,), np.float32)
+
+
 def bits_of_float(value: float) -> int:
     """The bits of a float32, to travel in a word of a launch; `float_of_bits` is the way back."""
     return int(struct.unpack("i", struct.pack("f", value))[0])
@@ -93,16 +101,15 @@ def _openmp_parallel() -> Callable[..., None] | None:
     return None
 
 
-def launch(compiled: Kernel, *words: int) -> None:
-    """Call the kernel once in each of `torch.get_num_threads()` threads; returns when all have returned.
+def launch(compiled: Kernel, *words: int, threads: int) -> None:
+    """Call the kernel once in each of `threads` threads (`torch.get_num_threads()`, or 1); returns when all have.
 
     The kernel gets `[0, 0, *words]`; its threads share the array. The caller keeps the memory behind every address
     alive until this returns. The interpreter lock is released meanwhile.
     """
     shared = (ctypes.c_int64 * WORDS)(0, 0, *words)
     parallel = _openmp_parallel()
-    threads = torch.get_num_threads()
     if parallel is None or threads == 1:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)(ctypes.addressof(shared))
+        _C_FUNCTION(compiled.address)(ctypes.addressof(shared))
     else:
         parallel(compiled.address, ctypes.addressof(shared), threads, 0)
