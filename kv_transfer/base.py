@@ -1,0 +1,163 @@
+"""What a transfer is, whatever carries it: the values and the Protocols that transports and workers meet at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from kv_transfer.layout import KVLayout
+from tandem.errors import TandemError
+from tandem.types import Fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a sender reads. The blocks stay as they are until the transfer's context is left.
+
+    On cuda, reads go to the default stream: positions handed to `Sender.send` must have been written on that stream,
+    or on another one that the writer has synchronized.
+    """
+
+    # [L, 2, N, P, K, D], see kv_transfer/layout.py.
+    pool: Tensor
+    # The prompt's block table.
+    blocks: Sequence[int]
+    layout: KVLayout
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the router told the sender about the reservation that waits for the KV."""
+
+    reservation_id: str
+    request_id: str
+    attempt: int
+    # host:port of the receiving worker; unused by the local transport.
+    address: str
+    # Leading positions that the receiver has already: they do not travel.
+    cached_tokens: int
+    prompt_tokens: int
+    # Of the sender's own model.
+    fingerprint: Fingerprint
+    # The request's deadline, from now; both ends give up then.
+    deadline_s: float | None = None
+
+    @property
+    def travelling(self) -> range:
+        return range(self.cached_tokens, self.prompt_tokens)
+
+
+@dataclass(frozen=True)
+class TransferSummary:
+    """What moved. `seconds`: from the opening to the end, on the clock of whoever made the summary."""
+
+    # Of KV, without headers; 0 when nothing had to be copied.
+    bytes: int
+    frames: int
+    seconds: float
+
+
+@dataclass
+class Counters:
+    """One end's totals since it started, for heartbeats and metrics. Bytes and frames count as they move."""
+
+    transfers: int = 0
+    failures: int = 0
+    bytes: int = 0
+    frames: int = 0
+    # Of sealed transfers.
+    seconds: float = 0.0
+
+    def moved(self, size: int) -> None:
+        self.frames += 1
+        self.bytes += size
+
+    def sealed(self, seconds: float) -> None:
+        self.transfers += 1
+        self.seconds += seconds
+
+
+class Sender(Protocol):
+    """One open transfer. Calls come one at a time."""
+
+    async def send(self, tokens: range) -> None:
+        """KV of these positions is final, in all layers: move it. Ranges ascend without gaps; cached ones are skipped.
+
+        Waits while the receiver is slow. Raises TransferFailed, WorkerLost, DeadlineExceeded or Refused, whatever the
+        receiver said, as soon as it is known.
+        """
+
+    async def seal(self, first_token: int) -> TransferSummary:
+        """Returns when the receiver has verified and taken everything. Raises as send, and when KV is missing."""
+
+
+class Transport(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def counters(self) -> Counters: ...
+
+    def open(self, source: Source, target: Target) -> AbstractAsyncContextManager[Sender]:
+        """Leaving the context without a seal aborts the transfer; no thread reads the source's blocks after it.
+
+        Raises Refused when source and target do not fit.
+        """
+
+
+class Landing(Protocol):
+    """A reservation, as the receiving end sees it. All calls come from the event loop.
+
+    Implementations are compared by identity (no dataclass equality) and take one transfer in their life.
+    """
+
+    @property
+    def request_id(self) -> str: ...
+
+    @property
+    def attempt(self) -> int: ...
+
+    @property
+    def pool(self) -> Tensor: ...
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """The block table, cached prefix included."""
+
+    @property
+    def cached_tokens(self) -> int: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Keeps the blocks from reuse while inside, even if the lease breaks: a late write lands nowhere.
+
+        Entered several times at once, once for each write under way. Raises TransferFailed when the lease is broken.
+        """
+
+    def touch(self) -> None:
+        """KV arrives: extends the lease."""
+
+    async def sealed(self, first_token: int, summary: TransferSummary) -> None:
+        """Everything is there and verified, nothing writes any more: decode may start.
+
+        Raises TransferFailed when the lease broke meanwhile.
+        """
+
+    def failed(self, error: TandemError) -> None:
+        """The transfer ended without a seal, nothing writes any more. Called once, also after a broken lease."""
+
+
+class Landings(Protocol):
+    """The reservations of a worker."""
+
+    @property
+    def fingerprint(self) -> Fingerprint: ...
+
+    def find(self, reservation_id: str) -> Landing:
+        """Raises TransferFailed for an id that is unknown or expired. Ids are secrets that the worker made."""

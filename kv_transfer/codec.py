@@ -1,0 +1,251 @@
+"""The frames of a transfer: fixed prelude, msgpack header, raw payload. Nothing is ever unpickled.
+
+    magic 4 | version 2 | header length 2 | crc32 of all three and the header 4 | header | payload
+
+    open → data* → seal from the sender; done is the receiver's answer.
+
+A flipped bit before the payload fails the prelude's crc32, one in the payload fails the header's. Headers are checked
+against a closed schema (every key, its type, its range); no size in them is used to allocate anything.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgpack
+
+from tandem.errors import Refused, TransferFailed
+from tandem.types import Fingerprint
+
+VERSION = 1
+# Frames are cut to at most 16 MiB of payload (config: worker.frame_bytes).
+MAX_PAYLOAD_BYTES = 1 << 24
+# Fits the longest texts that the schemas allow.
+MAX_HEADER_BYTES = 4096
+_MAGIC = b"TKVF"
+_PRELUDE = struct.Struct(">4sHHI")
+_UNGUARDED = struct.Struct(">4sHH")
+MAX_FRAME_BYTES = _PRELUDE.size + MAX_HEADER_BYTES + MAX_PAYLOAD_BYTES
+
+
+@dataclass(frozen=True)
+class Open:
+    """First frame: whose KV this is, of which model, and the positions that will travel."""
+
+    reservation_id: str
+    request_id: str
+    attempt: int
+    fingerprint: Fingerprint
+    token_start: int
+    token_stop: int
+
+    @property
+    def tokens(self) -> range:
+        return range(self.token_start, self.token_stop)
+
+
+@dataclass(frozen=True)
+class Data:
+    """KV of some positions in some layers; the payload follows."""
+
+    # 0, 1, 2, ... within a transfer.
+    sequence: int
+    layer_start: int
+    layer_count: int
+    token_start: int
+    token_count: int
+    payload_bytes: int
+    # crc32 of the payload.
+    checksum: int
+
+    @property
+    def layers(self) -> range:
+        return range(self.layer_start, self.layer_start + self.layer_count)
+
+    @property
+    def tokens(self) -> range:
+        return range(self.token_start, self.token_start + self.token_count)
+
+
+@dataclass(frozen=True)
+class Seal:
+    """Last frame: the first token, and totals over the data frames."""
+
+    first_token: int
+    frames: int
+    # Of payload.
+    bytes: int
+    # chain_checksum over the data frames in order.
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """The receiver verified and took the KV."""
+
+    frames: int
+    bytes: int
+
+
+Message = Open | Data | Seal | Done
+
+
+@dataclass(frozen=True)
+class _Whole:
+    low: int
+    high: int
+
+    def allows(self, value: object) -> bool:
+        return type(value) is int and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"a whole number in [{self.low}, {self.high}]"
+
+
+@dataclass(frozen=True)
+class _Text:
+    most: int
+
+    def allows(self, value: object) -> bool:
+        return isinstance(value, str) and 0 < len(value) <= self.most
+
+    def __str__(self) -> str:
+        return f"text of 1 to {self.most} characters"
+
+
+_COUNT, _SIZE, _CRC, _ID = _Whole(0, 2**31 - 1), _Whole(0, 2**53), _Whole(0, 2**32 - 1), _Text(128)
+_POSITIVE = _Whole(1, 2**31 - 1)
+_Schema = Mapping[str, _Whole | _Text]
+_FINGERPRINT: _Schema = {
+    "config_hash": _ID,
+    "weights_hash": _ID,
+    "dtype": _ID,
+    "block_size": _POSITIVE,
+    "num_layers": _POSITIVE,
+    "num_kv_heads": _POSITIVE,
+    "head_dim": _POSITIVE,
+    "layout": _COUNT,
+}
+_OPEN: _Schema = {
+    "reservation_id": _ID,
+    "request_id": _ID,
+    "attempt": _COUNT,
+    "token_start": _COUNT,
+    "token_stop": _POSITIVE,
+    **_FINGERPRINT,
+}
+_DATA: _Schema = {
+    "sequence": _COUNT,
+    "layer_start": _COUNT,
+    "layer_count": _POSITIVE,
+    "token_start": _COUNT,
+    "token_count": _POSITIVE,
+    "payload_bytes": _Whole(1, MAX_PAYLOAD_BYTES),
+    "checksum": _CRC,
+}
+_SEAL: _Schema = {"first_token": _COUNT, "frames": _COUNT, "bytes": _SIZE, "checksum": _CRC}
+_DONE: _Schema = {"frames": _COUNT, "bytes": _SIZE}
+
+
+def _open_from(fields: dict[str, Any]) -> Open:
+    fingerprint = Fingerprint(**{name: fields.pop(name) for name in _FINGERPRINT})
+    return Open(fingerprint=fingerprint, **fields)
+
+
+_KINDS: dict[str, tuple[_Schema, Callable[[dict[str, Any]], Message]]] = {
+    "open": (_OPEN, _open_from),
+    "data": (_DATA, lambda fields: Data(**fields)),
+    "seal": (_SEAL, lambda fields: Seal(**fields)),
+    "done": (_DONE, lambda fields: Done(**fields)),
+}
+
+
+def encode(message: Message, payload: Sequence[memoryview] = ()) -> bytes:
+    """One frame; the payload's parts are copied once. Raises TransferFailed for a field that decode would refuse."""
+    kind, fields = type(message).__name__.lower(), asdict(message)
+    if isinstance(message, Open):
+        fields.update(fields.pop("fingerprint"))
+    _check(kind, fields)
+    header: bytes = msgpack.packb({"kind": kind, **fields})
+    guard = zlib.crc32(header, zlib.crc32(_UNGUARDED.pack(_MAGIC, VERSION, len(header))))
+    return b"".join((_PRELUDE.pack(_MAGIC, VERSION, len(header), guard), header, *payload))
+
+
+def encode_data(sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> tuple[Data, bytes]:
+    """A data frame and its header, with the sizes and the checksum of the payload's parts filled in."""
+    checksum = 0
+    for part in payload:
+        checksum = zlib.crc32(part, checksum)
+    size = sum(part.nbytes for part in payload)
+    data = Data(sequence, layers.start, len(layers), tokens.start, len(tokens), size, checksum)
+    return data, encode(data, payload)
+
+
+def decode(frame: bytes) -> tuple[Message, memoryview]:
+    """The header and the payload, which check_payload must still verify: that takes long and belongs in a thread.
+
+    Raises TransferFailed for anything malformed, Refused for an intact frame of another version.
+    """
+    if not _PRELUDE.size <= len(frame) <= MAX_FRAME_BYTES:
+        raise TransferFailed(f"a KV frame of {len(frame)} bytes is not in [{_PRELUDE.size}, {MAX_FRAME_BYTES}]")
+    magic, version, length, guard = _PRELUDE.unpack_from(frame)
+    if magic != _MAGIC:
+        raise TransferFailed("the bytes are not a KV frame")
+    if length > MAX_HEADER_BYTES or len(frame) < _PRELUDE.size + length:
+        raise TransferFailed(f"a KV frame's header of {length} bytes is too long or cut short")
+    whole = memoryview(frame)
+    header, payload = whole[_PRELUDE.size : _PRELUDE.size + length], whole[_PRELUDE.size + length :]
+    if zlib.crc32(header, zlib.crc32(whole[: _UNGUARDED.size])) != guard:
+        raise TransferFailed("a KV frame's header fails its checksum")
+    if version != VERSION:
+        raise Refused(f"the peer sends KV frames of version {version}, this worker takes version {VERSION}")
+    message = _parse(header)
+    expected = message.payload_bytes if isinstance(message, Data) else 0
+    if len(payload) != expected:
+        raise TransferFailed(f"a KV frame carries {len(payload)} bytes where its header says {expected}")
+    return message, payload
+
+
+def check_payload(data: Data, payload: memoryview) -> None:
+    """Raises TransferFailed when the payload is not what was sent."""
+    if zlib.crc32(payload) != data.checksum:
+        raise TransferFailed(f"the payload of KV frame {data.sequence} fails its checksum")
+
+
+def chain_checksum(chain: int, data: Data) -> int:
+    """The running checksum of checksums after one more frame; starts from 0."""
+    return zlib.crc32(data.checksum.to_bytes(4, "big"), chain)
+
+
+def _parse(header: memoryview) -> Message:
+    try:
+        fields = msgpack.unpackb(
+            header,
+            strict_map_key=True,
+            max_str_len=MAX_HEADER_BYTES,
+            max_bin_len=0,
+            max_array_len=0,
+            max_map_len=32,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException) as error:
+        raise TransferFailed(f"a KV frame's header is not readable: {str(error)[:100]}") from None
+    kind = fields.pop("kind", None) if isinstance(fields, dict) else None
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise TransferFailed(f"a KV frame of kind {str(kind)[:20]!r} is unknown")
+    _check(kind, fields)
+    return _KINDS[kind][1](fields)
+
+
+def _check(kind: str, fields: dict[str, Any]) -> None:
+    schema = _KINDS[kind][0]
+    if fields.keys() != schema.keys():
+        odd = ", ".join(sorted(str(key)[:20] for key in fields.keys() ^ schema.keys())[:4])
+        raise TransferFailed(f"a KV frame's {kind} header has missing or unknown keys: {odd}")
+    for name, limit in schema.items():
+        if not limit.allows(fields[name]):
+            raise TransferFailed(f"{name} in a KV frame's {kind} header must be {limit}, not {fields[name]!r:.40}")

@@ -1,0 +1,81 @@
+"""How KV lies in a pool and in a payload, and how a range of it is cut into frames.
+
+Shape letters: L layers, N blocks of the pool, P tokens a block, K kv heads, D head_dim, T tokens of a range.
+A pool is one tensor [L, 2, N, P, K, D] (K before V); a payload is the bytes of [layers, 2, T, K, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tandem.errors import Refused
+from tandem.types import Fingerprint
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The sizes that both ends compute for themselves; what a peer claims is only compared with them."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    # "float32", "float16" or "bfloat16".
+    dtype: str
+
+    @classmethod
+    def of(cls, fingerprint: Fingerprint) -> KVLayout:
+        """Raises Refused for a dtype that no pool has."""
+        if fingerprint.dtype not in _DTYPES:
+            raise Refused(f"KV of dtype {fingerprint.dtype[:12]!r} cannot travel; {', '.join(_DTYPES)} can")
+        return cls(
+            num_layers=fingerprint.num_layers,
+            num_kv_heads=fingerprint.num_kv_heads,
+            head_dim=fingerprint.head_dim,
+            block_size=fingerprint.block_size,
+            dtype=fingerprint.dtype,
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token, all layers."""
+        return self.payload_bytes(self.num_layers, 1)
+
+    def payload_bytes(self, layers: int, tokens: int) -> int:
+        """K and V of so many tokens in so many layers."""
+        return layers * 2 * tokens * self.num_kv_heads * self.head_dim * self.torch_dtype.itemsize
+
+    def check_pool(self, pool: torch.Tensor, blocks: Sequence[int], tokens: int) -> None:
+        """Raises Refused unless the pool has this layout and the block table holds `tokens` positions in it."""
+        shape = (self.num_layers, 2, pool.shape[2] if pool.dim() == 6 else 0, self.block_size)
+        if (*pool.shape,) != (*shape, self.num_kv_heads, self.head_dim) or pool.dtype != self.torch_dtype:
+            raise Refused(f"the KV pool is {pool.dtype} {list(pool.shape)}, which is not of {self}")
+        if not pool.is_contiguous():
+            raise Refused("the KV pool is not contiguous")
+        if len(blocks) * self.block_size < tokens:
+            raise Refused(f"{len(blocks)} blocks of {self.block_size} tokens cannot hold {tokens} tokens")
+        if not all(0 <= block < pool.shape[2] for block in blocks):
+            raise Refused(f"the block table names blocks outside the pool's {pool.shape[2]}")
+
+    def cut(self, tokens: range, frame_bytes: int) -> Iterator[tuple[range, range]]:
+        """(layers, tokens) of frames of about `frame_bytes`: whole layers if they fit, else tokens of one layer.
+
+        One token of one layer is never cut. Every layer's tokens come in ascending order.
+        """
+        layers = max(1, min(self.num_layers, frame_bytes // max(1, self.payload_bytes(1, len(tokens)))))
+        count = max(1, min(len(tokens), frame_bytes // self.payload_bytes(1, 1)))
+        for layer in range(0, self.num_layers, layers):
+            for token in range(tokens.start, tokens.stop, count):
+                yield (
+                    range(layer, min(layer + layers, self.num_layers)),
+                    range(token, min(token + count, tokens.stop)),
+                )

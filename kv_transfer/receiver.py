@@ -1,0 +1,155 @@
+"""The receiving end of one transfer, over any transport that delivers frames in order."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+
+from kv_transfer.admission import Admission
+from kv_transfer.base import Counters, Landing, TransferSummary
+from kv_transfer.codec import Data, Done, Open, Seal, chain_checksum, check_payload, decode
+from kv_transfer.coverage import Coverage
+from kv_transfer.layout import KVLayout
+from kv_transfer.pool_io import scatter
+from kv_transfer.threads import finish
+from tandem.errors import InternalError, TandemError, TransferFailed
+
+
+class Receiver:
+    """Takes frames in until the seal.
+
+        new ──open──▶ filling ──seal──▶ full ──end of stream──▶ sealed
+         │             │  ▲ │            │                       landing.sealed()
+         │             │  └─┘ data       │
+         │             └───────┬─────────┘
+         │                     │ wrong or lost frame, cancel, broken lease
+         ▼                     ▼
+        refused              failed
+        (landing untouched)  landing.failed(), after the last write
+
+    Frames are verified and written by threads, at most `frames_in_flight` at a time; then the sender waits.
+    """
+
+    def __init__(self, admission: Admission, threads: Executor, frames_in_flight: int, counters: Counters) -> None:
+        self._admission = admission
+        self._threads = threads
+        self._frames_in_flight = frames_in_flight
+        self._counters = counters
+
+    async def receive(self, frames: AsyncIterator[bytes], lost: Callable[[], TandemError]) -> Done:
+        """Returns when the landing has taken the KV. `lost` says what a cancel or an early end means.
+
+        Raises TransferFailed or Refused; the landing has been told.
+        """
+        started = time.monotonic()
+        try:
+            opening = await _opening(frames)
+            landing = self._admission.claim(opening)
+            try:
+                filling = _Filling(self._admission.check(landing, opening), self._admission.layout, landing)
+                seal = await self._fill(filling, frames)
+                if seal is None:
+                    raise lost()
+                seconds = time.monotonic() - started
+                await landing.sealed(seal.first_token, TransferSummary(seal.bytes, seal.frames, seconds))
+            except BaseException as error:
+                landing.failed(_reason(error, lost))
+                raise
+        except BaseException:
+            self._counters.failures += 1
+            raise
+        self._counters.sealed(seconds)
+        return Done(frames=seal.frames, bytes=seal.bytes)
+
+    async def _fill(self, filling: _Filling, frames: AsyncIterator[bytes]) -> Seal | None:
+        """Returns at the end of the stream, and not before the last write is done, whatever happens."""
+        room = asyncio.Semaphore(self._frames_in_flight)
+        try:
+            async with asyncio.TaskGroup() as writes:
+                async for frame in frames:
+                    message, payload = decode(frame)
+                    if isinstance(message, Data):
+                        filling.expect(message)
+                        await room.acquire()
+                        writes.create_task(self._write(filling.landing, message, payload, room))
+                    else:
+                        filling.end(message)
+        except BaseExceptionGroup as failures:
+            # The first one is the reason, the others followed from it.
+            raise failures.exceptions[0] from None
+        return filling.seal
+
+    async def _write(self, landing: Landing, data: Data, payload: memoryview, room: asyncio.Semaphore) -> None:
+        try:
+            with landing.writing():
+                loop = asyncio.get_running_loop()
+                await finish(loop.run_in_executor(self._threads, _verify_and_scatter, landing, data, payload))
+        finally:
+            room.release()
+        landing.touch()
+        self._counters.moved(data.payload_bytes)
+
+
+class _Filling:
+    """What has come so far, from headers alone."""
+
+    def __init__(self, coverage: Coverage, layout: KVLayout, landing: Landing) -> None:
+        self.landing = landing
+        self.seal: Seal | None = None
+        self._coverage = coverage
+        self._layout = layout
+        self._frames = self._bytes = self._checksum = 0
+
+    def expect(self, data: Data) -> None:
+        """Raises TransferFailed unless this is the next frame, of the right size, and covers what nothing else did."""
+        self._not_sealed()
+        if data.sequence != self._frames:
+            raise TransferFailed(f"KV frame {data.sequence} came where {self._frames} is next")
+        self._coverage.add(data.layers, data.tokens)
+        size = self._layout.payload_bytes(data.layer_count, data.token_count)
+        if data.payload_bytes != size:
+            raise TransferFailed(f"KV frame {data.sequence} holds {data.payload_bytes} bytes, its cells take {size}")
+        self._frames += 1
+        self._bytes += size
+        self._checksum = chain_checksum(self._checksum, data)
+
+    def end(self, message: object) -> None:
+        """Raises TransferFailed unless this is the seal, nothing is missing and the totals agree."""
+        self._not_sealed()
+        if not isinstance(message, Seal):
+            raise TransferFailed("a frame other than data and seal came within a transfer")
+        self._coverage.check_complete()
+        if (message.frames, message.bytes, message.checksum) != (self._frames, self._bytes, self._checksum):
+            raise TransferFailed(
+                f"the seal counts {message.frames} frames and {message.bytes} bytes, "
+                f"{self._frames} and {self._bytes} came, or their checksums differ"
+            )
+        self.seal = message
+
+    def _not_sealed(self) -> None:
+        if self.seal is not None:
+            raise TransferFailed("a frame came after the seal")
+
+
+async def _opening(frames: AsyncIterator[bytes]) -> Open:
+    async for frame in frames:
+        message, _ = decode(frame)
+        if isinstance(message, Open):
+            return message
+        break
+    raise TransferFailed("the transfer does not begin with an open frame")
+
+
+def _verify_and_scatter(landing: Landing, data: Data, payload: memoryview) -> None:
+    check_payload(data, payload)
+    scatter(landing.pool, landing.blocks, data.layers, data.tokens, payload)
+
+
+def _reason(error: BaseException, lost: Callable[[], TandemError]) -> TandemError:
+    if isinstance(error, TandemError):
+        return error
+    if isinstance(error, asyncio.CancelledError):
+        return lost()
+    return InternalError("a bug ended the transfer; the receiving worker's log has the details")

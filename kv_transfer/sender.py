@@ -1,0 +1,126 @@
+"""The sending end of one transfer, over any link that delivers frames in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from concurrent.futures import Executor
+from typing import Protocol
+
+from kv_transfer.base import Counters, Source, Target, TransferSummary
+from kv_transfer.codec import Data, Done, Open, Seal, chain_checksum, encode, encode_data
+from kv_transfer.coverage import Coverage
+from kv_transfer.layout import KVLayout
+from kv_transfer.pool_io import pieces
+from kv_transfer.threads import finish
+from tandem.errors import Refused, TransferFailed
+
+
+class Link(Protocol):
+    """Carries the frames of one transfer. Both raise the receiver's error, or WorkerLost, DeadlineExceeded."""
+
+    async def write(self, frame: bytes) -> None:
+        """Returns when there is room for the next frame."""
+
+    async def finish(self) -> Done:
+        """Says that no frame follows; returns the receiver's answer."""
+
+
+def opening_of(target: Target) -> Open:
+    return Open(
+        reservation_id=target.reservation_id,
+        request_id=target.request_id,
+        attempt=target.attempt,
+        fingerprint=target.fingerprint,
+        token_start=target.cached_tokens,
+        token_stop=target.prompt_tokens,
+    )
+
+
+def check_source(source: Source, target: Target) -> None:
+    """Raises Refused unless the source's pool and block table hold the prompt in the target's layout."""
+    if KVLayout.of(target.fingerprint) != source.layout:
+        raise Refused(f"the source's {source.layout} is not the target's {KVLayout.of(target.fingerprint)}")
+    source.layout.check_pool(source.pool, source.blocks, target.prompt_tokens)
+
+
+class FrameSender:
+    """A Sender that cuts, gathers and numbers frames. Two are in memory at most: one leaves while the next is made."""
+
+    def __init__(
+        self, source: Source, target: Target, link: Link, frame_bytes: int, threads: Executor, counters: Counters
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._link = link
+        self._frame_bytes = frame_bytes
+        self._threads = threads
+        self._counters = counters
+        self._coverage = Coverage(source.layout.num_layers, target.travelling)
+        self._cut_frames = self._bytes = self._frames = self._checksum = 0
+        self._started = time.monotonic()
+        # The frame that a thread makes while the one before it leaves.
+        self._next: asyncio.Future[tuple[Data, bytes]] | None = None
+        self._sealed = False
+
+    async def open(self) -> None:
+        """Sends the open frame."""
+        await self._link.write(encode(opening_of(self._target)))
+
+    async def send(self, tokens: range) -> None:
+        """See Sender."""
+        fresh = range(max(tokens.start, self._target.cached_tokens), tokens.stop)
+        if not fresh:
+            return
+        self._coverage.add(range(self._source.layout.num_layers), fresh)
+        for layers, part in self._source.layout.cut(fresh, self._frame_bytes):
+            await self._advance(self._make(layers, part))
+        await self._advance(None)
+
+    async def seal(self, first_token: int) -> TransferSummary:
+        """See Sender."""
+        self._coverage.check_complete()
+        await self._link.write(encode(Seal(first_token, self._frames, self._bytes, self._checksum)))
+        done = await self._link.finish()
+        if (done.frames, done.bytes) != (self._frames, self._bytes):
+            raise TransferFailed(f"{self._bytes} bytes of KV were sent, the receiver acknowledged {done.bytes}")
+        self._sealed = True
+        seconds = time.monotonic() - self._started
+        self._counters.sealed(seconds)
+        return TransferSummary(self._bytes, self._frames, seconds)
+
+    async def close(self) -> None:
+        """Returns when no thread reads the source any more."""
+        if not self._sealed:
+            self._counters.failures += 1
+        if self._next is not None:
+            # Whatever its frame would have been, the transfer has ended for another reason.
+            with contextlib.suppress(Exception):
+                await finish(self._next)
+
+    def _make(self, layers: range, tokens: range) -> asyncio.Future[tuple[Data, bytes]]:
+        sequence = self._cut_frames
+        self._cut_frames += 1
+        loop = asyncio.get_running_loop()
+        try:
+            return loop.run_in_executor(self._threads, _gather_frame, self._source, sequence, layers, tokens)
+        except RuntimeError:  # no thread takes work any more
+            raise TransferFailed("the transport was closed in mid-transfer") from None
+
+    async def _advance(self, upcoming: asyncio.Future[tuple[Data, bytes]] | None) -> None:
+        """Writes the frame made before, while `upcoming` is made."""
+        ready, self._next = self._next, upcoming
+        if ready is not None:
+            await self._write(*await finish(ready))
+
+    async def _write(self, data: Data, frame: bytes) -> None:
+        await self._link.write(frame)
+        self._frames += 1
+        self._bytes += data.payload_bytes
+        self._checksum = chain_checksum(self._checksum, data)
+        self._counters.moved(data.payload_bytes)
+
+
+def _gather_frame(source: Source, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
+    return encode_data(sequence, layers, tokens, pieces(source.pool, source.blocks, layers, tokens))

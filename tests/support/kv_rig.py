@@ -1,0 +1,254 @@
+"""Both ends of a KV transfer for tests: real pools, real block tables, and a landing that writes down what befalls it.
+
+A transport joins the contract suite by one entry in RIGS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kv_transfer.admission import Claims
+from kv_transfer.base import Counters, Source, Target, TransferSummary, Transport
+from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES, GrpcTransport, KVService, kv_service
+from kv_transfer.layout import KVLayout
+from kv_transfer.local import LocalTransport
+from tandem.config import TandemConfig, parse_config
+from tandem.errors import TandemError, TransferFailed
+from tandem.rpc import bind, make_server
+from tandem.types import Fingerprint
+
+FINGERPRINT = Fingerprint(
+    config_hash="c" * 64,
+    weights_hash="w" * 64,
+    dtype="float32",
+    block_size=8,
+    num_layers=3,
+    num_kv_heads=2,
+    head_dim=16,
+    layout=1,
+)
+POOL_BLOCKS = 64
+
+
+def config_with(**worker: int) -> TandemConfig:
+    return parse_config({"worker": {"frame_bytes": 4096, "frames_in_flight": 4, **worker}})
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def random_pool(fingerprint: Fingerprint, seed: int, blocks: int = POOL_BLOCKS) -> Tensor:
+    layout = KVLayout.of(fingerprint)
+    shape = (layout.num_layers, 2, blocks, layout.block_size, layout.num_kv_heads, layout.head_dim)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(layout.torch_dtype)
+
+
+def rows_of(pool: Tensor, blocks: Sequence[int], tokens: range) -> Tensor:
+    """[L, 2, T, K, D] the plain way: what gather must agree with."""
+    size = pool.shape[3]
+    rows = [pool[:, :, blocks[token // size], token % size] for token in tokens]
+    return torch.stack(rows, dim=2) if rows else pool[:, :, 0, :0]
+
+
+class FakeLanding:
+    """A reservation that checks how it is used."""
+
+    def __init__(self, pool: Tensor, blocks: Sequence[int], target: Target) -> None:
+        self.pool = pool
+        self.blocks = tuple(blocks)
+        self.request_id = target.request_id
+        self.attempt = target.attempt
+        self.cached_tokens = target.cached_tokens
+        self.prompt_tokens = target.prompt_tokens
+        self.broken = False
+        self.refuse_seal: TandemError | None = None
+        self.writers = 0
+        self.touches = 0
+        self.first_token: int | None = None
+        self.summary: TransferSummary | None = None
+        self.errors: list[TandemError] = []
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        if self.broken:
+            raise TransferFailed("the lease of the reservation is broken")
+        assert not self.ended, "a write after the end"
+        self.writers += 1
+        try:
+            yield
+        finally:
+            self.writers -= 1
+
+    def touch(self) -> None:
+        self.touches += 1
+
+    async def sealed(self, first_token: int, summary: TransferSummary) -> None:
+        assert self.writers == 0
+        assert not self.ended
+        if self.refuse_seal is not None:
+            raise self.refuse_seal
+        self.first_token, self.summary = first_token, summary
+
+    def failed(self, error: TandemError) -> None:
+        assert self.writers == 0, "blocks would be given back under a writer"
+        assert not self.ended, "a second end"
+        self.errors.append(error)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.errors) or self.first_token is not None
+
+
+@dataclass
+class FakeLandings:
+    fingerprint: Fingerprint
+    by_id: dict[str, FakeLanding] = field(default_factory=dict)
+
+    def find(self, reservation_id: str) -> FakeLanding:
+        if reservation_id not in self.by_id:
+            raise TransferFailed("the reservation is unknown or has expired")
+        return self.by_id[reservation_id]
+
+
+@dataclass
+class Job:
+    """One request's transfer, ready to go."""
+
+    source: Source
+    target: Target
+    landing: FakeLanding
+    # [L, 2, T, K, D] of the whole prompt, as the receiver must have it.
+    expected: Tensor
+
+    def received(self) -> Tensor:
+        return rows_of(self.landing.pool, self.landing.blocks, range(self.target.prompt_tokens))
+
+    def assert_arrived(self) -> None:
+        assert self.landing.first_token is not None
+        assert self.landing.errors == []
+        assert torch.equal(self.received(), self.expected)
+
+
+class Rig:
+    """A sender's and a receiver's pool with one transport between them."""
+
+    def __init__(self, fingerprint: Fingerprint, transport: Transport, address: str, shared_pool: bool) -> None:
+        self.fingerprint = fingerprint
+        self.transport = transport
+        self.address = address
+        self.landings = FakeLandings(fingerprint)
+        self.receiving_pool = random_pool(fingerprint, seed=1)
+        self.sending_pool = self.receiving_pool if shared_pool else random_pool(fingerprint, seed=2)
+        self.service: KVService | None = None
+        # Stops the receiving server, if there is one.
+        self.stop: Callable[[], Awaitable[object]] = asyncio.Event().wait
+        self._free = random.Random(3).sample(range(POOL_BLOCKS), POOL_BLOCKS)
+        self._sending_free = random.Random(4).sample(range(POOL_BLOCKS), POOL_BLOCKS)
+
+    @property
+    def shared_pool(self) -> bool:
+        return self.sending_pool is self.receiving_pool
+
+    def job(self, prompt_tokens: int = 21, cached_tokens: int = 0, name: str = "r1", attempt: int = 0) -> Job:
+        """A reservation at the receiver, and the prompt's KV at the sender; the cached prefix is equal on both."""
+        count = -(-prompt_tokens // self.fingerprint.block_size)
+        blocks = [self._free.pop() for _ in range(count)]
+        source_blocks = blocks if self.shared_pool else [self._sending_free.pop() for _ in range(count)]
+        target = Target(
+            reservation_id=f"secret-{name}-{attempt}",
+            request_id=name,
+            attempt=attempt,
+            address=self.address,
+            cached_tokens=cached_tokens,
+            prompt_tokens=prompt_tokens,
+            fingerprint=self.fingerprint,
+        )
+        landing = FakeLanding(self.receiving_pool, blocks, target)
+        self.landings.by_id[target.reservation_id] = landing
+        source = Source(self.sending_pool, tuple(source_blocks), KVLayout.of(self.fingerprint))
+        expected = rows_of(self.sending_pool, source_blocks, range(prompt_tokens)).clone()
+        expected[:, :, :cached_tokens] = rows_of(self.receiving_pool, blocks, range(cached_tokens))
+        return Job(source, target, landing, expected)
+
+    async def transfer(
+        self, job: Job, first_token: int = 7, chunk: int = 9, ranges: list[range] | None = None
+    ) -> TransferSummary:
+        """Sends the ranges, or else the prompt in chunks, and seals."""
+        size = job.target.prompt_tokens
+        async with self.transport.open(job.source, job.target) as sender:
+            for tokens in ranges or [range(start, min(start + chunk, size)) for start in range(0, size, chunk)]:
+                await sender.send(tokens)
+            return await sender.seal(first_token)
+
+    async def transfer_in_halves(self, job: Job, between: Callable[[], Awaitable[object]]) -> TransferSummary:
+        """The second half follows `between`, which runs when the first has landed."""
+        middle = job.target.prompt_tokens // 2
+        async with self.transport.open(job.source, job.target) as sender:
+            await sender.send(range(middle))
+            await until(lambda: job.landing.touches > 0)
+            await between()
+            await sender.send(range(middle, job.target.prompt_tokens))
+            return await sender.seal(7)
+
+    async def assert_healthy(self) -> None:
+        """Whatever happened before, a new transfer works."""
+        job = self.job(name="health")
+        await self.transfer(job)
+        job.assert_arrived()
+
+    @property
+    def received(self) -> Counters:
+        return self.transport.counters if self.service is None else self.service.counters
+
+
+@asynccontextmanager
+async def local_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
+    landings = FakeLandings(fingerprint)
+    rig = Rig(fingerprint, LocalTransport(landings, Claims()), "", shared_pool=True)
+    rig.landings = landings
+    yield rig
+
+
+@asynccontextmanager
+async def grpc_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
+    landings = FakeLandings(fingerprint)
+    transport = GrpcTransport(config)
+    async with serving(landings, config) as (service, port, stop):
+        rig = Rig(fingerprint, transport, f"127.0.0.1:{port}", shared_pool=False)
+        rig.landings, rig.service, rig.stop = landings, service, stop
+        yield rig
+        await transport.aclose()
+
+
+@asynccontextmanager
+async def serving(
+    landings: FakeLandings, config: TandemConfig
+) -> AsyncIterator[tuple[KVService, int, Callable[[], Awaitable[object]]]]:
+    service = kv_service(landings, config, Claims())
+    server = make_server(MAX_MESSAGE_BYTES)
+    server.add_generic_rpc_handlers((service,))
+    port = bind(server, "127.0.0.1", 0)
+    await server.start()
+    try:
+        yield service, port, lambda: server.stop(None)
+    finally:
+        await server.stop(None)
+        service.close()
+
+
+MakeRig = Callable[[Fingerprint, TandemConfig], AbstractAsyncContextManager[Rig]]
+RIGS: dict[str, MakeRig] = {"local": local_rig, "grpc": grpc_rig}
+
+
+def shaped(dtype: str, num_kv_heads: int, head_dim: int) -> Fingerprint:
+    return replace(FINGERPRINT, dtype=dtype, num_kv_heads=num_kv_heads, head_dim=head_dim)

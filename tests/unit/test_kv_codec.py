@@ -1,0 +1,185 @@
+"""Frames: what is encoded comes back, and nothing else is taken."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zlib
+from dataclasses import replace
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_transfer.codec import (
+    MAX_FRAME_BYTES,
+    MAX_HEADER_BYTES,
+    VERSION,
+    Data,
+    Done,
+    Message,
+    Open,
+    Seal,
+    chain_checksum,
+    check_payload,
+    decode,
+    encode,
+    encode_data,
+)
+from tandem.errors import Refused, TransferFailed
+from tandem.types import Fingerprint
+
+FINGERPRINT = Fingerprint("c" * 64, "w" * 64, "bfloat16", 16, 32, 8, 128, 1)
+OPEN = Open("secret", "request", 1, FINGERPRINT, 0, 100)
+COUNTS = st.integers(0, 2**31 - 1)
+POSITIVES = st.integers(1, 2**31 - 1)
+IDS = st.text(min_size=1, max_size=128)
+FINGERPRINTS = st.builds(Fingerprint, IDS, IDS, IDS, POSITIVES, POSITIVES, POSITIVES, POSITIVES, COUNTS)
+MESSAGES: st.SearchStrategy[Message] = st.one_of(
+    st.builds(Open, IDS, IDS, COUNTS, FINGERPRINTS, COUNTS, POSITIVES),
+    st.builds(Seal, COUNTS, COUNTS, st.integers(0, 2**53), st.integers(0, 2**32 - 1)),
+    st.builds(Done, COUNTS, st.integers(0, 2**53)),
+)
+
+
+def data_frame(payload: bytes = b"kvkvkvkv") -> bytes:
+    return encode_data(3, range(2, 4), range(10, 14), [memoryview(payload)])[1]
+
+
+def accept(frame: bytes) -> Message:
+    """What a receiver does with a frame."""
+    message, payload = decode(frame)
+    if isinstance(message, Data):
+        check_payload(message, payload)
+    return message
+
+
+def raw_frame(header: bytes, payload: bytes = b"", version: int = VERSION, magic: bytes = b"TKVF") -> bytes:
+    """A frame with an intact prelude around any header."""
+    fixed = struct.pack(">4sHH", magic, version, len(header))
+    return fixed + struct.pack(">I", zlib.crc32(fixed + header)) + header + payload
+
+
+@given(MESSAGES)
+def test_messages_come_back(message: Message) -> None:
+    assert accept(encode(message)) == message
+
+
+@given(COUNTS, st.integers(0, 1000), st.integers(1, 99), st.lists(st.binary(min_size=1, max_size=300), min_size=1))
+def test_data_comes_back(sequence: int, start: int, count: int, parts: list[bytes]) -> None:
+    cells = range(start, start + count)
+    data, frame = encode_data(sequence, cells, cells, [memoryview(part) for part in parts])
+    message, payload = decode(frame)
+    check_payload(data, payload)
+    assert message == data
+    assert (data.layers, data.tokens, data.sequence) == (cells, cells, sequence)
+    assert bytes(payload) == b"".join(parts)
+
+
+@pytest.mark.parametrize("frame", [data_frame(), encode(OPEN), encode(Seal(1, 2, 3, 4))], ids=["data", "open", "seal"])
+def test_every_flipped_bit_is_detected(frame: bytes) -> None:
+    for bit in range(len(frame) * 8):
+        spoiled = bytearray(frame)
+        spoiled[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(TransferFailed):
+            accept(bytes(spoiled))
+
+
+@pytest.mark.parametrize("frame", [data_frame(), encode(OPEN)], ids=["data", "open"])
+def test_every_cut_and_every_tail_is_detected(frame: bytes) -> None:
+    for length in range(len(frame)):
+        with pytest.raises(TransferFailed):
+            accept(frame[:length])
+    for tail in (b"\x00", frame):
+        with pytest.raises(TransferFailed):
+            accept(frame + tail)
+
+
+@given(st.binary(max_size=4000), st.booleans())
+def test_garbage_is_refused_in_one_sentence(noise: bytes, with_magic: bool) -> None:
+    with pytest.raises(TransferFailed) as caught:
+        accept((b"TKVF" if with_magic else b"") + noise)
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 300
+
+
+@given(st.recursive(st.none() | st.integers(-(2**63), 2**64 - 1) | st.text() | st.binary() | st.floats(), st.lists))
+def test_a_header_of_any_other_value_is_refused(value: Any) -> None:
+    with pytest.raises(TransferFailed):
+        accept(raw_frame(msgpack.packb(value)[:MAX_HEADER_BYTES]))
+
+
+def test_a_frame_over_the_cap_is_refused() -> None:
+    with pytest.raises(TransferFailed, match="not in"):
+        decode(bytes(MAX_FRAME_BYTES + 1))
+    with pytest.raises(TransferFailed, match="too long"):
+        decode(raw_frame(bytes(MAX_HEADER_BYTES + 1)))
+
+
+def test_a_pickle_is_never_loaded() -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return pytest.fail, ("unpickled",)
+
+    with pytest.raises(TransferFailed):
+        accept(raw_frame(pickle.dumps(Bomb())))
+    with pytest.raises(TransferFailed):
+        accept(raw_frame(msgpack.packb(msgpack.ExtType(5, pickle.dumps(Bomb())))))
+
+
+def test_another_version_is_refused_by_number() -> None:
+    header = msgpack.packb({"kind": "done", "frames": 1, "bytes": 1})
+    assert accept(raw_frame(header)) == Done(1, 1)
+    with pytest.raises(Refused, match="version 2"):
+        accept(raw_frame(header, version=2))
+
+
+GOOD = {"kind": "seal", "first_token": 1, "frames": 2, "bytes": 3, "checksum": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"first_token": -1}, "first_token .* whole number"),
+        ({"first_token": 2**31}, "first_token"),
+        ({"first_token": True}, "first_token"),
+        ({"first_token": 1.0}, "first_token"),
+        ({"first_token": "1"}, "first_token"),
+        ({"bytes": 2**60}, "bytes"),
+        ({"more": 1}, "missing or unknown keys: more"),
+        ({"kind": "data"}, "missing or unknown keys"),
+        ({"kind": "steal"}, "kind 'steal' is unknown"),
+        ({"kind": 7}, "kind '7' is unknown"),
+        ({"kind": b"seal"}, "not readable"),
+    ],
+)
+def test_headers_keep_to_the_schema(change: dict[str, Any], why: str) -> None:
+    assert accept(raw_frame(msgpack.packb(GOOD))) == Seal(1, 2, 3, 4)
+    with pytest.raises(TransferFailed, match=why):
+        accept(raw_frame(msgpack.packb({**GOOD, **change})))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_key_is_needed(name: str) -> None:
+    with pytest.raises(TransferFailed):
+        accept(raw_frame(msgpack.packb({key: value for key, value in GOOD.items() if key != name})))
+
+
+def test_keys_that_are_not_text_are_refused() -> None:
+    with pytest.raises(TransferFailed, match="not readable"):
+        accept(raw_frame(msgpack.packb({1: 2})))
+
+
+def test_a_sender_cannot_make_what_a_receiver_would_refuse() -> None:
+    with pytest.raises(TransferFailed, match="request_id"):
+        encode(replace(OPEN, request_id="r" * 129))
+    widest = "\U0001f600" * 128
+    message = replace(OPEN, request_id=widest, reservation_id=widest)
+    assert accept(encode(message)) == message
+
+
+def test_the_chain_depends_on_order() -> None:
+    one, other = (encode_data(0, range(1), range(1), [memoryview(part)])[0] for part in (b"a", b"b"))
+    assert chain_checksum(chain_checksum(0, one), other) != chain_checksum(chain_checksum(0, other), one)
