@@ -326,6 +326,19 @@ async def test_closing_the_transport_fails_its_transfers(rig: Rig) -> None:
     await until(lambda: job.landing.ended)
 
 
+async def test_closing_the_transport_is_no_cancel_of_the_sender(rig: Rig, shut: Callable[[Job], Gate]) -> None:
+    job = rig.job()
+    gate = shut(job)
+    sending = asyncio.create_task(rig.transfer(job))
+    everything = 21 * job.source.layout.token_bytes
+    await until(lambda: gate.held > 0 and rig.transport.counters.bytes == everything)  # it waits for the answer
+    await rig.transport.aclose()  # type: ignore[attr-defined]
+    with pytest.raises(TransferFailed, match="closed in mid-transfer"):
+        await sending
+    gate.open()
+    await until(lambda: job.landing.ended)
+
+
 async def test_stopping_the_server_fails_the_landing_and_loses_the_worker() -> None:
     async with grpc_rig(FINGERPRINT, config_with()) as rig:
         job = rig.job()
