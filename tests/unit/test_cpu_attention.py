@@ -218,7 +218,7 @@ def test_warm_up_works_where_no_cache_can_be_written(tmp_path: Path) -> None:
         "for impl in (c.CompileResultCacheImpl,): impl._locator_classes = []\n"
         "from tandem.engine.cpu_parallel import kernel, launch\n"
         "def nothing(words): words[0] = 1\n"
-        "launch(kernel(nothing)); print('ran')\n"
+        "launch(kernel(nothing), threads=2); print('ran')\n"
     )
     environment = {**os.environ, "HOME": str(tmp_path / "absent")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
