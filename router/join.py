@@ -24,15 +24,17 @@ class JoinService(registry_pb2_grpc.RegistryServicer):
         if first is None or not first.HasField("hello"):
             raise Refused("the first heartbeat must carry hello")
         worker = self._registry.admit(first)
-        why = "its Join stream broke"
+        cause: TandemError = Unavailable("its Join stream broke")
         try:
-            await first_of(self._hear(worker, context), self._direct(worker, context), worker.serve(), _lost(worker))
-            why = "it left"
+            await first_of(
+                self._hear(worker, context), self._direct(worker, context), worker.serve(), worker.wait_lost()
+            )
+            cause = Unavailable("it left")
         except TandemError as error:
-            why = error.message
+            cause = error
             raise
         finally:
-            self._registry.remove(worker, why)
+            self._registry.remove(worker, cause)
             await worker.close()
 
     async def _read(self, context: Any) -> registry_pb2.Heartbeat | None:
@@ -53,9 +55,3 @@ class JoinService(registry_pb2_grpc.RegistryServicer):
         await context.write(registry_pb2.Directive(welcome=welcome))
         while True:
             await context.write(await worker.directives.get())
-
-
-async def _lost(worker: Worker) -> None:
-    """Raises when somebody else put the worker out: a newer join of the same id, or the router's end."""
-    await worker.wait_lost()
-    raise Refused(f"worker {worker.id} is out: {worker.loss}")

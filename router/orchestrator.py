@@ -120,20 +120,25 @@ class Orchestrator:
             self.finished += 1
         except BaseException as error:
             self.failed += 1
-            raise _told(error, adapter) from error
+            _tell(error, adapter)
+            if isinstance(error, errors.TandemError | asyncio.CancelledError):
+                raise
+            raise errors.InternalError("internal error; the router's log has the details") from error
         finally:
             del self._live[live.request_id]
             if not self._live:
                 self._idle.set()
 
 
-def _told(error: BaseException, adapter: logging.LoggerAdapter[logging.Logger]) -> BaseException:
-    """Logs how a request failed. A bug's details stay in the log; its caller learns that there was one."""
-    if isinstance(error, errors.TandemError | asyncio.CancelledError):
-        adapter.info("failed: %s: %s", type(error).__name__, error)
-        return error
-    adapter.error("unexpected error", exc_info=error)
-    return errors.InternalError("internal error; the router's log has the details")
+def _tell(error: BaseException, adapter: logging.LoggerAdapter[logging.Logger]) -> None:
+    """Logs how a request failed. A bug's details stay here; its caller learns that there was one."""
+    match error:
+        case asyncio.CancelledError():
+            adapter.info("cancelled: its caller left, or its deadline passed")
+        case errors.TandemError():
+            adapter.info("failed: %s: %s", error.code, error)
+        case _:
+            adapter.error("unexpected error", exc_info=error)
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ import tandem
 from router.placement import WorkerView
 from router.worker import Worker
 from tandem.config import RouterConfig
-from tandem.errors import InvalidRequest, Refused
+from tandem.errors import InvalidRequest, Refused, TandemError, Unavailable
 from tandem.types import ModelInfo, Role
 from tandem.v1 import registry_pb2
 from tandem.wire import model_from_wire, roles_from_wire
@@ -48,7 +48,7 @@ class Registry:
             raise Refused(f"the router refused worker {hello.worker_id!r}: {problem}")
         older = self._workers.get(hello.worker_id)
         if older is not None:
-            self.remove(older, "the same worker_id joined again")
+            self.remove(older, Refused(f"worker_id {older.id} joined again"))
         worker = self._workers[hello.worker_id] = Worker(first, self._config)
         log.info("worker %s joined from %s", worker.id, hello.address)
         return worker
@@ -60,17 +60,17 @@ class Registry:
         other = next(others, None)
         return None if other is None else _difference(model_from_wire(hello.model), other)
 
-    def remove(self, worker: Worker, why: str) -> None:
+    def remove(self, worker: Worker, cause: TandemError) -> None:
         """At once out of routing; its live requests fail."""
         if self._workers.get(worker.id) is worker:
             del self._workers[worker.id]
         if worker.loss is None:
-            log.warning("worker %s is out: %s", worker.id, why)
-            worker.lose(why)
+            log.warning("worker %s is out: %s", worker.id, cause)
+            worker.lose(cause)
 
     def close(self) -> None:
         for worker in self.workers:
-            self.remove(worker, "the router stopped")
+            self.remove(worker, Unavailable("the router stopped"))
 
     def drain(self, worker_id: str) -> None:
         """Tells a worker to take no new work and to leave when its live requests are done."""

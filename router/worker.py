@@ -52,7 +52,8 @@ class Worker:
         # Reservations that are not sealed yet; their leases are renewed.
         self.leases: set[str] = set()
         self.directives: asyncio.Queue[registry_pb2.Directive] = asyncio.Queue(MAX_DIRECTIVES)
-        self.loss: str | None = None
+        # Why it was lost; None while it is not.
+        self.loss: errors.TandemError | None = None
         self._lost = asyncio.Event()
         self._config = config
         self._drain_asked, self._drain_said = False, first.draining
@@ -165,13 +166,16 @@ class Worker:
             log.warning("worker %s did not renew %d leases: %s", self.id, len(self.leases), rpc.error_from_rpc(error))
 
     async def wait_lost(self) -> None:
+        """Raises the cause when the worker is lost."""
         await self._lost.wait()
+        assert self.loss is not None
+        raise self.loss
 
-    def lose(self, why: str) -> None:
+    def lose(self, cause: errors.TandemError) -> None:
         """Fails whatever is live on it. The first cause counts."""
         if self.loss is not None:
             return
-        self.loss, self.routable = why, False
+        self.loss, self.routable = cause, False
         self._lost.set()
         live, self._live = self._live, {}
         for (_, role), fail in live.items():

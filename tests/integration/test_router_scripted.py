@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scripted_worker import FINGERPRINT, MODEL, Cluster, ScriptedWorker, eventually
 from tokenizers import Tokenizer
 
@@ -22,6 +25,9 @@ from tandem.types import Accepted, ChoiceFinished, Completed, Delta, Event, Fini
 from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2
 
 TOKENIZER = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
+ROOT = Path(__file__).parents[2]
+# Log probabilities on a token, so that one event fills HTTP/2's window and the router's write waits for its reader.
+WIDER_THAN_A_WINDOW = 15_000
 PREFILL, DECODE = [Role.PREFILL], [Role.DECODE]
 
 
@@ -96,11 +102,16 @@ class House:
         assert (await self.status()).live_requests == 0
 
 
+def narrow_channel(address: str) -> grpc.aio.Channel:
+    """Without bandwidth probes, which would widen HTTP/2's window of 64 KiB until a slow reader's events fit in."""
+    return grpc.aio.insecure_channel(address, options=[*rpc.client_options(), ("grpc.http2.bdp_probe", 0)])
+
+
 @asynccontextmanager
 async def open_house(config: TandemConfig) -> AsyncIterator[House]:
     async with (
         open_router(config) as address,
-        rpc.make_channel(address) as channel,
+        narrow_channel(address) as channel,
         AsyncExitStack() as stack,
     ):
         yield House(address, channel, stack)
@@ -392,6 +403,22 @@ async def test_more_tokens_than_asked_for_are_an_error(house: House) -> None:
     await house.check_empty()
 
 
+async def test_a_bug_releases_both_and_keeps_its_details_in_the_log(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await house.pair()
+
+    def broken(*_: object) -> None:
+        raise ValueError("secret detail")
+
+    monkeypatch.setattr("router.output.ChoiceOutput.push", broken)
+    with pytest.raises(errors.InternalError, match="internal error; the router's log has the details"):
+        await collect(house.call())
+    assert len(house.cluster.happened("abort")) == 1
+    assert "secret detail" in caplog.text
+    await house.check_empty()
+
+
 # Workers that are lost.
 
 
@@ -530,7 +557,8 @@ async def test_a_newer_join_of_the_same_id_replaces_the_older(house: House) -> N
     older = await house.join("c1")
     newer = await house.join("c1")
     await eventually(lambda: older.join_error)
-    assert "the same worker_id joined again" in str(older.join_error)
+    assert isinstance(older.join_error, errors.Refused), "it must not come back"
+    assert "worker_id c1 joined again" in str(older.join_error)
     assert ids_of(await collect(house.call(2))) == [5, 5]
     assert newer.reserve_requests
     assert not older.reserve_requests
@@ -641,18 +669,28 @@ async def test_a_pool_that_could_never_hold_it(house: House) -> None:
 # A slow client, status, the end.
 
 
-async def test_a_client_that_does_not_read_hides_no_loss(house: House) -> None:
-    prefill, decode = await house.pair()
-    decode.hold("decode")
-    call = house.call(400)
+async def test_a_client_that_does_not_read_for_a_while_loses_nothing(house: House) -> None:
+    _, decode = await house.pair()
+    house.cluster.top_logprobs = WIDER_THAN_A_WINDOW
+    house.cluster.output = list(range(10, 18))
+    call = house.call(8)
     await house.cluster.saw("decode")
-    decode.steps_per_batch = 10
-    decode.let("decode")
+    await eventually(lambda: decode.held_requests == 0)
+    assert (await house.status()).live_requests == 1, "the router waits for the client"
+    assert ids_of(await collect(call)) == list(range(10, 18))
+
+
+async def test_a_client_that_does_not_read_delays_no_release(house: House) -> None:
+    prefill, decode = await house.pair()
+    house.cluster.top_logprobs = WIDER_THAN_A_WINDOW
+    prefill.hold("seal")
+    call = house.call(8)
+    await house.cluster.saw("seal")
     await decode.kill()
-    await eventually_status(house, lambda status: status.live_requests == 0)
+    await asyncio.wait_for(house.cluster.saw("prefill_cancelled"), 1)
+    await asyncio.wait_for(eventually_status(house, lambda status: status.live_requests == 0), 1)
     with pytest.raises(errors.WorkerLost):
         await collect(call)
-    assert prefill.join_error is None
 
 
 async def test_status_names_workers_and_live_requests(house: House) -> None:
@@ -734,3 +772,68 @@ async def test_a_stopping_router_fails_what_does_not_end(monkeypatch: pytest.Mon
         with pytest.raises(errors.Unavailable, match="the router stopped before the request had ended"):
             await collect(call)
         assert house.cluster.happened("abort")
+        await eventually(lambda: prefill.join_error)
+        assert isinstance(prefill.join_error, errors.Unavailable), "it may join the next router here"
+
+
+# The process.
+
+
+@asynccontextmanager
+async def process(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "router", *arguments, stdout=pipe, stderr=pipe, cwd=ROOT
+    )
+    try:
+        yield child
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await child.communicate()
+
+
+async def test_the_process_says_ready_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
+    config = tmp_path / "tandem.yaml"
+    config.write_text("router: {port: 1}")
+    async with process("--config", str(config), "--port", "0") as child:
+        assert child.stdout is not None
+        ready = (await asyncio.wait_for(child.stdout.readline(), 20)).decode()
+        word, address = ready.split()
+        assert word == "ready"
+        assert address.startswith("127.0.0.1:")
+        async with rpc.make_channel(address) as channel, AsyncExitStack() as stack:
+            house = House(address, channel, stack)
+            await house.start("c1")
+            await eventually(lambda: house.cluster.workers["c1"].subscribed)
+            assert finish_of(await collect(house.call())).output_tokens == 4
+            health: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+            answer = await health.Check(health_pb2.HealthCheckRequest(service="tandem.v1.Generation"))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            child.terminate()
+            output, log = await asyncio.wait_for(child.communicate(), 10)
+        assert (child.returncode, output) == (0, b"")
+        assert b"Traceback" not in log
+        assert b"[-] worker c1 is routable" in log
+        request_id = house.cluster.happened("reserve")[0]
+        assert f"[{request_id}] placed on c1 and c1 by local".encode() in log
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("router: {port: %d}", "cannot listen on 127.0.0.1:%d: the port is in use"),
+        ("router: {prot: %d}", "unknown config key router.prot; did you mean router.port?"),
+    ],
+)
+async def test_a_wrong_configuration_ends_the_process_with_2(
+    house: House, tmp_path: Path, text: str, message: str
+) -> None:
+    taken = int(house.cluster.router.rpartition(":")[2])
+    config = tmp_path / "tandem.yaml"
+    config.write_text(text % taken)
+    async with process("--config", str(config)) as child:
+        output, log = await asyncio.wait_for(child.communicate(), 20)
+    assert (child.returncode, output) == (2, b"")
+    assert (message % taken if "%" in message else message) in log.decode()
+    assert "Traceback" not in log.decode()

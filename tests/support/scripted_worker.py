@@ -40,6 +40,8 @@ class Cluster:
         self.log: list[tuple[str, str, str]] = []
         # What the model says, one id after another; it goes on to max_tokens with token 5.
         self.output: list[int] = []
+        # Log probabilities that ride on every token.
+        self.top_logprobs = 0
         # Reason of the end of `output`; None: it goes on.
         self.reason: FinishReason | None = None
 
@@ -52,6 +54,10 @@ class Cluster:
 
     def token(self, position: int) -> int:
         return self.output[position] if position < len(self.output) else 5
+
+    def wire_token(self, token_id: int) -> common_pb2.Token:
+        top = [common_pb2.TokenLogprob(token_id=rank, logprob=-1.0) for rank in range(self.top_logprobs)]
+        return common_pb2.Token(id=token_id, top_logprobs=top)
 
     def reason_at(self, position: int, max_tokens: int) -> FinishReason | None:
         if self.reason is not None and position == len(self.output) - 1:
@@ -258,7 +264,7 @@ class ScriptedWorker(
         await context.write(worker_pb2.PrefillEvent(started=started))
         await self.reach("first", request_id)
         reason = self.cluster.reason_at(0, request.request.sampling.max_tokens)
-        token = common_pb2.Token(id=self.cluster.token(0))
+        token = self.cluster.wire_token(self.cluster.token(0))
         first = worker_pb2.FirstToken(token=token, finish_reason=wire.reason_to_wire(reason), compute_ms=1)
         await context.write(worker_pb2.PrefillEvent(first_token=first))
         if reason is not None:
@@ -309,7 +315,7 @@ class ScriptedWorker(
             request_id=request_id,
             attempt=attempt,
             position=position,
-            tokens=[common_pb2.Token(id=id_) for id_ in ids],
+            tokens=[self.cluster.wire_token(id_) for id_ in ids],
             finish_reason=wire.reason_to_wire(reason),
             failure=failure,
             decode_gap_ms=0.5 if position == 1 else None,

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+import tandem
+from router.registry import Registry
+from router.worker import MAX_DIRECTIVES, Worker
+from tandem.config import RouterConfig
+from tandem.errors import InvalidRequest, Overloaded, TandemError, Unavailable, WorkerLost
+from tandem.types import Fingerprint, ModelInfo, Role
+from tandem.v1 import registry_pb2
+from tandem.wire import model_to_wire, roles_from_wire, roles_to_wire
+
+MODEL = ModelInfo("tiny", 384, 512, (0,), Fingerprint("c", "w", "float32", 16, 2, 2, 8, 1))
+BOTH = frozenset({Role.PREFILL, Role.DECODE})
+ONLY_PREFILL = frozenset({Role.PREFILL})
+
+
+def heartbeat(worker_id: str = "w", roles: frozenset[Role] = BOTH) -> registry_pb2.Heartbeat:
+    hello = registry_pb2.Hello(
+        worker_id=worker_id,
+        address="127.0.0.1:1",
+        roles=roles_to_wire(roles),
+        model=model_to_wire(MODEL),
+        version=tandem.__version__,
+        total_blocks=10,
+    )
+    return registry_pb2.Heartbeat(hello=hello, load=registry_pb2.Load(free_blocks=10, queued_prompt_tokens=3))
+
+
+@pytest.fixture
+async def registry() -> AsyncIterator[Registry]:
+    registry = Registry(RouterConfig())
+    yield registry
+    for worker in registry.workers:
+        registry.remove(worker, Unavailable("the test is over"))
+        await worker.close()
+
+
+@pytest.fixture
+async def worker(registry: Registry) -> Worker:
+    return registry.admit(heartbeat())
+
+
+async def test_drain_sends_the_directive_and_places_nothing_more(registry: Registry, worker: Worker) -> None:
+    registry.drain("w")
+    assert worker.directives.get_nowait().HasField("drain")
+    assert worker.view().draining
+    worker.hear(registry_pb2.Heartbeat(draining=False))
+    assert worker.view().draining, "a heartbeat that left before the directive came changes nothing"
+
+
+async def test_set_roles_drops_at_once_and_adds_when_the_worker_says_so(registry: Registry) -> None:
+    worker = registry.admit(heartbeat(roles=ONLY_PREFILL))
+    registry.set_roles("w", frozenset({Role.DECODE}))
+    directive = worker.directives.get_nowait()
+    assert roles_from_wire(list(directive.set_roles.roles)) == {Role.DECODE}
+    assert worker.roles == frozenset()
+    worker.hear(heartbeat(roles=frozenset({Role.DECODE})))
+    assert worker.roles == {Role.DECODE}
+    assert worker.view().roles == frozenset(), "its token stream is not open"
+
+
+@pytest.mark.usefixtures("worker")
+async def test_orders_that_make_no_sense(registry: Registry) -> None:
+    with pytest.raises(InvalidRequest, match="no worker 'x' has joined; joined: w"):
+        registry.drain("x")
+    with pytest.raises(InvalidRequest, match="at least one role"):
+        registry.set_roles("w", frozenset())
+
+
+async def test_directives_are_bounded(registry: Registry, worker: Worker) -> None:
+    for _ in range(MAX_DIRECTIVES):
+        registry.drain("w")
+    with pytest.raises(Overloaded):
+        registry.drain("w")
+
+
+async def test_the_view_counts_what_was_placed_since_the_heartbeat(worker: Worker) -> None:
+    worker.queued.place("r", 20)
+    worker.promised.place("r", 4)
+    view = worker.view()
+    assert (view.queued_prompt_tokens, view.free_blocks, view.live_requests) == (23, 6, 1)
+    worker.queued.sent("r")
+    worker.promised.sent("r")
+    worker.hear(registry_pb2.Heartbeat(load=registry_pb2.Load(free_blocks=5, queued_prompt_tokens=20, reservations=1)))
+    view = worker.view()
+    assert (view.queued_prompt_tokens, view.free_blocks, view.live_requests) == (20, 5, 1)
+
+
+async def test_a_lost_worker_fails_what_is_live_on_it_once(registry: Registry, worker: Worker) -> None:
+    failures: list[TandemError] = []
+    worker.attach("live", Role.PREFILL, failures.append)
+    worker.attach("gone", Role.DECODE, failures.append)
+    worker.detach("gone", Role.DECODE)
+    registry.remove(worker, Unavailable("its Join stream broke"))
+    registry.remove(worker, Unavailable("again"))
+    assert [str(error) for error in failures] == ["prefill worker w was lost: its Join stream broke"]
+    assert isinstance(failures[0], WorkerLost)
+    assert registry.workers == registry.snapshot() == ()
+
+
+async def test_nothing_is_placed_on_a_worker_that_is_not_connected(registry: Registry, worker: Worker) -> None:
+    assert registry.workers == (worker,)
+    assert registry.snapshot() == ()
