@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
-from tandem.cli.common import human_bytes, make_console, printable, reported
+from tandem.cli.common import make_console, printable, reported
 from tandem.cli.timeline_table import timeline_table, transfer_line
 from tandem.client import AsyncClient, ServiceStatus
 from tandem.config import TandemConfig, load_config
@@ -36,7 +37,9 @@ def demo() -> None:
 
 
 async def _demo(console: Console, config: TandemConfig) -> None:
-    console.print("\n[bold]Tandem[/bold]: prefill and decode on separate workers, the same tokens.\n")
+    console.print(
+        "\n[bold]Tandem[/bold]: prefill on one worker, decode on another, their KV cache handed over in between.\n"
+    )
     started_s = time.monotonic()
     supervisor = Supervisor(config, output=lambda name, line: None)  # an early exit is reported with its last lines
     try:
@@ -72,8 +75,8 @@ def _show_processes(console: Console, supervisor: Supervisor, status: ServiceSta
     for name, pid in pids.items():
         for worker in status.workers:
             if worker.pid == pid:
-                blocks = f"{worker.total_blocks} KV blocks on {worker.device}"
-                table.add_row(name, worker.address, f"pid {pid}", blocks)
+                what = f"{worker.worker_id}: {worker.total_blocks} KV blocks on {worker.device}"
+                table.add_row(name, worker.address, f"pid {pid}", what)
     console.print(table)
     models = ", ".join(model.name for model in status.models)
     console.print(f"{INDENT}[green]✓[/green] ready in {took_s:.1f} s, model {models}\n")
@@ -91,7 +94,9 @@ async def _ask(console: Console, client: AsyncClient) -> str:
                 console.print(printable(event.text), end="", style="bold", markup=False, soft_wrap=True)
             case ChoiceFinished():
                 console.print("\n")
-                console.print(timeline_table(event.report, event.output_tokens))
+                console.print(
+                    Padding(timeline_table(event.report, event.output_tokens), (0, 0, 0, len(INDENT)), expand=False)
+                )
                 console.print(f"\n{INDENT}{transfer_line(event.report)}", markup=False)
             case Completed():
                 usage = event.usage
@@ -111,5 +116,3 @@ async def _show_integrity(console: Console, client: AsyncClient) -> None:
             raise InternalError("; ".join(problems) or f"{status.live_requests} requests are still live")
         await asyncio.sleep(0.05)
     console.print(f"{INDENT}[green]✓[/green] no orphan: 0 blocks referenced, 0 reservations, on every worker")
-    moved = sum(worker.load.kv_bytes_received for worker in status.workers)
-    console.print(f"{INDENT}[dim]the decode worker counts {human_bytes(moved)} of KV received[/dim]")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from enum import StrEnum
 from typing import Annotated
 
@@ -52,7 +51,6 @@ def worker(
     cpus: Annotated[str | None, typer.Option(metavar="0,1", help="Keep to these cores.")] = None,
 ) -> None:
     """Run one worker and join it to a router. `tandem serve` does this for you on one machine."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     with reported():
         settings: TandemConfig = load_config(
             config,

@@ -123,7 +123,7 @@ class AsyncClient:
             raise RuntimeError("the client is closed")
         if self._channel is None:  # not in __init__: gRPC takes the running loop
             self._channel = rpc.make_channel(self._address, self._max_message_bytes)
-            self._stub = generation_pb2_grpc.GenerationStub(self._channel)  # type: ignore[no-untyped-call]
+            self._stub = generation_pb2_grpc.GenerationStub(self._channel)
         return self._stub
 
     def generate(

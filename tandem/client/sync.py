@@ -89,7 +89,7 @@ class Client:
         self._address = address
         self._timeout_s = check_timeout(timeout_s)
         self._channel = grpc.insecure_channel(address, options=rpc.client_options(max_message_bytes))
-        self._stub: Any = generation_pb2_grpc.GenerationStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub: Any = generation_pb2_grpc.GenerationStub(self._channel)
         self._closed = False
 
     def generate(

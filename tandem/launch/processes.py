@@ -26,6 +26,8 @@ CONFIG_EXIT = 2
 POLL_S = 0.1
 # Added to the workers' own drain time before what is left is killed.
 STOP_MARGIN_S = 5.0
+# Listening on every address, a router is reached by this one from its own machine.
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
 
 class Supervisor:
@@ -61,7 +63,7 @@ class Supervisor:
         self._watchers: list[asyncio.Task[None]] = []
         self._stopping = False
         self._failure: asyncio.Future[None] | None = None
-        # host:port of the router; known after start().
+        # host:port by which this machine reaches the router; known after start().
         self.address = ""
 
     async def start(self) -> ServiceStatus:
@@ -92,12 +94,14 @@ class Supervisor:
 
     async def _start_router(self) -> None:
         router = await self._launch(ProcessSpec("router", self._modules[0], ["--config", str(self._config_path)]))
-        self.address = await router.ready
-        if not self.address:
+        listening = await router.ready
+        if not listening:
             await router.wait()
             raise _early_exit(router)
+        host, _, port_text = listening.rpartition(":")
+        self.address = f"{_LOOPBACK.get(host, host)}:{port_text}"
         # A router that is started again must listen where the workers and clients look for it.
-        port = int(self.address.rpartition(":")[2])
+        port = int(port_text)
         self._config = self._config.model_copy(
             update={"router": self._config.router.model_copy(update={"port": port})},
         )
@@ -196,7 +200,7 @@ class Supervisor:
                 self.kill()
             await asyncio.gather(*waits)
         self._remove_config()
-        if self._failure is not None and not self._failure.cancel():
+        if self._failure is not None and not self._failure.cancel() and not self._failure.cancelled():
             self._failure.exception()  # seen, whether or not anybody waited
 
     def kill(self) -> None:

@@ -135,6 +135,7 @@ async def test_a_child_that_exits_early_is_reported_with_its_last_words(
     service = Service(model={"name": name})
     with pytest.raises(kind) as caught:
         await service.supervisor.start()
+    await service.supervisor.stop()  # once more does no harm
     assert re.search(words, caught.value.message)
     assert service.supervisor.pids() == {}
 

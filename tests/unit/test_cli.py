@@ -1,0 +1,279 @@
+"""The command line: flags, exit codes, one clear line on stderr, and text that is safe to show."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_router import REPORT, ScriptedRouter, serving
+from typer.testing import CliRunner, Result
+
+from tandem.cli.common import human_bytes, printable
+from tandem.cli.main import app
+from tandem.cli.serve import pool_sizes, ready_line
+from tandem.cli.timeline_table import spans, transfer_line
+from tandem.cli.worker import parse_cpus
+from tandem.client.status import status_from_wire
+from tandem.errors import ConfigError, Overloaded
+from tandem.timeline import Timeline
+from tandem.types import Accepted, Delta, RequestReport, Token
+from tandem.v1 import generation_pb2, registry_pb2
+
+NOBODY = "127.0.0.1:1"
+
+
+@pytest.fixture
+def router() -> Iterator[ScriptedRouter]:
+    with serving(ScriptedRouter()) as started:
+        yield started
+
+
+def tandem(*args: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(args), input=stdin)
+
+
+def one_line(result: Result) -> str:
+    """What a failed command said: one line, no traceback."""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    return str(lines[0])
+
+
+def test_version() -> None:
+    assert tandem("--version").stdout.startswith("tandem ")
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "status", "worker", "demo"])
+def test_every_command_explains_itself(command: str) -> None:
+    assert tandem(command, "--help").exit_code == 0
+
+
+def test_generate_prints_the_text_alone(router: ScriptedRouter) -> None:
+    result = tandem("generate", "The color of dog", "--router", router.address)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, " can vary\n", "")
+
+
+def test_generate_reads_a_prompt_from_stdin(router: ScriptedRouter) -> None:
+    tandem("generate", "-", "--router", router.address, stdin="from a pipe")
+    assert router.requests[0].text == b"from a pipe"
+
+
+def test_generate_labels_several_choices(router: ScriptedRouter) -> None:
+    result = tandem("generate", "p", "-n", "2", "--router", router.address)
+    assert result.stdout == "[0] can vary\n[1] can vary\n"
+
+
+def test_generate_shows_where_the_time_went_on_stderr(router: ScriptedRouter) -> None:
+    result = tandem("generate", "p", "--timeline", "--router", router.address)
+    assert result.stdout == " can vary\n"
+    for words in ("queued", "prefill", "handoff", "decode", "25.0 ms", "4.0 KiB in 2 frames over grpc", "decode-b"):
+        assert words in result.stderr
+
+
+def test_generate_sends_every_flag(router: ScriptedRouter) -> None:
+    flags = "--max-tokens 9 --min-tokens 2 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --seed 4 --n 2"
+    more = "--repetition-penalty 1.5 --presence-penalty 1 --frequency-penalty -1 --logit-bias 5:-2 --logit-bias 6:1"
+    rest = "--stop a --stop b --stop-token-id 8 --ignore-eos --keep-special-tokens --model tiny --timeout 20"
+    words = f"{flags} {more} {rest} --cache-salt s".split()
+    assert tandem("generate", "p", *words, "--router", router.address).exit_code == 0
+    sent = router.requests[0]
+    assert (sent.n, list(sent.stop), sent.model, sent.cache_salt) == (2, ["a", "b"], "tiny", "s")
+    assert (sent.sampling.max_tokens, sent.sampling.seed, dict(sent.sampling.logit_bias)) == (9, 4, {5: -2.0, 6: 1.0})
+    assert (list(sent.sampling.stop_token_ids), sent.sampling.ignore_eos) == ([8], True)
+    assert 15 < (router.time_left_s[0] or 0) < 21
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--top-p", "2"], "top_p must be in (0, 1], not 2.0"),
+        (["--max-tokens", "0"], "max_tokens must be 1 or more"),
+        (["--logit-bias", "five"], "--logit-bias takes ID:BIAS"),
+        (["-n", "0"], "n must be a whole number"),
+        (["--timeout", "0"], "timeout_s must be"),
+    ],
+)
+def test_bad_values_are_usage_errors(args: list[str], words: str) -> None:
+    result = tandem("generate", "p", "--router", NOBODY, *args)
+    assert result.exit_code == 2
+    assert words in one_line(result)
+
+
+def test_an_unknown_flag_is_a_usage_error() -> None:
+    result = tandem("generate", "p", "--temprature", "1")
+    assert result.exit_code == 2
+    assert "--temprature" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["generate", "p"], ["status"], ["status", "--integrity", "--json"]])
+def test_no_router_is_one_clear_line(command: list[str]) -> None:
+    result = tandem(*command, "--router", NOBODY)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"cannot reach a Tandem router at {NOBODY}" in one_line(result)
+
+
+def test_an_overloaded_router_says_when_to_come_back(router: ScriptedRouter) -> None:
+    async def refuse(request: Any, emit: Any) -> None:
+        raise Overloaded("too many requests", retry_after_ms=1200)
+
+    router.script = refuse
+    result = tandem("generate", "p", "--router", router.address)
+    assert result.exit_code == 1
+    assert one_line(result) == "tandem: too many requests (try again in 2 s)"
+
+
+def test_ctrl_c_cancels_the_call(router: ScriptedRouter) -> None:
+    async def endless(request: Any, emit: Any) -> None:
+        await emit(Accepted("request-1", 1))
+        await emit(Delta(0, (Token(1),), "begun"))
+        await asyncio.Event().wait()
+
+    router.script = endless
+    command = [sys.executable, "-m", "tandem.cli.main", "generate", "p", "--router", router.address]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    ) as ran:
+        assert ran.stdout is not None
+        assert os.read(ran.stdout.fileno(), 100) == b"begun"
+        ran.send_signal(signal.SIGINT)
+        out, err = ran.communicate(timeout=20)
+    assert router.cancelled.wait(5)
+    assert (ran.returncode, out.strip(), err.decode().strip()) == (130, b"", "tandem: cancelled")
+
+
+def status_of(live: int = 0, **integrity: Any) -> generation_pb2.StatusResponse:
+    worker = generation_pb2.WorkerStatus(
+        hello=registry_pb2.Hello(
+            worker_id="prefill-1",
+            address="127.0.0.1:9",
+            roles=[registry_pb2.ROLE_PREFILL],
+            total_blocks=10,
+            device="cpu",
+        ),
+        load=registry_pb2.Load(free_blocks=7),
+        integrity=registry_pb2.Integrity(**integrity),
+    )
+    return generation_pb2.StatusResponse(
+        version="1", live_requests=live, workers=[worker], models=[registry_pb2.ModelInfo(name="tiny")]
+    )
+
+
+def test_status_shows_the_pools(router: ScriptedRouter) -> None:
+    router.status = status_of(ok=True)
+    result = tandem("status", "--router", router.address)
+    assert result.exit_code == 0
+    for words in ("model tiny", "prefill-1", "127.0.0.1:9", "7/10"):
+        assert words in result.stdout
+
+
+def test_status_without_workers(router: ScriptedRouter) -> None:
+    assert "no worker has joined" in tandem("status", "--router", router.address).stdout
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (status_of(ok=True), 0),
+        (status_of(ok=False, problem="block 3 is lost"), 1),
+        (status_of(ok=True, referenced_blocks=2), 1),
+        (status_of(ok=True, reservations=1), 1),
+        (status_of(live=1, ok=True, referenced_blocks=2, reservations=1), 0),
+    ],
+)
+def test_integrity_decides_the_exit_code(router: ScriptedRouter, status: Any, code: int) -> None:
+    router.status = status
+    result = tandem("status", "--integrity", "--router", router.address)
+    assert result.exit_code == code
+    assert bool(result.stderr) == bool(code)
+
+
+def test_status_as_json(router: ScriptedRouter) -> None:
+    router.status = status_of(ok=True, referenced_blocks=2)
+    result = tandem("status", "--json", "--integrity", "--router", router.address)
+    found = json.loads(result.stdout)
+    assert found["workers"][0]["roles"] == ["prefill"]
+    assert found["problems"] == ["prefill-1: 2 referenced blocks held, though no request is live"]
+
+
+@pytest.mark.parametrize("command", [["serve"], ["worker", "--role", "both", "--router", NOBODY]])
+def test_an_unknown_config_key_is_a_config_error(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("engine:\n  blocksize: 16\n")
+    result = tandem(*command, "--config", str(tmp_path / "bad.yaml"))
+    assert result.exit_code == 2
+    assert "unknown config key engine.blocksize; did you mean engine.block_size?" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--prefill", "0", "--decode", "0"], "no workers"),
+        (["--decode", "0"], "nobody would play decode"),
+        (["--prefill", "1000"], "config key serve.prefill"),
+    ],
+)
+def test_serve_refuses_pools_that_cannot_serve(args: list[str], words: str) -> None:
+    result = tandem("serve", *args)
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ((None, None, None), (None, None, None)),
+        ((None, None, 2), (0, 0, 2)),
+        ((1, None, 2), (1, None, 2)),
+        ((2, 3, None), (2, 3, None)),
+    ],
+)
+def test_colocated_alone_means_no_split(flags: tuple[Any, Any, Any], sizes: tuple[Any, Any, Any]) -> None:
+    assert tuple(pool_sizes(*flags).values()) == sizes
+
+
+def test_the_ready_line_names_address_model_and_pools() -> None:
+    line = ready_line("127.0.0.1:8700", status_from_wire(status_of()))
+    assert line == "ready at 127.0.0.1:8700: model tiny, 1 prefill"
+
+
+@pytest.mark.parametrize("text", ["zero", "", "1,", "99999", "-1"])
+def test_cpus_must_be_cores_of_ours(text: str) -> None:
+    with pytest.raises(ConfigError, match="--cpus"):
+        parse_cpus(text)
+
+
+def test_cpus_are_sorted() -> None:
+    core = min(os.sched_getaffinity(0))
+    assert parse_cpus(f"{core},{core}") == [core]
+
+
+def test_control_characters_do_not_reach_a_terminal() -> None:
+    assert printable("a\x1b[2Jb\x07\x9bc\x7f\n\td é 猫") == "a[2Jbc\n\td é 猫"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (812, "812 B"), (1536, "1.5 KiB"), (3 << 20, "3.0 MiB"), (1 << 50, "1024.0 TiB")]
+)
+def test_bytes_for_people(count: int, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_spans_add_up_to_the_whole() -> None:
+    parts = spans(REPORT, 2)
+    assert [part.name for part in parts] == ["queued", "prefill", "handoff", "decode"]
+    assert sum(part.ms for part in parts) == 25.0
+    assert "11.0 ms per token × 1" in parts[-1].note
+
+
+def test_an_answer_that_ended_early_has_fewer_spans() -> None:
+    report = RequestReport(Timeline({}))
+    assert spans(report, 0) == []
+    assert "none" in transfer_line(report)
+    assert "block table" in transfer_line(RequestReport(Timeline({}), transport="local"))
