@@ -184,7 +184,7 @@ async def test_cancelling_the_start_leaves_nothing() -> None:
     assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
 
 
-def test_children_end_with_a_killed_supervisor() -> None:
+def test_children_end_with_a_killed_supervisor(tmp_path: Path) -> None:
     """A supervisor in a process of its own gets SIGKILL, which it cannot answer; its children must end."""
     code = (
         "import asyncio, json, test_supervisor as t\n"
@@ -195,9 +195,8 @@ def test_children_end_with_a_killed_supervisor() -> None:
         "asyncio.run(main())\n"
     )
     path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(Path(__file__).parent)])
-    supervisor = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)}  # it cannot remove its file either
+    supervisor = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     with supervisor:
         assert supervisor.stdout is not None
         children = [psutil.Process(pid) for pid in json.loads(supervisor.stdout.readline()).values()]
