@@ -1,0 +1,93 @@
+"""The exactness table (law 1): transformers.generate = colocated = disaggregated, for twelve architectures.
+
+Every cell is served by real processes over real sockets. Prompts of 1, 7, 33 and 200 tokens run in one batch, in one
+chunk or in many, twice: the second time with a prefix-cache hit.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from model_zoo import ARCHITECTURES, save_model
+from service import Service, running_service, wait_until
+from transformers import AutoModelForCausalLM
+
+import tandem
+
+OUTPUT = 32
+ONE_CHUNK, MANY_CHUNKS = 512, 24
+SHAPES = {"disaggregated": {"prefill": 1, "decode": 1}, "colocated": {"prefill": 0, "decode": 0, "colocated": 1}}
+
+
+def _prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in (1, 7, 33, 200)]
+
+
+def _wanted(model_path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Plain transformers, one prompt at a time. A later end of sequence ends an answer."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="eager").eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=OUTPUT, do_sample=False)
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+def _served(service: Service, prompts: list[list[int]], **sampling: float) -> list[list[int]]:
+    """All prompts at once."""
+
+    def one(prompt: list[int]) -> list[int]:
+        completion = service.client.complete(prompt, max_tokens=OUTPUT, **sampling)  # type: ignore[arg-type]
+        return [token.id for token in completion.choices[0].tokens]
+
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        return list(threads.map(one, prompts))
+
+
+def _hit_prefixes(service: Service) -> bool:
+    """Of the prompts of 33 and 200 tokens: 2 and 12 whole blocks of 16, once heartbeats have told."""
+    return sum(worker.load.prefix_hit_tokens for worker in service.status().workers) == 32 + 192
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_tokens_equal_transformers(architecture: str, tmp_path: Path) -> None:
+    model = save_model(architecture, tmp_path / "model")
+    prompts = _prompts()
+    wanted = _wanted(model, prompts)
+    assert len({token for answer in wanted for token in answer}) >= 8, "the model says too little to tell paths apart"
+    for shape, counts in SHAPES.items():
+        for chunk in (ONE_CHUNK, MANY_CHUNKS):
+            folder = tmp_path / f"{shape}-{chunk}"
+            with running_service(folder, model, engine={"max_step_tokens": chunk}, **counts) as service:
+                for attempt in ("computed", "prefix hit"):
+                    assert _served(service, prompts) == wanted, (shape, chunk, attempt)
+                wait_until(partial(_hit_prefixes, service), what="a prefix-cache hit in the second round")
+
+
+def test_seeded_sampling_is_the_same_everywhere(tmp_path: Path) -> None:
+    """Alone, in a batch of 16, colocated and disaggregated; and across a router restart nothing else matters."""
+    model = save_model("llama", tmp_path / "model")
+    prompt = _prompts()[2]
+    seeds = range(16)
+    answers = {}
+    for shape, counts in SHAPES.items():
+        with running_service(tmp_path / shape, model, **counts) as service:
+
+            def answer(seed: int, service: Service = service) -> list[int]:
+                params = tandem.SamplingParams(
+                    max_tokens=OUTPUT, temperature=0.9, top_p=0.95, seed=seed, ignore_eos=True
+                )
+                return [token.id for token in service.client.complete(prompt, sampling=params).choices[0].tokens]
+
+            answers[shape, "alone"] = [answer(seed) for seed in seeds]
+            with ThreadPoolExecutor(len(seeds)) as threads:
+                answers[shape, "together"] = list(threads.map(answer, seeds))
+    first = answers["disaggregated", "alone"]
+    assert all(other == first for other in answers.values())
+    assert len({tuple(tokens) for tokens in first}) == len(seeds)

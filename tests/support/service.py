@@ -1,0 +1,192 @@
+"""The real service for a test: router and workers as processes of their own, on free loopback ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tandem
+from tandem.client.status import ServiceStatus
+from tandem.config import TINY_MODEL
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 60.0
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "the condition") -> Any:
+    """The condition's first true value; fails the test after timeout_s."""
+    pause = threading.Event()
+    end = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{what} did not come true within {timeout_s} s"
+        pause.wait(0.01)
+    return value
+
+
+class Process:
+    """One child with its output kept; ready when it has printed `ready HOST:PORT`."""
+
+    def __init__(self, name: str, *command: str) -> None:
+        self.name = name
+        self.lines: list[str] = []
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait_ready(self) -> str:
+        """host:port"""
+        wait_until(lambda: self._address() or self.popen.poll() is not None, START_S, f"{self.name} ready")
+        address = self._address()
+        assert address, f"{self.name} ended with {self.popen.returncode}:\n{self.output}"
+        return address
+
+    def wait_exit(self, timeout_s: float = START_S) -> int:
+        code = self.popen.wait(timeout_s)
+        self._reader.join(5)
+        return code
+
+    def send(self, signum: signal.Signals) -> None:
+        os.kill(self.pid, signum)
+
+    def stop(self) -> None:
+        if self.popen.poll() is None:
+            self.send(signal.SIGTERM)
+            try:
+                self.popen.wait(15)
+            except subprocess.TimeoutExpired:
+                self.send(signal.SIGKILL)
+                self.popen.wait(5)
+        self._reader.join(5)
+        assert self.popen.stdout is not None
+        self.popen.stdout.close()
+
+    def _address(self) -> str | None:
+        found = [match[1] for line in list(self.lines) if (match := re.match(r"ready (\S+)$", line))]
+        return found[0] if found else None
+
+    def _read(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+
+class Service:
+    def __init__(self, folder: Path, settings: dict[str, dict[str, Any]]) -> None:
+        self._folder = folder
+        self._settings = settings
+        self.processes: dict[str, Process] = {}
+        self.router = self.start("router", "router", "--port", "0", router={})
+        self.address = self.router.wait_ready()
+        self.client = tandem.Client(self.address)
+
+    def start(self, name: str, *command: str, **overrides: dict[str, Any]) -> Process:
+        """A process with this service's settings, sections overridden."""
+        settings = {key: {**self._settings.get(key, {}), **overrides.get(key, {})} for key in self._settings}
+        path = self._folder / f"{name}.json"
+        path.write_text(json.dumps(settings))
+        process = Process(name, *command, "--config", str(path))
+        self.processes[name] = process
+        return process
+
+    def start_worker(self, name: str, role: str, **overrides: dict[str, Any]) -> Process:
+        """role: prefill, decode (each by its own room's entry point) or both."""
+        entry = ("tandem.cli.main", "worker", "--role", "both") if role == "both" else (f"{role}_worker",)
+        return self.start(name, *entry, "--router", self.address, **overrides)
+
+    def wait_joined(self, count: int) -> None:
+        wait_until(
+            lambda: self._all_alive() and len(self.status().workers) == count, START_S, f"{count} workers joined"
+        )
+
+    def status(self, check_integrity: bool = False) -> ServiceStatus:
+        return self.client.status(check_integrity=check_integrity)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, by pid."""
+        process = self.processes.pop(name)
+        process.send(signal.SIGKILL)
+        process.wait_exit()
+        process.stop()
+
+    def idle(self) -> bool:
+        """No live request, and no worker holds anything."""
+        status = self.status(check_integrity=True)
+        checks = [worker.integrity for worker in status.workers]
+        assert all(check is not None and check.ok for check in checks), checks
+        return status.live_requests == 0 and all(
+            (check.referenced_blocks, check.reservations, check.quarantined_blocks, check.live_sequences)
+            == (0, 0, 0, 0)
+            for check in checks
+            if check is not None
+        )
+
+    def close(self) -> None:
+        """Proves that nothing leaked, then stops everything."""
+        try:
+            wait_until(self.idle, 10, "a service without orphans")
+        finally:
+            self.client.close()
+            for process in reversed(self.processes.values()):
+                process.stop()
+
+    def _all_alive(self) -> bool:
+        for process in self.processes.values():
+            assert process.popen.poll() is None, f"{process.name} ended:\n{process.output}"
+        return True
+
+
+@contextmanager
+def running_service(
+    folder: Path,
+    model: Path = TINY_MODEL,
+    *,
+    prefill: int = 1,
+    decode: int = 1,
+    colocated: int = 0,
+    **settings: dict[str, Any],
+) -> Iterator[Service]:
+    """Workers named prefill-0, decode-0, colocated-0 and so on; integrity is checked at the end."""
+    sections: dict[str, dict[str, Any]] = {"model": {"path": str(model)}, "engine": {}, "worker": {}, "router": {}}
+    sections["engine"] = {"kv_memory_mib": 32, "threads": 1}
+    for name, values in settings.items():
+        sections[name].update(values)
+    folder.mkdir(parents=True, exist_ok=True)
+    service = Service(folder, sections)
+    try:
+        for role, count in (("prefill", prefill), ("decode", decode), ("both", colocated)):
+            for index in range(count):
+                service.start_worker(f"{'colocated' if role == 'both' else role}-{index}", role)
+        service.wait_joined(prefill + decode + colocated)
+        yield service
+    except BaseException:
+        for process in service.processes.values():
+            print(f"--- {process.name}\n{process.output}")
+        raise
+    finally:
+        service.close()
