@@ -30,10 +30,11 @@ def spans(report: RequestReport, output_tokens: int) -> list[Span]:
     """The parts of a request's life, end to end: they add up to its whole. Parts it never reached are left out."""
     marks = report.timeline.marks
     decode_from = Phase.KV_SEALED if Phase.KV_SEALED in marks else Phase.FIRST_TOKEN
+    handoff = "a block table" if report.transport == "local" else "KV transfer that prefill did not hide"
     wanted = [
         ("queued", Phase.RECEIVED, Phase.PREFILL_STARTED, "admission, reservation, the prefill worker's queue"),
         ("prefill", Phase.PREFILL_STARTED, Phase.FIRST_TOKEN, f"on {report.prefill_worker}; samples the first token"),
-        ("handoff", Phase.FIRST_TOKEN, Phase.KV_SEALED, "KV transfer that prefill did not hide"),
+        ("handoff", Phase.FIRST_TOKEN, Phase.KV_SEALED, handoff),
         ("decode", decode_from, Phase.FINISHED, _decode_note(report, output_tokens, decode_from)),
     ]
     return [
