@@ -103,7 +103,10 @@ class ScriptedWorker(
         self.directives: list[registry_pb2.Directive] = []
         self.join_error: grpc.aio.AioRpcError | None = None
         self.load = registry_pb2.Load(free_blocks=total_blocks)
+        # Silent: no heartbeats. Tests that read join_error ask for it first: a write that meets the end of the call
+        # makes grpc.aio forget the status that the router sent ("Internal error from Core").
         self.silent = self.draining = False
+        self.beats = 0
         self.steps_per_batch = 1
         self.integrity = registry_pb2.Integrity(ok=True)
         self._queues: dict[str, asyncio.Queue[worker_pb2.TokenBatch | None]] = {}
@@ -188,6 +191,7 @@ class ScriptedWorker(
 
     async def beat(self, hello: registry_pb2.Hello | None = None) -> None:
         await self.call.write(registry_pb2.Heartbeat(hello=hello, load=self.load, draining=self.draining))
+        self.beats += 1
 
     async def _read_directives(self) -> None:
         while (directive := await self.call.read()) is not grpc.aio.EOF:

@@ -1,0 +1,270 @@
+"""What bounds the real router, what it says of itself, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from router_house import (
+    ROOT,
+    WIDER_THAN_A_WINDOW,
+    House,
+    collect,
+    configuration,
+    eventually_status,
+    finish_of,
+    ids_of,
+    open_house,
+    open_house_around,
+)
+from scripted_worker import ScriptedWorker, eventually
+
+from tandem import errors, rpc
+from tandem.types import FinishReason
+from tandem.v1 import registry_pb2
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    async with open_house(configuration()) as opened:
+        yield opened
+
+
+async def test_leases_are_renewed_until_the_seal_and_not_after() -> None:
+    async with open_house(configuration(lease_s=0.3)) as house:
+        prefill, decode = await house.pair()
+        prefill.hold("seal")
+        decode.hold("decode")
+        call = house.call()
+        await eventually(lambda: len(decode.renewed) >= 3)
+        (reserve,) = decode.reserve_requests
+        assert decode.renewed[0] == [f"reservation-{reserve.request.request_id}"]
+        prefill.let("seal")
+        await house.cluster.saw("prefill_done")
+        await eventually_status(house, lambda status: status.requests)
+        renewed = len(decode.renewed)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(never_again(decode, renewed + 1), 0.5)
+        decode.let("decode")
+        await collect(call)
+
+
+async def never_again(decode: ScriptedWorker, count: int) -> None:
+    await eventually(lambda: len(decode.renewed) > count)
+
+
+async def test_one_more_request_than_the_house_holds() -> None:
+    async with open_house(configuration(max_live_requests=1)) as house:
+        prefill, _ = await house.pair()
+        prefill.hold("start")
+        call = house.call()
+        await house.cluster.saw("start")
+        with pytest.raises(errors.Overloaded) as caught:
+            await collect(house.call())
+        assert caught.value.retry_after_ms
+        prefill.let("start")
+        await collect(call)
+        await collect(house.call())
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"text": b"ok \xf0\x28"}, errors.InvalidRequest, "not valid UTF-8 at byte 3"),
+        ({"model": "huge"}, errors.ModelNotFound, "'huge' is not served; served: tiny"),
+        ({"max_tokens": 5000}, errors.InvalidRequest, "limit of 512"),
+        ({"stop": [""]}, errors.InvalidRequest, "must not be empty"),
+    ],
+)
+async def test_wrong_requests(
+    house: House, fields: dict[str, Any], error: type[errors.TandemError], message: str
+) -> None:
+    await house.join("c1")
+    with pytest.raises(error, match=message) as caught:
+        await collect(house.call(**fields))
+    assert caught.value.field
+    status = await house.status()
+    assert (status.live_requests, status.finished_requests, status.failed_requests) == (0, 0, 0)
+
+
+async def test_no_worker_at_all(house: House) -> None:
+    with pytest.raises(errors.Unavailable, match="no worker has joined"):
+        await collect(house.call())
+
+
+async def test_a_pool_that_could_never_hold_it(house: House) -> None:
+    await house.join("c1", total_blocks=2)
+    with pytest.raises(errors.InvalidRequest, match="the largest decode worker holds 32"):
+        await collect(house.call(100))
+
+
+# A slow client, status, the end.
+
+
+async def test_a_client_that_does_not_read_for_a_while_loses_nothing(house: House) -> None:
+    _, decode = await house.pair()
+    house.cluster.top_logprobs = WIDER_THAN_A_WINDOW
+    house.cluster.output = list(range(10, 18))
+    call = house.call(8)
+    await house.cluster.saw("decode")
+    await eventually(lambda: decode.held_requests == 0)
+    assert (await house.status()).live_requests == 1, "the router waits for the client"
+    assert ids_of(await collect(call)) == list(range(10, 18))
+
+
+async def test_a_client_that_does_not_read_delays_no_release(house: House) -> None:
+    prefill, decode = await house.pair()
+    house.cluster.top_logprobs = WIDER_THAN_A_WINDOW
+    prefill.hold("seal")
+    call = house.call(8)
+    await house.cluster.saw("seal")
+    await decode.kill()
+    await asyncio.wait_for(house.cluster.saw("prefill_cancelled"), 1)
+    await asyncio.wait_for(eventually_status(house, lambda status: status.live_requests == 0), 1)
+    with pytest.raises(errors.WorkerLost):
+        await collect(call)
+
+
+async def test_status_names_workers_and_live_requests(house: House) -> None:
+    prefill, decode = await house.pair()
+    decode.integrity = registry_pb2.Integrity(ok=False, problem="block 3 has no owner")
+    prefill.hold("first")
+    call = house.call()
+    await house.cluster.saw("first")
+    await eventually_status(house, lambda status: status.requests[0].phase == "prefill_started")
+    status = await house.status(check_integrity=True)
+    assert [worker.hello.worker_id for worker in status.workers] == ["p1", "d1"]
+    assert [worker.integrity.ok for worker in status.workers] == [True, False]
+    assert status.workers[1].integrity.problem == "block 3 has no owner"
+    (live,) = status.requests
+    assert (live.prefill_worker, live.decode_worker) == ("p1", "d1")
+    assert [model.name for model in status.models] == ["tiny"]
+    prefill.let("first")
+    await collect(call)
+    status = await house.status()
+    assert (status.live_requests, status.finished_requests, status.failed_requests) == (0, 1, 0)
+    assert not status.workers[0].HasField("integrity")
+
+
+async def test_a_worker_that_cannot_check_itself_is_not_ok(house: House) -> None:
+    await house.join("c1")
+    stuck = await house.join("c2")
+    stuck.errors["integrity"] = errors.InternalError("the engine is stuck")
+    status = await house.status(check_integrity=True)
+    assert {entry.hello.worker_id: entry.integrity.ok for entry in status.workers} == {"c1": True, "c2": False}
+    assert "the engine is stuck" in status.workers[1].integrity.problem
+
+
+async def test_a_stopping_router_lets_live_requests_finish_and_refuses_new_ones() -> None:
+    async with AsyncExitStack() as outer:
+        router = AsyncExitStack()
+        house = await router.enter_async_context(open_house_around(outer, configuration()))
+        prefill, _ = await house.pair()
+        prefill.hold("first")
+        call = house.call()
+        await house.cluster.saw("first")
+        stopping = asyncio.create_task(router.aclose())
+        await asyncio.wait_for(refused(house), 5)
+        prefill.let("first")
+        assert finish_of(await collect(call)).reason is FinishReason.LENGTH
+        await asyncio.wait_for(stopping, 5)
+
+
+async def refused(house: House) -> None:
+    """Sends requests until one is refused; those that were taken wait at the held worker and are cancelled."""
+    while True:
+        call = house.call()
+        try:
+            await asyncio.wait_for(collect(call), 0.2)
+        except TimeoutError:
+            call.cancel()
+        except errors.Unavailable as error:
+            assert "the router is stopping" in str(error)  # noqa: PT017
+            return
+
+
+async def test_a_stopping_router_fails_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.app.STOP_GRACE_S", 0.1)
+    async with AsyncExitStack() as outer:
+        router = AsyncExitStack()
+        house = await router.enter_async_context(open_house_around(outer, configuration()))
+        prefill, _ = await house.pair()
+        prefill.hold("first")
+        call = house.call()
+        await house.cluster.saw("first")
+        prefill.silent = True
+        await asyncio.wait_for(router.aclose(), 5)
+        with pytest.raises(errors.Unavailable, match="the router stopped before the request had ended"):
+            await collect(call)
+        assert house.cluster.happened("abort")
+        await eventually(lambda: prefill.join_error)
+        assert isinstance(prefill.join_error, errors.Unavailable), "it may join the next router here"
+
+
+# The process.
+
+
+@asynccontextmanager
+async def process(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "router", *arguments, stdout=pipe, stderr=pipe, cwd=ROOT
+    )
+    try:
+        yield child
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await child.communicate()
+
+
+async def test_the_process_says_ready_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
+    config = tmp_path / "tandem.yaml"
+    config.write_text("router: {port: 1}")
+    async with process("--config", str(config), "--port", "0") as child:
+        assert child.stdout is not None
+        ready = (await asyncio.wait_for(child.stdout.readline(), 20)).decode()
+        word, address = ready.split()
+        assert word == "ready"
+        assert address.startswith("127.0.0.1:")
+        async with rpc.make_channel(address) as channel, AsyncExitStack() as stack:
+            house = House(address, channel, stack)
+            await house.start("c1")
+            await eventually(lambda: house.cluster.workers["c1"].subscribed)
+            assert finish_of(await collect(house.call())).output_tokens == 4
+            health: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+            answer = await health.Check(health_pb2.HealthCheckRequest(service="tandem.v1.Generation"))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            child.terminate()
+            output, log = await asyncio.wait_for(child.communicate(), 10)
+        assert (child.returncode, output) == (0, b"")
+        assert b"Traceback" not in log
+        assert b"[-] worker c1 is routable" in log
+        request_id = house.cluster.happened("reserve")[0]
+        assert f"[{request_id}] placed on c1 and c1 by local".encode() in log
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("router: {port: %d}", "cannot listen on 127.0.0.1:%d: the port is in use"),
+        ("router: {prot: %d}", "unknown config key router.prot; did you mean router.port?"),
+    ],
+)
+async def test_a_wrong_configuration_ends_the_process_with_2(
+    house: House, tmp_path: Path, text: str, message: str
+) -> None:
+    taken = int(house.cluster.router.rpartition(":")[2])
+    config = tmp_path / "tandem.yaml"
+    config.write_text(text % taken)
+    async with process("--config", str(config)) as child:
+        output, log = await asyncio.wait_for(child.communicate(), 20)
+    assert (child.returncode, output) == (2, b"")
+    assert (message % taken if "%" in message else message) in log.decode()
+    assert "Traceback" not in log.decode()
