@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from tandem.config import TandemConfig
 from tandem.engine.block_pool import BlockPool, BlockTable
@@ -61,6 +62,8 @@ class Engine:
         loaded = load_model(config)
         self.info = loaded.info
         self.fingerprint = loaded.info.fingerprint
+        if config.engine.device == "cpu":
+            _fuse(loaded.model)
         num_blocks = count_blocks(config.engine, self.fingerprint)
         self.cache = KVCache(self.fingerprint, num_blocks, config.engine.device)
         self.pool = BlockPool(num_blocks, self.fingerprint.block_size, config.engine.prefix_cache)
@@ -199,6 +202,13 @@ class Engine:
             prefix_hit_tokens=self._hit_tokens,
             prefix_query_tokens=self._query_tokens,
         )
+
+
+def _fuse(model: nn.Module) -> None:
+    # Imported late: a GPU worker never compiles the CPU's kernels.
+    from tandem.engine.cpu_fusion import fuse_for_cpu
+
+    fuse_for_cpu(model)
 
 
 def finish_reason(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> FinishReason | None:

@@ -7,6 +7,7 @@ chunk or in many, twice: the second time with a prefix-cache hit.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -61,13 +62,21 @@ def test_greedy_tokens_equal_transformers(architecture: str, tmp_path: Path) -> 
     prompts = _prompts()
     wanted = _wanted(model, prompts)
     assert len({token for answer in wanted for token in answer}) >= 8, "the model says too little to tell paths apart"
-    for shape, counts in SHAPES.items():
-        for chunk in (ONE_CHUNK, MANY_CHUNKS):
-            folder = tmp_path / f"{shape}-{chunk}"
-            with running_service(folder, model, engine={"max_step_tokens": chunk}, **counts) as service:
-                for attempt in ("computed", "prefix hit"):
-                    assert _served(service, prompts) == wanted, (shape, chunk, attempt)
-                wait_until(partial(_hit_prefixes, service), what="a prefix-cache hit in the second round")
+    with ExitStack() as stack:
+        services = {
+            (shape, chunk): stack.enter_context(
+                running_service(
+                    tmp_path / f"{shape}-{chunk}", model, wait=False, engine={"max_step_tokens": chunk}, **counts
+                )
+            )
+            for shape, counts in SHAPES.items()
+            for chunk in (ONE_CHUNK, MANY_CHUNKS)
+        }
+        for (shape, chunk), service in services.items():
+            service.wait_joined(sum(SHAPES[shape].values()))
+            for attempt in ("computed", "prefix hit"):
+                assert _served(service, prompts) == wanted, (shape, chunk, attempt)
+            wait_until(partial(_hit_prefixes, service), what="a prefix-cache hit in the second round")
 
 
 def test_seeded_sampling_is_the_same_everywhere(tmp_path: Path) -> None:

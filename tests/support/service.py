@@ -169,9 +169,13 @@ def running_service(
     prefill: int = 1,
     decode: int = 1,
     colocated: int = 0,
+    wait: bool = True,
     **settings: dict[str, Any],
 ) -> Iterator[Service]:
-    """Workers named prefill-0, decode-0, colocated-0 and so on; integrity is checked at the end."""
+    """Workers named prefill-0, decode-0, colocated-0 and so on; integrity is checked at the end.
+
+    With wait=False the caller waits for the workers itself (wait_joined), so that several services start side by side.
+    """
     sections: dict[str, dict[str, Any]] = {"model": {"path": str(model)}, "engine": {}, "worker": {}, "router": {}}
     sections["engine"] = {"kv_memory_mib": 32, "threads": 1}
     for name, values in settings.items():
@@ -182,7 +186,8 @@ def running_service(
         for role, count in (("prefill", prefill), ("decode", decode), ("both", colocated)):
             for index in range(count):
                 service.start_worker(f"{'colocated' if role == 'both' else role}-{index}", role)
-        service.wait_joined(prefill + decode + colocated)
+        if wait:
+            service.wait_joined(prefill + decode + colocated)
         yield service
     except BaseException:
         for process in service.processes.values():
