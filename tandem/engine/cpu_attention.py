@@ -17,7 +17,12 @@ TILE = 256
 def write_kv(
     key_TxKxD: Tensor, value_TxKxD: Tensor, k_pool_NxPxKxD: Tensor, v_pool_NxPxKxD: Tensor, batch: PagedBatch
 ) -> None:
-    """Put the step's keys and values into their slots of the pool (in place; the pools are contiguous)."""
+    """Put the step's keys and values into their slots of the pool (in place; the pools are contiguous). Any device."""
+    if all(map(_kernel_reads, (key_TxKxD[0], value_TxKxD[0], k_pool_NxPxKxD, v_pool_NxPxKxD))):
+        from tandem.engine.cpu_kernels import store_rows  # late, for the reason in `warm_up`
+
+        store_rows(key_TxKxD, value_TxKxD, k_pool_NxPxKxD, v_pool_NxPxKxD, batch.slots_T)
+        return
     for new_TxKxD, pool in ((key_TxKxD, k_pool_NxPxKxD), (value_TxKxD, v_pool_NxPxKxD)):
         pool.view(-1, *pool.shape[2:]).index_copy_(0, batch.slots_T, new_TxKxD.to(pool.dtype))
 
@@ -35,7 +40,7 @@ def reference_attention(
     scores_HxQxC = torch.einsum("qhd,chd->hqc", query_QxHxD.float(), key_CxHxD) * options.scale
     if options.softcap:
         scores_HxQxC = options.softcap * torch.tanh(scores_HxQxC / options.softcap)
-    visible_QxC = _visible(first_position, query_QxHxD.shape[0], 0, key_CxKxD.shape[0], options.window)
+    visible_QxC = _visible(query_QxHxD, key_CxKxD, first_position, options.window)
     weights_HxQxC = scores_HxQxC.masked_fill(~visible_QxC, float("-inf")).softmax(dim=-1)
     return torch.einsum("hqc,chd->qhd", weights_HxQxC, value_CxHxD).to(query_QxHxD.dtype)
 
@@ -52,9 +57,10 @@ def paged_attention_cpu(
     """Attention for all rows of a step whose keys and values `write_kv` has already put into the pool.
 
     `key_TxKxD` and `value_TxKxD` are the step's own: a chunk that starts its sequence is computed from them alone.
-    Returns [T, H, D], contiguous, in the query's dtype.
+    Returns [T, H, D], contiguous, in the query's dtype. Tensors elsewhere than on CPU take the paths that use torch
+    alone.
     """
-    out_TxHxD = torch.empty(query_TxHxD.shape, dtype=query_TxHxD.dtype)
+    out_TxHxD = torch.empty(query_TxHxD.shape, dtype=query_TxHxD.dtype, device=query_TxHxD.device)
     if batch.num_decodes:
         _decode_rows(query_TxHxD, k_pool_NxPxKxD, v_pool_NxPxKxD, batch, options, out_TxHxD)
     for sequence in range(batch.num_decodes, len(batch.context_lens)):
@@ -77,8 +83,7 @@ def warm_up() -> None:
 def _decode_rows(
     query_TxHxD: Tensor, k_pool: Tensor, v_pool: Tensor, batch: PagedBatch, options: AttentionOptions, out: Tensor
 ) -> None:
-    tensors = (query_TxHxD, k_pool, v_pool)
-    if all(t.dtype == torch.float32 for t in tensors) and k_pool.is_contiguous() and v_pool.is_contiguous():
+    if _kernel_reads(k_pool) and _kernel_reads(v_pool) and query_TxHxD.dtype == torch.float32:
         from tandem.engine.cpu_kernels import decode_attention  # late, for the reason in `warm_up`
 
         decode_attention(query_TxHxD[: batch.num_decodes], k_pool, v_pool, batch, options, out)
@@ -89,6 +94,10 @@ def _decode_rows(
         out[row] = reference_attention(query_TxHxD[row : row + 1], key_CxKxD, value_CxKxD, position, options)[0]
 
 
+def _kernel_reads(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
 def _gather(pool_NxPxKxD: Tensor, batch: PagedBatch, sequence: int) -> Tensor:
     """A sequence's pages in order, as one [C, K, D] tensor."""
     context_len, page = batch.context_lens[sequence], pool_NxPxKxD.shape[1]
@@ -96,10 +105,11 @@ def _gather(pool_NxPxKxD: Tensor, batch: PagedBatch, sequence: int) -> Tensor:
     return pool_NxPxKxD.index_select(0, blocks).flatten(0, 1)[:context_len]
 
 
-def _visible(first_position: int, rows: int, first_key: int, keys: int, window: int) -> Tensor:
-    """bool [rows, keys]: which keys the rows from `first_position` on may see."""
-    position_Qx1 = torch.arange(first_position, first_position + rows).unsqueeze(1)
-    key_position_C = torch.arange(first_key, first_key + keys)
+def _visible(query_QxHxD: Tensor, key_CxKxD: Tensor, first_position: int, window: int) -> Tensor:
+    """bool [Q, C]: which keys the rows from `first_position` on may see."""
+    rows, keys, device = query_QxHxD.shape[0], key_CxKxD.shape[0], query_QxHxD.device
+    position_Qx1 = torch.arange(first_position, first_position + rows, device=device).unsqueeze(1)
+    key_position_C = torch.arange(keys, device=device)
     visible_QxC = key_position_C <= position_Qx1
     return visible_QxC & (key_position_C > position_Qx1 - window) if window else visible_QxC
 
@@ -126,7 +136,7 @@ def _tile(
 ) -> Tensor:
     if options.softcap:  # SDPA has no place for it
         return reference_attention(query_QxHxD, key_CxKxD, value_CxKxD, first_position, options)
-    visible_QxC = _visible(first_position, query_QxHxD.shape[0], 0, key_CxKxD.shape[0], options.window)
+    visible_QxC = _visible(query_QxHxD, key_CxKxD, first_position, options.window)
     return _sdpa(query_QxHxD, key_CxKxD, value_CxKxD, options, visible_QxC)
 
 

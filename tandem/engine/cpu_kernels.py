@@ -1,4 +1,4 @@
-"""numba kernels of decode attention over the paged KV pool (fp32).
+"""numba kernels over the paged KV pool (fp32): writing the step's keys and values, and decode attention.
 
 Importing this module compiles the kernels, or loads them from numba's cache: import it late (`cpu_attention.warm_up`).
 """
@@ -198,7 +198,36 @@ def _decode(words_pointer: Any) -> None:
         item = atomic_add(shared, 1)
 
 
+def _store(words_pointer: Any) -> None:
+    """words: 0 ticket, 2 key, 3 its row stride, 4 value, 5 its row stride, 6 k pool, 7 v pool, 8 slots, 9 rows,
+    10 row size.
+    """
+    words = carray(words_pointer, (11,))
+    size = words[10]
+    slots = carray(pointer(words[8]), (words[9],), np.int64)
+    while True:
+        first = atomic_add(np.int64(words.ctypes.data), 1) * SPLIT
+        if first >= words[9]:
+            return
+        for row in range(first, min(first + SPLIT, words[9])):
+            place = 4 * size * slots[row]
+            floats(words[6] + place, size)[:] = floats(words[2] + 4 * words[3] * row, size)
+            floats(words[7] + place, size)[:] = floats(words[4] + 4 * words[5] * row, size)
+
+
 DECODE = kernel(_decode)
+STORE = kernel(_store)
+
+
+def store_rows(key_TxKxD: Tensor, value_TxKxD: Tensor, k_pool: Tensor, v_pool: Tensor, slots_T: Tensor) -> None:
+    """Copy each token's key and value to its slot of the pools; fp32, rows and pools dense."""
+    rows, size = key_TxKxD.shape[0], key_TxKxD[0].numel()
+    launch(
+        STORE,
+        *(key_TxKxD.data_ptr(), key_TxKxD.stride(0), value_TxKxD.data_ptr(), value_TxKxD.stride(0)),
+        *(k_pool.data_ptr(), v_pool.data_ptr(), slots_T.data_ptr(), rows, size),
+        threads=torch.get_num_threads() if rows > SPLIT else 1,
+    )
 
 
 def decode_attention(

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import logging
 import platform
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +17,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _LARGEST_INT = 2**31 - 1
 # How much the heap grows at a time: few system calls while it warms up, little waste once it is.
 _GROWTH_BYTES = 64 << 20
+# madvise: move what lies in this range into huge pages now (Linux 6.1).
+_MADV_COLLAPSE = 25
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 @functools.cache
@@ -38,3 +42,34 @@ def tune_allocator() -> bool:
     accepted = [mallopt(option, value) == 1 for option, value in settings]
     logger.debug("glibc keeps freed memory: %s", accepted)
     return all(accepted)
+
+
+def use_huge_pages() -> int:
+    """Move this process's own memory into huge pages, wherever a whole one is in use; returns the bytes moved.
+
+    Call it once model and KV pool are loaded and warm: a decode step reads all weights and misses the TLB at each
+    4 KiB page; in huge pages matrices of 1 to 16 rows go 8-12 % faster. Copies what it moves (about 1 s per GiB).
+    Linux 6.1 and later; elsewhere it returns 0.
+    """
+    if platform.system() != "Linux":
+        return 0
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    # One huge page at a time: a call stops at the first that it cannot collapse, such as one never touched.
+    starts = [at for first, last in _private_ranges() for at in range(first, last, _HUGE_PAGE_BYTES)]
+    moved = sum(1 for at in starts if madvise(at, _HUGE_PAGE_BYTES, _MADV_COLLAPSE) == 0)
+    logger.debug("huge pages back %d of %d MiB", 2 * moved, 2 * len(starts))
+    return _HUGE_PAGE_BYTES * moved
+
+
+def _private_ranges() -> list[tuple[int, int]]:
+    """Address ranges of private, anonymous, writable memory, shrunk to whole huge pages."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        bounds, permissions, _, _, inode = line.split()[:5]
+        first, last = (int(bound, 16) for bound in bounds.split("-"))
+        first = -(-first // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+        last = last // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+        if permissions == "rw-p" and inode == "0" and first < last:
+            ranges.append((first, last))
+    return ranges

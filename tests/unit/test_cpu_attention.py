@@ -202,6 +202,21 @@ def test_two_engines_on_two_threads() -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_write_kv_fills_the_slots_and_nothing_else(dtype: torch.dtype) -> None:
+    step = make_step([make_sequence(300, 299, 2, 2, 8, dtype), make_sequence(7, 1, 2, 2, 8, dtype)], 0, 16)
+    expected = []
+    for new, pool in ((step.key, step.k_pool), (step.value, step.v_pool)):
+        want = pool.clone()
+        for row, slot in enumerate(step.batch.slots_T.tolist()):
+            want[slot // 16, slot % 16] = new[row]
+        expected.append(want)
+    wide = torch.cat([step.key, step.value], dim=1)  # rows that are not next to each other, as of a merged projection
+    write_kv(wide[:, :2], wide[:, 2:], step.k_pool, step.v_pool, step.batch)
+    for pool, want in zip((step.k_pool, step.v_pool), expected, strict=True):
+        torch.testing.assert_close(pool, want, rtol=0, atol=0, equal_nan=True)
+
+
 def test_scale_is_the_callers() -> None:
     s = make_sequence(33, 33, 2, 2, 16)
     got = make_step([s], 0, 16).run(AttentionOptions(scale=0.7))

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from tandem.engine import cpu_fusion
 from tandem.engine.cpu_fusion import fuse_for_cpu
-from tandem.engine.cpu_memory import tune_allocator
+from tandem.engine.cpu_memory import tune_allocator, use_huge_pages
 from tandem.engine.cpu_modules import PackedLinear
 
 SMALL: dict[str, Any] = {
@@ -201,3 +201,9 @@ def _allocator_left_as_it_was() -> Iterator[None]:
 def test_the_allocator_is_tuned_once() -> None:
     assert tune_allocator() == (platform.libc_ver()[0] == "glibc")
     assert tune_allocator() == tune_allocator()
+
+
+def test_huge_pages_keep_what_memory_holds() -> None:
+    tensor = torch.arange(4 << 20, dtype=torch.int64)
+    assert use_huge_pages() % (2 << 20) == 0
+    assert torch.equal(tensor, torch.arange(4 << 20, dtype=torch.int64))
