@@ -17,8 +17,9 @@ class Detokenizer:
     """Spells output ids after a prompt. A character whose bytes are not all there yet is never emitted.
 
     The spelling of an id depends on the ids before it, so a short context is decoded twice, with and without the new
-    ids, and the difference is the new text (the way of Text Generation Inference). `tokenizers.DecodeStream` does the
-    same, but raises on byte sequences that are not UTF-8 and re-decodes a run of them from its start at every id.
+    ids, and the difference is the new text (the way of Text Generation Inference). `tokenizers.DecodeStream` (0.23) is
+    not used: given a prompt that ends in half a character it emits prompt text as output, and output bytes that are
+    not UTF-8 hold back everything after them.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], keep_special_tokens: bool = False) -> None:

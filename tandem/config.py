@@ -151,7 +151,9 @@ def _explain(error: ValidationError) -> ConfigError:
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.0)
+        # Only keys of the same depth: `worker.xyzzy` is no misspelling of `worker`.
+        candidates = [known for known in _known_keys() if known.count(".") == key.count(".")]
+        nearest = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
         return ConfigError(f"unknown config key {key}; did you mean {nearest[0]}?", field=key)
     return ConfigError(f"config key {key}: {first['msg'].lower()}, not {first['input']!r}", field=key)
 

@@ -11,6 +11,7 @@ import grpc
 
 from tandem import rpc, wire
 from tandem.errors import Refused, TandemError
+from tandem.types import Role
 from tandem.v1 import registry_pb2, registry_pb2_grpc
 from tandem.worker.host import WorkerHost
 
@@ -42,11 +43,13 @@ class _Link:
         self._host = host
         self._call: Any = registry_pb2_grpc.RegistryStub(channel).Join()
         self.welcomed = False
+        # The roles in the last hello.
+        self._told: frozenset[Role] = frozenset()
 
     async def run(self) -> None:
         """Until the stream ends. Raises the router's typed error, or Unavailable."""
         try:
-            await self._call.write(self._heartbeat(hello=self._host.hello()))
+            await self._call.write(self._heartbeat(hello=self._hello()))
             interval_s = await self._welcome()
             log.info("worker %s joined at %s", self._host.worker_id, self._host.address)
             beats = asyncio.create_task(self._beat(interval_s))
@@ -71,8 +74,10 @@ class _Link:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._host.news.wait(), interval_s)
             self._host.news.clear()
+            # The router routes by the roles in the last hello.
+            changed = self._host.roles != self._told
             try:
-                await self._call.write(self._heartbeat())
+                await self._call.write(self._heartbeat(hello=self._hello() if changed else None))
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the reading side says why
 
@@ -91,6 +96,10 @@ class _Link:
             self._host.set_roles(wire.roles_from_wire(list(message.roles)))
         except Refused as error:
             log.warning("%s", error.message)
+
+    def _hello(self) -> registry_pb2.Hello:
+        self._told = self._host.roles
+        return self._host.hello()
 
     def _heartbeat(self, hello: registry_pb2.Hello | None = None) -> registry_pb2.Heartbeat:
         return registry_pb2.Heartbeat(hello=hello, load=self._host.load(), draining=self._host.draining)

@@ -1,0 +1,207 @@
+"""How fast is the engine, how near to the machine's roof, and how it compares with vLLM.
+
+usage: python benchmarks/engine.py [--shape 160m | --model DIR] [--device cpu|cuda] [--peer VENV] [--rounds 3]
+
+Prints, for each case, prefill and decode tokens/s and each as a share of a roof measured in the same run: for
+prefill the machine's matrix products, for decode whichever is lower of reading weights and KV once a step and of the
+step's matrix products. With --peer, vLLM (from a virtual environment that has it) measures the same cases; the two
+take turns case by case, whoever waits is stopped (SIGSTOP), and ratios are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from shapes import SHAPES, write_model
+
+HERE = Path(__file__).resolve().parent
+CASES = {
+    "prefill 1 x 1024": "1x1024x1",
+    "prefill 8 x 512": "8x512x1",
+    "decode, batch 1, context 16": "1x16x48",
+    "decode, batch 16, context 16": "16x16x48",
+    "decode, batch 16, context 256": "16x256x24",
+    "decode, batch 16, context 1024": "16x1024x16",
+}
+Answer = dict[str, float]
+
+
+class Side:
+    """A process that answers cases; stopped while it is not its turn, so that idle threads do not spin."""
+
+    def __init__(self, *command: str) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=sys.stderr if os.environ.get("VERBOSE") else subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        self.facts: Answer = self._read()["ready"]
+        self._signal(signal.SIGSTOP)
+
+    def ask(self, case: str) -> Answer:
+        self._signal(signal.SIGCONT)
+        assert self._process.stdin is not None
+        self._process.stdin.write(case + "\n")
+        self._process.stdin.flush()
+        answer = self._read()
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def close(self) -> None:
+        """The whole process group: vLLM's engine is a child of its own."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise SystemExit(f"{self._process.args} ended with {self._process.wait()}; VERBOSE=1 shows why")
+
+    def _signal(self, signum: signal.Signals) -> None:
+        os.killpg(self._process.pid, signum)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape (default 160m, 8b on cuda)")
+    parser.add_argument("--model", type=Path, help="a model directory instead of a shape")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--peer", type=Path, metavar="VENV", help="virtual environment with vLLM")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--case", action="append", help="BATCHxINPUTxOUTPUT instead of the named cases")
+    parser.add_argument("--output", type=Path, help="write the results as JSON too")
+    return parser.parse_args()
+
+
+def settings(options: argparse.Namespace, model: Path) -> dict[str, Any]:
+    cuda = options.device == "cuda"
+    return {
+        "model": {
+            "path": str(model),
+            "load_format": "auto" if options.model or options.peer else "dummy",
+            "dtype": "bfloat16" if cuda else "float32",
+        },
+        "engine": {
+            "device": options.device,
+            "kv_memory_mib": 24 << 10 if cuda else 2 << 10,
+            "max_step_tokens": 8192 if cuda else 4096,
+            "prefix_cache": False,
+            "threads": options.threads,
+        },
+    }
+
+
+def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
+    cases = {case: case for case in options.case} if options.case else CASES
+    sides = {"tandem": Side(sys.executable, str(HERE / "engine_side.py"), json.dumps(settings(options, model)))}
+    try:
+        if options.peer:
+            python = str(options.peer / "bin" / "python")
+            sides["vllm"] = Side(python, str(HERE / "vllm_offline.py"), str(model), "--threads", str(options.threads))
+        answers: dict[str, dict[str, list[Answer]]] = {name: {side: [] for side in sides} for name in cases}
+        for turn in range(options.rounds):
+            for name, case in cases.items():
+                # Whoever goes first in one round goes second in the next.
+                for side in sorted(sides, reverse=turn % 2 == 1):
+                    answers[name][side].append(sides[side].ask(case))
+        return {"facts": sides["tandem"].facts, "answers": answers, "cases": cases}
+    finally:
+        for side in sides.values():
+            side.close()
+
+
+def roofs_of(case: str, facts: Answer, weights: tuple[int, int], itemsize: int) -> Answer:
+    """Tokens/s that the machine's roofs allow. weights: elements of the layers' matrices, and of the output matrix."""
+    batch, given, output = map(int, case.split("x"))
+    layers, head = weights
+    prefill = facts["flop_s"] / (2 * (layers + head / given))
+    context = given + output / 2
+    read_s = ((layers + head) * itemsize + batch * context * facts["kv_bytes_per_token"]) / facts["read_bytes_s"]
+    compute_s = 2 * batch * (layers + head) / facts["flop_s"]
+    return {"prefill_tok_s": prefill, "decode_tok_s": batch / max(read_s, compute_s)}
+
+
+def weights_of(model: Path) -> tuple[int, int]:
+    """Of a Llama-like configuration."""
+    config = json.loads((model / "config.json").read_text())
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    attention = hidden * head_dim * (2 * heads + 2 * config.get("num_key_value_heads", heads))
+    layer = attention + 3 * hidden * config["intermediate_size"]
+    return config["num_hidden_layers"] * layer, config["vocab_size"] * hidden
+
+
+def summarize(results: dict[str, Any], model: Path, itemsize: int) -> list[dict[str, Any]]:
+    rows = []
+    for name, sides in results["answers"].items():
+        case = results["cases"][name]
+        roofs = roofs_of(case, results["facts"], weights_of(model), itemsize)
+        metric = "prefill_tok_s" if case.endswith("x1") else "decode_tok_s"
+        ours = [answer[metric] for answer in sides["tandem"]]
+        row: dict[str, Any] = {"case": name, "metric": metric, "tandem": statistics.median(ours)}
+        row["share_of_roof"] = row["tandem"] / roofs[metric]
+        if "vllm" in sides:
+            theirs = [answer[metric] for answer in sides["vllm"]]
+            row["vllm"] = statistics.median(theirs)
+            row["ratio"] = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+            row["ratios"] = [a / b for a, b in zip(ours, theirs, strict=True)]
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]], facts: Answer) -> None:
+    reads, flops = facts["read_bytes_s"] / 1e9, facts["flop_s"] / 1e9
+    table = Table(title=f"roofs in this run: reads {reads:.1f} GB/s, matrix products {flops:.0f} GFLOP/s")
+    for heading in ("case", "tok/s", "of roof", *(("vLLM tok/s", "Tandem / vLLM") if "vllm" in rows[0] else ())):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    for row in rows:
+        cells = [row["case"], f"{row['tandem']:.1f}", f"{row['share_of_roof']:.0%}"]
+        if "vllm" in row:
+            spread = f"{row['ratio']:.2f} ({min(row['ratios']):.2f}-{max(row['ratios']):.2f})"
+            cells += [f"{row['vllm']:.1f}", spread]
+        table.add_row(*cells)
+    Console(width=100).print(table)
+
+
+def main() -> None:
+    options = parse()
+    shape = options.shape or ("8b" if options.device == "cuda" else "160m")
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model or write_model(shape, Path(folder), weights=options.peer is not None)
+        results = measure(options, model)
+        rows = summarize(results, model, 2 if options.device == "cuda" else 4)
+    show(rows, results["facts"])
+    if options.output:
+        report = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": " ".join(sys.argv),
+            "machine": f"{platform.machine()}, {options.threads} threads, {platform.platform()}",
+            "model": str(options.model) if options.model else f"shape {shape}, random weights",
+            "facts": results["facts"],
+            "rows": rows,
+        }
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
