@@ -12,6 +12,7 @@ from torch import nn
 
 from tandem.config import TandemConfig
 from tandem.engine.block_pool import BlockPool, BlockTable
+from tandem.engine.cpu_memory import use_huge_pages
 from tandem.engine.kv_cache import KVCache, count_blocks
 from tandem.engine.model_loader import load_model
 from tandem.engine.model_runner import ModelRunner
@@ -31,6 +32,9 @@ from tandem.errors import InternalError, InvalidRequest
 from tandem.types import EngineRequest, FinishReason, Token
 
 log = logging.getLogger(__name__)
+
+# Below this the weights fit into a cache or two, and moving memory takes longer than it saves.
+_HUGE_PAGES_FROM_BYTES = 128 << 20
 
 Emission = tuple[Sequence, EngineEvent]
 
@@ -62,6 +66,7 @@ class Engine:
         loaded = load_model(config)
         self.info = loaded.info
         self.fingerprint = loaded.info.fingerprint
+        weights_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
         if config.engine.device == "cpu":
             _fuse(loaded.model)
         num_blocks = count_blocks(config.engine, self.fingerprint)
@@ -75,6 +80,8 @@ class Engine:
         self._scheduler = Scheduler(config.engine, self.pool)
         self._live: dict[Sequence, None] = {}
         check_exactness(loaded, self._runner, self.pool)
+        if config.engine.device == "cpu" and weights_bytes >= _HUGE_PAGES_FROM_BYTES:
+            use_huge_pages()
 
     @property
     def has_work(self) -> bool:
