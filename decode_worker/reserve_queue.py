@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import dataclass, field
 
 from tandem.engine.block_pool import BlockTable
-from tandem.errors import Overloaded
+from tandem.errors import Overloaded, TandemError
 from tandem.types import EngineRequest, Role
 from tandem.worker.host import WorkerHost
+
+
+@dataclass(eq=False)
+class _Turn:
+    request: EngineRequest
+    # Set when it may be this one's turn, or when it was turned away.
+    called: asyncio.Event = field(default_factory=asyncio.Event)
+    turned_away: TandemError | None = None
 
 
 class ReserveQueue:
@@ -17,8 +26,8 @@ class ReserveQueue:
     def __init__(self, host: WorkerHost) -> None:
         self._host = host
         self._limit = host.config.worker.max_waiting_reservations
-        self._waiting: deque[asyncio.Event] = deque()
-        host.when_blocks_free(self._wake_first)
+        self._waiting: deque[_Turn] = deque()
+        host.when_blocks_free(self._call_first)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -26,28 +35,44 @@ class ReserveQueue:
     async def acquire(self, request: EngineRequest) -> BlockTable:
         """Blocks for the request, as soon as its turn comes and the pool has them.
 
-        Raises InvalidRequest when the pool could never hold it, Overloaded when too many wait. Being cancelled
-        gives up the place.
+        Raises InvalidRequest when the pool could never hold it, Overloaded when too many wait, and what it is turned
+        away with. Being cancelled gives up the place.
         """
         if not self._waiting and (table := self._reserve(request)) is not None:
             return table
         if len(self._waiting) >= self._limit:
             raise Overloaded(f"{self._limit} requests wait for KV blocks already", retry_after_ms=1000)
-        turn = asyncio.Event()
+        turn = _Turn(request)
         self._waiting.append(turn)
         try:
             while self._waiting[0] is not turn or (table := self._reserve(request)) is None:
-                await turn.wait()
-                turn.clear()
+                await turn.called.wait()
+                turn.called.clear()
+                if turn.turned_away is not None:
+                    raise turn.turned_away
             return table
         finally:
             self._waiting.remove(turn)
-            self._wake_first()
+            self._call_first()
+
+    def newest_attempt(self, request_id: str) -> int | None:
+        """Of those that wait; None when none does."""
+        return max((turn.request.attempt for turn in self._of(request_id)), default=None)
+
+    def turn_away(self, request_id: str, attempt: int, error: TandemError) -> None:
+        """Ends the waiting of a request's attempts up to this one: their `acquire` raises the error."""
+        for turn in self._of(request_id):
+            if turn.request.attempt <= attempt:
+                turn.turned_away = error
+                turn.called.set()
+
+    def _of(self, request_id: str) -> list[_Turn]:
+        return [turn for turn in self._waiting if turn.request.request_id == request_id]
 
     def _reserve(self, request: EngineRequest) -> BlockTable | None:
         # A worker that also prefills may be asked to compute this very prompt.
         return self._host.engine.reserve(request, prefill_here=Role.PREFILL in self._host.roles)
 
-    def _wake_first(self) -> None:
+    def _call_first(self) -> None:
         if self._waiting:
-            self._waiting[0].set()
+            self._waiting[0].called.set()

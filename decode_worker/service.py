@@ -14,7 +14,7 @@ from decode_worker.subscriptions import Subscription
 from kv_transfer.admission import Claims
 from kv_transfer.grpc_transport import kv_service
 from tandem import wire
-from tandem.errors import Refused, TransferFailed
+from tandem.errors import Cancelled, Refused, TransferFailed
 from tandem.types import EngineRequest, Fingerprint, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.host import WorkerHost
@@ -102,6 +102,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         return worker_pb2.RenewResponse()
 
     async def Abort(self, message: worker_pb2.AbortRequest, context: Any) -> worker_pb2.AbortResponse:
+        self._queue.turn_away(message.request_id, message.attempt, Cancelled("the request was aborted"))
         reservation = self._by_request.get(message.request_id)
         if reservation is not None and reservation.attempt <= message.attempt:
             reservation.end()
@@ -121,12 +122,15 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _end_older(self, request: EngineRequest) -> None:
         """A new attempt replaces an older one; an attempt that is not newer is stale. Raises Refused then."""
-        existing = self._by_request.get(request.request_id)
-        if existing is None:
+        name, existing = request.request_id, self._by_request.get(request.request_id)
+        newest = self._queue.newest_attempt(name) if existing is None else existing.attempt
+        if newest is None:
             return
-        if existing.attempt >= request.attempt:
-            raise Refused(f"request {request.request_id} has attempt {existing.attempt} here already")
-        existing.end()
+        if newest >= request.attempt:
+            raise Refused(f"request {name} has attempt {newest} here already")
+        self._queue.turn_away(name, newest, Refused(f"attempt {request.attempt} of request {name} replaces this one"))
+        if existing is not None:
+            existing.end()
 
     def _end_all_of(self, subscriber_id: str) -> None:
         gone = [r for r in self._by_id.values() if r.subscriber_id == subscriber_id]
