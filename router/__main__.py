@@ -19,10 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="YAML file; tandem/config.py lists its keys")
     parser.add_argument("--host", help="address to listen on; overrides router.host")
     parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one; overrides router.port")
+    parser.add_argument("--model", help="directory or hub id of the served model; overrides model.path")
     options = parser.parse_args(arguments)
     _configure_logging()
     try:
-        config = load_config(options.config, {"router": {"host": options.host, "port": options.port}})
+        router = {"host": options.host, "port": options.port}
+        config = load_config(options.config, {"router": router, "model": {"path": options.model}})
     except ConfigError as error:
         print(f"router: {error}", file=sys.stderr)
         return 2

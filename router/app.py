@@ -57,7 +57,7 @@ async def serve(config: TandemConfig, ready: Callable[[str], None]) -> None:
 @asynccontextmanager
 async def open_router(config: TandemConfig) -> AsyncIterator[str]:
     """A serving router; yields its host:port, and stops gracefully on the way out. Raises ConfigError."""
-    registry = Registry(config.router)
+    registry = Registry(config.router, config.model.served_name)
     admission = Admission(load_tokenizer(config.model), lambda: registry.model)
     orchestrator = Orchestrator(config.router, registry, admission)
     server = rpc.make_server(config.router.max_message_bytes)

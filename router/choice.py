@@ -105,10 +105,9 @@ class Choice:
         self._prefill_on, self._decode_on = self._registry[placement.prefill], self._registry[placement.decode]
         self._transport = _transport(self._prefill_on, self._decode_on)
         self.prefill_worker, self.decode_worker = placement.prefill, placement.decode
-        total = demand.prompt_tokens + demand.max_tokens
         self._prefill_on.queued.place(request.request_id, demand.prompt_tokens)
         block_size = self._decode_on.model.fingerprint.block_size
-        self._decode_on.promised.place(request.request_id, blocks_for(total, block_size))
+        self._decode_on.promised.place(request.request_id, blocks_for(demand.kv_tokens, block_size))
         self._decode_on.subscription.register(request.request_id, request.attempt, self._box)
         self._prefill_on.attach(request.request_id, Role.PREFILL, self._prefill_lost)
         self._decode_on.attach(request.request_id, Role.DECODE, self._box.fail)

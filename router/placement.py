@@ -33,6 +33,11 @@ class Demand:
     prompt_tokens: int
     max_tokens: int
 
+    @property
+    def kv_tokens(self) -> int:
+        """Of the whole request: the last token generated is never read again, so it gets no KV."""
+        return self.prompt_tokens + self.max_tokens - 1
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -45,7 +50,7 @@ class Placement:
 def choose(workers: Sequence[WorkerView], demand: Demand) -> Placement:
     """Raises Unavailable when a role has no worker now, InvalidRequest when no joined worker could ever hold it."""
     prefills = _filter(workers, Role.PREFILL, demand.prompt_tokens)
-    decodes = _filter(workers, Role.DECODE, demand.prompt_tokens + demand.max_tokens)
+    decodes = _filter(workers, Role.DECODE, demand.kv_tokens)
     prefill = min(prefills, key=_prefill_cost)
     decode = prefill if prefill in decodes else min(decodes, key=_decode_cost)
     return Placement(prefill.worker_id, decode.worker_id)

@@ -17,10 +17,14 @@ log = logging.getLogger(__name__)
 
 
 class Registry:
-    """Joined workers by id. The first to join an empty registry decides the model; others must fit it."""
+    """Joined workers by id. The first to join an empty registry decides the model; others must fit it.
 
-    def __init__(self, config: RouterConfig) -> None:
+    All must serve the model that the router was started for: its tokenizer turns text into their token ids.
+    """
+
+    def __init__(self, config: RouterConfig, model_name: str) -> None:
         self._config = config
+        self._model_name = model_name
         self._workers: dict[str, Worker] = {}
 
     @property
@@ -56,6 +60,11 @@ class Registry:
     def _misfit(self, hello: registry_pb2.Hello) -> str | None:
         if hello.version != tandem.__version__:
             return f"tandem version {hello.version!r} against the router's {tandem.__version__!r}"
+        if hello.model.name != self._model_name:
+            return (
+                f"it serves the model {hello.model.name!r}, the router {self._model_name!r} "
+                "(give both the same model.path, or the same model.name)"
+            )
         others = (worker for worker in self._workers.values() if worker.id != hello.worker_id)
         other = next(others, None)
         return None if other is None else _difference(model_from_wire(hello.model), other)

@@ -96,6 +96,7 @@ class Worker:
         self.queued.heartbeat()
         self.promised.heartbeat()
         if heartbeat.HasField("hello"):
+            self.hello = heartbeat.hello
             self.roles = wire.roles_from_wire(list(heartbeat.hello.roles))
             self._note_roles()
 

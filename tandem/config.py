@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tandem.errors import ConfigError
 
@@ -36,6 +36,14 @@ class ModelConfig(Section):
     max_model_len: int = Field(0, ge=0)
     # Of dummy weights.
     seed: int = Field(0, ge=0)
+
+    @field_validator("path")
+    @classmethod
+    def _exists(cls, path: str) -> str:
+        # A hub id has at most one slash and none in front; anything else means a directory.
+        if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not Path(path).is_dir():
+            raise ValueError(f"there is no such directory: {path}")
+        return path
 
     @property
     def served_name(self) -> str:
@@ -155,6 +163,8 @@ def _explain(error: ValidationError) -> ConfigError:
         candidates = [known for known in _known_keys() if known.count(".") == key.count(".")]
         nearest = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
         return ConfigError(f"unknown config key {key}; did you mean {nearest[0]}?", field=key)
+    if first["type"] == "value_error":
+        return ConfigError(f"config key {key}: {first['ctx']['error']}", field=key)
     return ConfigError(f"config key {key}: {first['msg'].lower()}, not {first['input']!r}", field=key)
 
 

@@ -86,9 +86,14 @@ def make_server(max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
     return grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes))
 
 
+def join_address(host: str, port: int) -> str:
+    """host:port, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def bind(server: grpc.aio.Server, host: str, port: int) -> int:
     """Binds and returns the port. Raises ConfigError when the address is in use or not ours."""
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = join_address(host, port)
     try:
         bound = int(server.add_insecure_port(address))
     except RuntimeError:

@@ -159,7 +159,7 @@ def generate(
             ignore_eos=ignore_eos,
         )
         answer = client.generate(
-            sys.stdin.read() if prompt == "-" else prompt,
+            _from_stdin() if prompt == "-" else prompt,
             n=n,
             stop=stop or (),
             model=model,
@@ -177,3 +177,8 @@ def generate(
             raise typer.Exit(INTERRUPTED) from None
         if timeline:
             show_timelines(make_console(stderr=True), outcome)
+
+
+def _from_stdin() -> str:
+    """Without the newline that `echo` ends its text with: a model would answer to it."""
+    return sys.stdin.read().removesuffix("\n")

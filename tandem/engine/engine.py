@@ -41,7 +41,7 @@ Emission = tuple[Sequence, EngineEvent]
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """A snapshot made after each step, for heartbeats."""
+    """A snapshot made after each step and each change of the queues, for heartbeats."""
 
     queued_prompt_tokens: int = 0
     running: int = 0
@@ -73,7 +73,7 @@ class Engine:
         self.cache = KVCache(self.fingerprint, num_blocks, config.engine.device)
         self.pool = BlockPool(num_blocks, self.fingerprint.block_size, config.engine.prefix_cache)
         self.load = EngineLoad()
-        self._hit_tokens = self._query_tokens = 0
+        self._steps = self._hit_tokens = self._query_tokens = 0
         self._publish = publish
         self._runner = ModelRunner(loaded, self.cache, config.engine.device)
         self._sampler = Sampler(self.info.eos_token_ids)
@@ -136,6 +136,7 @@ class Engine:
             self.require_fit(self.pool.blocks_for(sequence.prompt_len))
         self._scheduler.add(sequence)
         self._live[sequence] = None
+        self._take_snapshot()
 
     def attach(self, sequence: Sequence) -> None:
         """Continues a sequence whose prompt KV arrived, sealed and verified, and whose first token is known."""
@@ -147,6 +148,7 @@ class Engine:
         if not sequence.finished:
             sequence.aborted = True
             self._retire([sequence])
+            self._take_snapshot()
 
     def step(self) -> None:
         """Processes one batch of tokens. A failure ends the step's sequences, not the engine."""
@@ -159,6 +161,7 @@ class Engine:
             self._fail(plan)
         else:
             self._emit(plan, tokens)
+        self._steps += 1
         self._take_snapshot()
 
     def _announce(self, plan: StepPlan) -> None:
@@ -205,7 +208,7 @@ class Engine:
             queued_prompt_tokens=scheduler.queued_prompt_tokens,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            steps=self.load.steps + 1,
+            steps=self._steps,
             prefix_hit_tokens=self._hit_tokens,
             prefix_query_tokens=self._query_tokens,
         )

@@ -16,12 +16,16 @@ from tandem import __version__, rpc, wire
 from tandem.config import TandemConfig
 from tandem.engine.block_pool import BlockTable
 from tandem.engine.sequence import EngineEvent, Sequence
-from tandem.errors import Refused, Unavailable
+from tandem.errors import ConfigError, Refused, Unavailable
 from tandem.types import EngineRequest, ModelInfo, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.engine_thread import EngineThread
 
 log = logging.getLogger(__name__)
+
+
+# Listening here means on every interface.
+_ANY_ADDRESS = {"0.0.0.0", "::"}
 
 
 class Promise(Protocol):
@@ -75,6 +79,8 @@ class WorkerHost:
         self.address = ""
         # Set when something changed that the router should hear of before the next heartbeat is due.
         self.news = asyncio.Event()
+        # Set once a router has taken this worker in.
+        self.joined = asyncio.Event()
         # Set when the worker should finish what is live and leave.
         self.leaving = asyncio.Event()
         self._blocks_freed: list[Callable[[], None]] = []
@@ -180,6 +186,11 @@ async def make_worker_server(host: WorkerHost, rooms: list[Room], max_message_by
     worker_pb2_grpc.add_WorkerAdminServicer_to_server(AdminService(host), server)
     await rpc.add_health(server, (*(room.service for room in rooms), "tandem.v1.WorkerAdmin"))
     worker = host.config.worker
+    if worker.host in _ANY_ADDRESS and not worker.advertise:
+        raise ConfigError(
+            f"worker.host {worker.host} is no address that others can dial: say worker.advertise too",
+            field="worker.advertise",
+        )
     port = rpc.bind(server, worker.host, worker.port)
-    host.address = worker.advertise or f"{worker.host}:{port}"
+    host.address = worker.advertise or rpc.join_address(worker.host, port)
     return server

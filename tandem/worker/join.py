@@ -67,6 +67,7 @@ class _Link:
         if directive is None:
             raise await rpc.ended(self._call)
         self.welcomed = True
+        self._host.joined.set()
         return float(directive.welcome.heartbeat_interval_ms) / 1000
 
     async def _beat(self, interval_s: float) -> None:

@@ -58,7 +58,6 @@ async def _serve(
     server = await make_worker_server(host, rooms, max_message_bytes)
     await server.start()
     thread.start()
-    print(f"ready {host.address}", flush=True)
     try:
         await _work(host, router)
     finally:
@@ -72,14 +71,20 @@ async def _work(host: WorkerHost, router: str) -> None:
     """Until a signal or a drain directive; raises Refused when the router does not want this worker."""
     joined = asyncio.create_task(keep_joined(host, router))
     leaving = asyncio.create_task(_leave(host))
+    ready = asyncio.create_task(_say_ready(host))
     try:
         done, _ = await asyncio.wait({joined, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if joined in done:
             joined.result()
     finally:
-        joined.cancel()
-        leaving.cancel()
-        await asyncio.gather(joined, leaving, return_exceptions=True)
+        for task in (joined, leaving, ready):
+            task.cancel()
+        await asyncio.gather(joined, leaving, ready, return_exceptions=True)
+
+
+async def _say_ready(host: WorkerHost) -> None:
+    await host.joined.wait()
+    print(f"ready {host.address}", flush=True)
 
 
 async def _leave(host: WorkerHost) -> None:

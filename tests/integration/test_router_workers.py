@@ -146,13 +146,20 @@ async def test_a_refusal_names_the_difference_on_both_sides(house: House, caplog
     assert len((await house.status()).workers) == 1
 
 
-async def test_an_empty_registry_takes_any_model(house: House) -> None:
+async def test_an_empty_registry_takes_other_weights_of_its_model(house: House) -> None:
     first = await house.join("c1")
     await first.leave()
     await asyncio.wait_for(first.joining, 3)
-    await house.join("c2", model=replace(MODEL, name="other"))
+    await house.join("c2", model=replace(MODEL, max_model_len=256))
     models = await house.stub.ListModels(generation_pb2.ListModelsRequest())
-    assert [model.name for model in models.models] == ["other"]
+    assert [model.max_model_len for model in models.models] == [256]
+
+
+async def test_a_worker_of_another_model_than_the_routers_is_refused(house: House) -> None:
+    worker = await house.start("c1", model=replace(MODEL, name="other"))
+    await eventually(lambda: worker.join_error)
+    assert isinstance(worker.join_error, errors.Refused)
+    assert "'other', the router 'tiny'" in str(worker.join_error)
 
 
 async def test_a_worker_that_cannot_be_dialled_back_is_told_so() -> None:

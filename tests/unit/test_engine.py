@@ -15,7 +15,7 @@ from tandem.engine.engine import Engine
 from tandem.engine.kv_cache import count_blocks
 from tandem.engine.model_loader import load_model
 from tandem.engine.sequence import ChunkDone, Started
-from tandem.errors import InvalidRequest, ModelRefused
+from tandem.errors import ConfigError, InvalidRequest, ModelRefused
 from tandem.types import Fingerprint, FinishReason, SamplingParams
 
 PROMPTS = [[5, 6, 7], list(range(3, 60)), [9] * 20]
@@ -128,8 +128,13 @@ def test_a_request_larger_than_the_pool_is_refused(llama: Path) -> None:
     assert driver.engine.pool.num_free == 4
 
 
-def test_a_missing_model_is_refused(tmp_path: Path) -> None:
-    assert "nowhere" in _refusal(tmp_path / "nowhere")
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    assert str(tmp_path) in _refusal(tmp_path)
+
+
+def test_a_missing_directory_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path: there is no such directory: .*nowhere"):
+        parse_config({"model": {"path": str(tmp_path / "nowhere")}})
 
 
 def test_a_model_that_does_its_own_attention_is_refused(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_colocated_prefill_worker_keeps_its_request() -> None:
 
 def test_a_colocated_worker_that_cannot_hold_the_output_hands_it_off() -> None:
     workers = [worker("c1", BOTH, total_blocks=2), worker("d1", DECODE)]
-    assert choose(workers, Demand(32, 1)) == Placement("c1", "d1")
+    assert choose(workers, Demand(32, 2)) == Placement("c1", "d1")
 
 
 def test_ties_are_broken_the_same_way_in_any_order() -> None:
@@ -79,7 +79,7 @@ def test_all_draining_is_unavailable_not_invalid() -> None:
     ("prefill_blocks", "decode_blocks", "message"),
     [
         (1, 100, "room for 20 tokens; the largest prefill worker holds 16"),
-        (100, 1, "room for 30 tokens; the largest decode worker holds 16"),
+        (100, 1, "room for 29 tokens; the largest decode worker holds 16"),
     ],
 )
 def test_what_no_worker_could_ever_hold_is_invalid_and_names_the_limit(
@@ -95,9 +95,9 @@ def test_what_no_worker_could_ever_hold_is_invalid_and_names_the_limit(
 
 def test_exactly_the_pool_fits() -> None:
     workers = [worker("p", PREFILL, total_blocks=2), worker("d", DECODE, total_blocks=2)]
-    assert choose(workers, Demand(22, 10)) == Placement("p", "d")
+    assert choose(workers, Demand(23, 10)) == Placement("p", "d")
     with pytest.raises(InvalidRequest):
-        choose(workers, Demand(23, 10))
+        choose(workers, Demand(24, 10))
 
 
 def test_the_ledger_keeps_what_the_worker_has_not_been_told_yet() -> None:

@@ -32,7 +32,7 @@ def heartbeat(worker_id: str = "w", roles: frozenset[Role] = BOTH) -> registry_p
 
 @pytest.fixture
 async def registry() -> AsyncIterator[Registry]:
-    registry = Registry(RouterConfig())
+    registry = Registry(RouterConfig(), MODEL.name)
     yield registry
     for worker in registry.workers:
         registry.remove(worker, Unavailable("the test is over"))

@@ -1,0 +1,61 @@
+"""Law 6: while a step is under way, the event loop goes on; calls wait for the step's end."""
+
+import asyncio
+import threading
+
+import pytest
+
+from tandem.config import parse_config
+from tandem.engine.sequence import EngineEvent, NewToken, Sequence
+from tandem.types import EngineRequest, SamplingParams
+from tandem.worker.engine_thread import EngineThread
+
+REQUEST = EngineRequest("r", (5, 6, 7), SamplingParams(max_tokens=4, ignore_eos=True))
+
+
+@pytest.fixture
+def thread() -> EngineThread:
+    return EngineThread(parse_config({"engine": {"kv_memory_mib": 4, "threads": 1}}))
+
+
+async def test_the_loop_runs_while_a_step_is_stuck(thread: EngineThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    engine, run = thread.engine, thread.engine._runner.run
+
+    def stuck(plan: object) -> object:
+        entered.set()
+        assert go_on.wait(30)
+        return run(plan)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine._runner, "run", stuck)
+    thread.start()
+    events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+    sequence = Sequence(REQUEST, events.put_nowait, decode_here=True, table=engine.reserve(REQUEST, True))
+    await thread.call(lambda: engine.add(sequence))
+    await asyncio.to_thread(entered.wait, 30)
+    # What a heartbeat and a reservation need is answered at once; what must wait for the step waits.
+    assert engine.load.waiting + engine.load.running <= 1
+    other = engine.reserve(REQUEST, False)
+    assert other is not None
+    other.release()
+    between_steps = asyncio.ensure_future(thread.call(lambda: "done"))
+    done, _ = await asyncio.wait({between_steps}, timeout=0.05)
+    assert not done
+    go_on.set()
+    assert await between_steps == "done"
+    positions = []
+    while len(positions) < 4:
+        event = await events.get()
+        if isinstance(event, NewToken):
+            positions.append(event.position)
+    assert positions == [0, 1, 2, 3]
+    thread.stop()
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
+async def test_a_call_returns_or_raises_what_its_function_does(thread: EngineThread) -> None:
+    thread.start()
+    assert await thread.call(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        await thread.call(lambda: 1 / 0)
+    thread.stop()
