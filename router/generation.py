@@ -44,7 +44,8 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         return generation_pb2.ListModelsResponse(models=self._models())
 
     async def Status(self, request: generation_pb2.StatusRequest, _context: Any) -> generation_pb2.StatusResponse:
-        workers = self._registry.workers
+        # One that is not dialled back yet gets no requests: it does not count as there.
+        workers = [worker for worker in self._registry.workers if worker.routable]
         checks = await asyncio.gather(*(_integrity(worker, request.check_integrity) for worker in workers))
         live = self._orchestrator.live
         return generation_pb2.StatusResponse(
@@ -53,6 +54,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             live_requests=len(live),
             finished_requests=self._orchestrator.finished,
             failed_requests=self._orchestrator.failed,
+            cancelled_requests=self._orchestrator.cancelled,
             workers=[_worker_status(worker, check) for worker, check in zip(workers, checks, strict=True)],
             models=self._models(),
             requests=[_live_request(entry) for entry in live[:MAX_LISTED_REQUESTS]],

@@ -48,7 +48,7 @@ class Orchestrator:
         self._idle.set()
         self._closing = False
         # Accepted requests that completed, and that ended otherwise (an error, or the client left).
-        self.finished = self.failed = 0
+        self.finished = self.failed = self.cancelled = 0
 
     @property
     def live(self) -> tuple[Live, ...]:
@@ -119,7 +119,10 @@ class Orchestrator:
             yield
             self.finished += 1
         except BaseException as error:
-            self.failed += 1
+            if isinstance(error, asyncio.CancelledError | errors.DeadlineExceeded):
+                self.cancelled += 1
+            else:
+                self.failed += 1
             _tell(error, adapter)
             if isinstance(error, errors.TandemError | asyncio.CancelledError):
                 raise

@@ -41,7 +41,8 @@ def show_status(console: Console, found: ServiceStatus, integrity: bool) -> None
     models = ", ".join(model.name for model in found.models) or "none yet"
     console.print(
         f"tandem {found.version}, up {found.uptime_ms / 1000:.0f} s, model {models}; requests: "
-        f"{found.live_requests} live, {found.finished_requests} finished, {found.failed_requests} failed",
+        f"{found.live_requests} live, {found.finished_requests} finished, {found.cancelled_requests} cancelled, "
+        f"{found.failed_requests} failed",
         markup=False,
     )
     if not found.workers:

@@ -80,6 +80,8 @@ class ServiceStatus:
     live_requests: int
     finished_requests: int
     failed_requests: int
+    # Their clients left, or their deadlines passed.
+    cancelled_requests: int
     workers: tuple[WorkerState, ...]
     models: tuple[ModelInfo, ...]
     # Oldest first; at most 100.

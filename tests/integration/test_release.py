@@ -98,11 +98,11 @@ SIZES = {"accepted": (400, 300), "prefilling": (700, 20), "decoding": (10, 700)}
 
 @pytest.mark.parametrize("phase", SIZES)
 def test_leaving_the_loop_frees_both_pools(service: Service, phase: str) -> None:
-    failed = service.status().failed_requests
+    cancelled = service.status().cancelled_requests
     with asking(service, *SIZES[phase]) as events:
         reach(service, phase, events)
     wait_until(service.idle, AT_ONCE_S, "both pools free")
-    assert service.status().failed_requests == failed + 1, "it had ended before it was left"
+    assert service.status().cancelled_requests == cancelled + 1, "it had ended before it was left"
 
 
 CLIENT = """
@@ -114,7 +114,7 @@ for event in tandem.Client(sys.argv[1]).generate([int(id) for id in sys.argv[2].
 
 
 def test_a_killed_client_frees_both_pools(service: Service) -> None:
-    failed = service.status().failed_requests
+    cancelled = service.status().cancelled_requests
     ids = ",".join(map(str, prompt_of(700)))
     command = [sys.executable, "-c", CLIENT, service.address, ids]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as client:
@@ -125,7 +125,7 @@ def test_a_killed_client_frees_both_pools(service: Service) -> None:
         finally:
             client.kill()
     wait_until(service.idle, AT_ONCE_S, "both pools free")
-    assert service.status().failed_requests == failed + 1
+    assert service.status().cancelled_requests == cancelled + 1
 
 
 @pytest.mark.parametrize("phase", ["prefilling", "decoding", "waiting"])

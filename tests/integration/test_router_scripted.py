@@ -194,7 +194,7 @@ async def test_cancel_in_every_phase_releases_both(house: House, phase: str) -> 
     if phase == "reserve":
         await asyncio.wait_for(house.cluster.saw("reserve_cancelled"), 1)
     await house.check_empty()
-    assert (await house.status()).failed_requests == 1
+    assert (await house.status()).cancelled_requests == 1
 
 
 @pytest.mark.parametrize("phase", ["reserve", "start", "first", "seal", "decode"])
