@@ -30,6 +30,8 @@ MAX_TIED_COPY_BYTES = 1 << 30
 _ROTARY = "apply_rotary_pos_emb"
 # One scale for each row of a random input: the small ones show a wrong epsilon, the large ones a wrong activation.
 _PROBE_SCALES = (1.0, 10.0, 0.1, 0.01, 0.001)
+# The random input is taken once, and so many times over: few rows and many go different ways.
+_PROBE_REPEATS = (1, 12)
 # oneDNN's name of an activation and of its algorithm, with what it must equal.
 _ACTIVATIONS: tuple[tuple[tuple[str, str], Callable[[Tensor], Tensor]], ...] = (
     (("swish", ""), F.silu),
@@ -151,13 +153,15 @@ def _in_features(module: Any) -> int:
     return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[-1]
 
 
-def _check_same(original: nn.Module, replacement: nn.Module, x: Tensor) -> None:
-    want, got = original(x), replacement(x)
-    if not isinstance(want, Tensor) or want.shape != got.shape:
-        raise _RefusedError("returns something else")
-    scale = want.abs().amax(dim=-1, keepdim=True)
-    if not bool(((got - want).abs() <= TOLERANCE * scale).all()):
-        raise _RefusedError("computes something else")
+def _check_same(original: nn.Module, replacement: nn.Module, probe: Tensor) -> None:
+    for repeats in _PROBE_REPEATS:
+        x = probe.repeat(repeats, 1)
+        want, got = original(x), replacement(x)
+        if not isinstance(want, Tensor) or want.shape != got.shape:
+            raise _RefusedError("returns something else")
+        scale = want.abs().amax(dim=-1, keepdim=True)
+        if not bool(((got - want).abs() <= TOLERANCE * scale).all()):
+            raise _RefusedError("computes something else")
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -24,12 +24,14 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from tandem.engine import cpu_fusion
 from tandem.engine.cpu_fusion import fuse_for_cpu
+from tandem.engine.cpu_matmul import MAX_ROWS, gated_product
 from tandem.engine.cpu_memory import tune_allocator, use_huge_pages
 from tandem.engine.cpu_modules import PackedLinear
+from tandem.engine.cpu_tile import registers_suffice
 
 SMALL: dict[str, Any] = {
-    "hidden_size": 48,
-    "intermediate_size": 72,
+    "hidden_size": 64,
+    "intermediate_size": 192,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -58,7 +60,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], dict[str, int]]] = {
         {"linear": 9, "rms_norm": 5, "rotary": 2},
     ),
     "gpt2": (
-        lambda: GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=101, n_positions=64),
+        lambda: GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=101, n_positions=64),
         {"linear": 9},
     ),
 }
@@ -103,7 +105,7 @@ def test_fused_tokens_are_those_of_generate() -> None:
 def test_a_tied_output_is_copied_and_the_embedding_stays() -> None:
     tied = make_model(LlamaConfig(**SMALL, tie_word_embeddings=True))
     report = fuse_for_cpu(tied)
-    assert report.copied_bytes == 101 * 48 * 4
+    assert report.copied_bytes == 101 * 64 * 4
     assert isinstance(tied.lm_head, PackedLinear)
     assert type(tied.model.embed_tokens) is nn.Embedding
     assert fuse_for_cpu(make_model(LlamaConfig(**SMALL))).copied_bytes == 0
@@ -156,7 +158,7 @@ class CentredRMSNorm(LlamaRMSNorm):
 def test_what_computes_something_else_is_kept() -> None:
     model = make_model(LlamaConfig(**SMALL))
     first = model.model.layers[0]
-    first.mlp, first.input_layernorm = ScaledMLP(model.config), CentredRMSNorm(48)
+    first.mlp, first.input_layernorm = ScaledMLP(model.config), CentredRMSNorm(64)
     report = fuse_for_cpu(model)
     assert report.left_alone == {
         "model.layers.0.mlp": "computes something else",
@@ -172,19 +174,55 @@ def test_a_module_with_hooks_is_kept() -> None:
     assert fuse_for_cpu(model).left_alone == {"lm_head": "has hooks"}
 
 
-@pytest.mark.parametrize("rows", [1, 7, 16, 33, 8192])
+@pytest.mark.parametrize("rows", [1, 7, 33, 49, 8192])
 def test_packed_parts_take_any_number_of_rows(rows: int) -> None:
     config = LlamaConfig(**SMALL)
     parts = nn.ModuleDict(
-        {"linear": nn.Linear(48, 31), "mlp": LlamaMLP(config), "norm": LlamaRMSNorm(48), "gemma": Gemma2RMSNorm(48)}
+        {"linear": nn.Linear(64, 31), "mlp": LlamaMLP(config), "norm": LlamaRMSNorm(64), "gemma": Gemma2RMSNorm(64)}
     )
-    x = torch.randn(1, rows, 48)
+    x = torch.randn(1, rows, 64)
     with torch.inference_mode():
         before = {name: part(x) for name, part in parts.items()}
         assert sum(fuse_for_cpu(parts).fused.values()) == 4
         for name, part in parts.items():
             torch.testing.assert_close(part(x), before[name], rtol=1e-5, atol=1e-5)
             assert torch.equal(part(x.transpose(0, 1).contiguous().transpose(0, 1)), part(x))
+
+
+@pytest.mark.skipif(not registers_suffice(), reason="the tiles are cut for AVX-512")
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (96, 192), (300, 64)])
+def test_few_rows_are_multiplied_exactly(inputs: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    linear, other = (PackedLinear(torch.randn(outputs, inputs), torch.randn(outputs)) for _ in range(2))
+    assert linear.address, "oneDNN's layout is not the one that cpu_matmul reads"
+    whole = torch.randn(MAX_ROWS, inputs)
+    unit = torch.eye(inputs)  # the weights themselves, by way of oneDNN
+    weights = [
+        torch.ops.mkldnn._linear_pointwise(unit, m.weight, None, "none", [], "").double() for m in (linear, other)
+    ]
+    first, second = (whole.double() @ w + m.bias for w, m in zip(weights, (linear, other), strict=True))
+    for rows in range(1, MAX_ROWS + 1):
+        x = whole[:rows]
+        close = {"rtol": 1e-5, "atol": 1e-4}
+        torch.testing.assert_close(linear(x).double(), first[:rows], **close)
+        gated = gated_product(x, linear.address, linear.bias, other.address, None, outputs)
+        want = torch.nn.functional.silu(first[:rows]) * (second[:rows] - other.bias)
+        torch.testing.assert_close(gated.double(), want, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.skipif(not registers_suffice(), reason="the tiles are cut for AVX-512")
+def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_threads() -> None:
+    linear = PackedLinear(torch.randn(192, 100), None)
+    x = torch.randn(MAX_ROWS, 100)
+    threads = torch.get_num_threads()
+    want = linear(x)
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        try:
+            assert torch.equal(torch.cat([linear(row) for row in x.split(1)]), want)
+            assert torch.equal(torch.cat([linear(rows) for rows in x.split(13)]), want)
+        finally:
+            torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,0 +1,181 @@
+"""Matrix products of a few rows (a decode step) with weights in oneDNN's packed layout, at the memory's speed; fp32.
+
+oneDNN waits for weights and multiplies in turn. Here a thread walks its share of the weights once, in memory order,
+a tile at a time: all rows use a tile while it is in the first-level cache, and fetching the next tiles is spread
+evenly over that work. Each output is one chain of fused multiply-adds over the inputs in order, so a row's result
+does not depend on the rows beside it.
+
+Importing this module compiles the kernels, or loads them from numba's cache.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from tandem.engine.cpu_kernels import exp_nonpositive
+from tandem.engine.cpu_parallel import FAST, atomic_add, floats, kernel, launch
+from tandem.engine.cpu_tile import COLUMNS, TILE_ROWS, register_tile, registers_suffice
+
+# Above this many rows oneDNN is as fast: the product is then bound by arithmetic.
+MAX_ROWS = 48
+
+# Inputs of one tile of weights, 16 KiB: half of the first-level cache.
+_DEPTH = 64
+# How far ahead weights are fetched, in tiles.
+_AHEAD = 2
+_LINE_BYTES = 64
+
+# A tile that is passed once fetches all that is ahead as it goes, 4 lines an input; of more passes each takes a part.
+_ONLY_1, _ONLY_2, _ONLY_3, _ONLY_4, _ONLY_5, _ONLY_6 = (register_tile(rows, 4) for rows in range(1, 7))
+_PART_3, _PART_4, _PART_5, _PART_6 = (register_tile(rows, 2) for rows in range(3, 7))
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _only_pass(rows: int, x: int, stride: int, weights: int, depth: int, sums: int, ahead: int) -> None:
+    if rows == 1:
+        _ONLY_1(x, stride, weights, depth, sums, ahead)
+    elif rows == 2:
+        _ONLY_2(x, stride, weights, depth, sums, ahead)
+    elif rows == 3:
+        _ONLY_3(x, stride, weights, depth, sums, ahead)
+    elif rows == 4:
+        _ONLY_4(x, stride, weights, depth, sums, ahead)
+    elif rows == 5:
+        _ONLY_5(x, stride, weights, depth, sums, ahead)
+    else:
+        _ONLY_6(x, stride, weights, depth, sums, ahead)
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _part_pass(rows: int, x: int, stride: int, weights: int, depth: int, sums: int, ahead: int) -> None:
+    if rows == 3:
+        _PART_3(x, stride, weights, depth, sums, ahead)
+    elif rows == 4:
+        _PART_4(x, stride, weights, depth, sums, ahead)
+    elif rows == 5:
+        _PART_5(x, stride, weights, depth, sums, ahead)
+    else:
+        _PART_6(x, stride, weights, depth, sums, ahead)
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _block(x: int, stride: int, rows: int, weights: int, inputs: int, sums: int) -> None:
+    """sums[rows, 64] = x[rows, inputs] @ weights[inputs, 64]."""
+    floats(sums, rows * COLUMNS)[:] = np.float32(0.0)
+    passes = (rows + TILE_ROWS - 1) // TILE_ROWS
+    for k in range(0, inputs, _DEPTH):
+        depth = min(_DEPTH, inputs - k)
+        tile = weights + 4 * COLUMNS * k
+        ahead = tile + _AHEAD * _DEPTH * 4 * COLUMNS
+        row = 0
+        for i in range(passes):
+            count = rows // passes + (1 if i < rows % passes else 0)
+            source, target = x + 4 * k + stride * row, sums + 4 * COLUMNS * row
+            if passes == 1:
+                _only_pass(count, source, stride, tile, depth, target, ahead)
+            else:
+                _part_pass(count, source, stride, tile, depth, target, ahead)
+            ahead += depth * 2 * _LINE_BYTES
+            row += count
+
+
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _add_bias(sums: int, rows: int, bias: int) -> None:
+    if bias != 0:
+        b = floats(bias, COLUMNS)
+        for row in range(rows):
+            y = floats(sums + 4 * COLUMNS * row, COLUMNS)
+            for i in range(COLUMNS):
+                y[i] += b[i]
+
+
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _silu_product(gate: int, up: int, size: int) -> None:
+    """gate = gate * sigmoid(gate) * up."""
+    g, u = floats(gate, size), floats(up, size)
+    for i in range(size):
+        e = exp_nonpositive(-abs(g[i]))
+        above = np.float32(1.0) if g[i] >= np.float32(0.0) else e
+        g[i] = g[i] * (above / (np.float32(1.0) + e)) * u[i]
+
+
+def _product(words_pointer: Any) -> None:
+    """words: 0 ticket, 2 x, 3 its row stride, 4 rows, 5 inputs, 6 weights, 7 bias, 8 column blocks, 9 out,
+    10 its row stride, 11 scratch, 12 threads, 13 weights of a second factor or 0, 14 its bias; strides in bytes.
+    """
+    words = carray(words_pointer, (15,))
+    rows, inputs, blocks = words[4], words[5], words[8]
+    block_bytes, scratch_bytes = 4 * COLUMNS * inputs, 4 * COLUMNS * rows
+    sums = words[11] + 2 * scratch_bytes * atomic_add(np.int64(words.ctypes.data) + 8, 1)
+    while True:
+        # A thread takes a contiguous share, so that fetching ahead runs on into the next block.
+        share = atomic_add(np.int64(words.ctypes.data), 1)
+        if share >= words[12]:
+            return
+        for i in range(share * blocks // words[12], (share + 1) * blocks // words[12]):
+            bias_offset = 4 * COLUMNS * i
+            _block(words[2], words[3], rows, words[6] + block_bytes * i, inputs, sums)
+            _add_bias(sums, rows, words[7] + bias_offset if words[7] != 0 else 0)
+            if words[13] != 0:
+                second = sums + scratch_bytes
+                _block(words[2], words[3], rows, words[13] + block_bytes * i, inputs, second)
+                _add_bias(second, rows, words[14] + bias_offset if words[14] != 0 else 0)
+                _silu_product(sums, second, rows * COLUMNS)
+            for row in range(rows):
+                out = floats(words[9] + words[10] * row + bias_offset, COLUMNS)
+                out[:] = floats(sums + 4 * COLUMNS * row, COLUMNS)
+
+
+_PRODUCT = kernel(_product)
+
+
+def weights_address(packed_NxK: Tensor, weight_NxK: Tensor) -> int:
+    """Where oneDNN keeps these packed weights; 0 where this module cannot read them.
+
+    That is on processors without AVX-512, and where oneDNN chose another layout than [N / 64, K, 64]: its choice is
+    an implementation detail, so the first and last blocks are compared with the weights themselves.
+    """
+    outputs, inputs = weight_NxK.shape
+    if outputs % COLUMNS or not registers_suffice() or not hasattr(torch.ops.mkldnn, "data_ptr"):
+        return 0
+    address = int(torch.ops.mkldnn.data_ptr(packed_NxK))
+    for first in (0, outputs - COLUMNS):
+        memory = (ctypes.c_float * (inputs * COLUMNS)).from_address(address + 4 * first * inputs)
+        block_KxC = torch.frombuffer(memory, dtype=torch.float32).view(inputs, COLUMNS)
+        if not torch.equal(block_KxC.t(), weight_NxK[first : first + COLUMNS]):
+            return 0
+    return address
+
+
+def product(x: Tensor, weights: int, bias_N: Tensor | None, outputs: int) -> Tensor:
+    """x @ weight.T + bias for up to MAX_ROWS rows; `weights` is a `weights_address`. Any leading dimensions."""
+    return _run(x, weights, bias_N, 0, None, outputs)
+
+
+def gated_product(
+    x: Tensor, gate: int, gate_bias_N: Tensor | None, up: int, up_bias_N: Tensor | None, n: int
+) -> Tensor:
+    """silu(x @ gate.T + bias) * (x @ up.T + bias) with n outputs, for up to MAX_ROWS rows."""
+    return _run(x, gate, gate_bias_N, up, up_bias_N, n)
+
+
+def _run(x: Tensor, weights: int, bias: Tensor | None, second: int, second_bias: Tensor | None, outputs: int) -> Tensor:
+    source, inputs = x.contiguous(), x.shape[-1]
+    rows, threads = source.numel() // inputs, torch.get_num_threads()
+    out = torch.empty((*x.shape[:-1], outputs))
+    scratch = torch.empty(threads * 2 * rows * COLUMNS)
+    launch(
+        _PRODUCT,
+        *(source.data_ptr(), 4 * inputs, rows, inputs, weights, _address(bias), outputs // COLUMNS),
+        *(out.data_ptr(), 4 * outputs, scratch.data_ptr(), threads, second, _address(second_bias)),
+        threads=threads,
+    )
+    return out
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,111 @@
+"""The innermost loop of `cpu_matmul`, written out in LLVM's language: numba has no vector registers to hold sums in.
+
+A register tile is sums[rows, 64] += x[rows, depth] @ weights[depth, 64] with all sums in AVX-512 registers.
+"""
+
+from typing import Any
+
+from llvmlite import binding, ir  # type: ignore[import-untyped]
+from numba import types
+from numba.extending import intrinsic
+
+# Outputs of a tile: four vectors of 16 floats.
+COLUMNS = 64
+# Rows of the largest tile: 6 * 4 vectors of sums, 4 of weights and one input fit into 32 registers.
+TILE_ROWS = 6
+
+_VECTOR = 16
+_PARTS = COLUMNS // _VECTOR
+_LINE_BYTES = 64
+_WORD, _INT, _BYTE, _FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.FloatType()
+_VECTOR_TYPE = ir.VectorType(_FLOAT, _VECTOR)
+
+
+def registers_suffice() -> bool:
+    """Whether this processor has the registers that the tiles are cut for."""
+    return bool(binding.get_host_cpu_features().get("avx512f", False))
+
+
+def register_tile(rows: int, lines: int) -> Any:
+    """A numba intrinsic tile(x, x_stride, weights, depth, sums, ahead), all int64: addresses, and bytes for the stride.
+
+    With each of the `depth` inputs it also fetches `lines` cache lines into the second-level cache, from `ahead` on.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(_context: Any, x: Any, x_stride: Any, weights: Any, depth: Any, sums: Any, ahead: Any) -> Any:
+        def codegen(_ctx: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            _Tile(builder, rows, lines, *values).emit()
+            return ir.Constant(_WORD, 0)
+
+        return types.int64(*[types.int64] * 6), codegen
+
+    return tile
+
+
+class _Tile:
+    """Emits one tile where the builder stands."""
+
+    def __init__(
+        self, builder: Any, rows: int, lines: int, x: Any, stride: Any, weights: Any, depth: Any, sums: Any, ahead: Any
+    ) -> None:
+        self.builder, self.rows, self.lines = builder, rows, lines
+        self.x, self.stride, self.weights, self.depth, self.ahead = x, stride, weights, depth, ahead
+        self.places = [self._at(sums, 4 * _VECTOR * i, _VECTOR_TYPE) for i in range(rows * _PARTS)]
+
+    def emit(self) -> None:
+        builder = self.builder
+        initial = [builder.load(place, align=4) for place in self.places]
+        before, loop, after = builder.block, builder.append_basic_block("inputs"), builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        index = self._carried(_WORD, ir.Constant(_WORD, 0), before)
+        totals = [self._carried(_VECTOR_TYPE, value, before) for value in initial]
+        self._fetch(index)
+        results = self._multiply(index, totals)
+        following = builder.add(index, ir.Constant(_WORD, 1))
+        for old, new in zip([index, *totals], [following, *results], strict=True):
+            old.add_incoming(new, loop)
+        builder.cbranch(builder.icmp_signed("<", following, self.depth), loop, after)
+        builder.position_at_end(after)
+        for place, result in zip(self.places, results, strict=True):
+            builder.store(result, place, align=4)
+
+    def _multiply(self, index: Any, totals: list[Any]) -> list[Any]:
+        """The sums after one more input."""
+        builder = self.builder
+        fma = self._function(f"llvm.fma.v{_VECTOR}f32", ir.FunctionType(_VECTOR_TYPE, [_VECTOR_TYPE] * 3))
+        line = builder.add(self.weights, builder.mul(index, ir.Constant(_WORD, 4 * COLUMNS)))
+        weights = [builder.load(self._at(line, 4 * _VECTOR * i, _VECTOR_TYPE), align=4) for i in range(_PARTS)]
+        column = builder.add(self.x, builder.mul(index, ir.Constant(_WORD, 4)))
+        results = []
+        for row in range(self.rows):
+            address = builder.add(column, builder.mul(self.stride, ir.Constant(_WORD, row)))
+            value = self._spread(builder.load(self._at(address, 0, _FLOAT), align=4))
+            own = totals[row * _PARTS : (row + 1) * _PARTS]
+            results += [builder.call(fma, [value, w, total]) for w, total in zip(weights, own, strict=True)]
+        return results
+
+    def _fetch(self, index: Any) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
+        prefetch = self._function("llvm.prefetch.p0", kind)
+        hints = [ir.Constant(_INT, hint) for hint in (0, 2, 1)]  # to read, into the second-level cache, data
+        start = self.builder.add(self.ahead, self.builder.mul(index, ir.Constant(_WORD, self.lines * _LINE_BYTES)))
+        for line in range(self.lines):
+            self.builder.call(prefetch, [self._at(start, line * _LINE_BYTES, _BYTE), *hints])
+
+    def _at(self, base: Any, offset: int, kind: Any) -> Any:
+        return self.builder.inttoptr(self.builder.add(base, ir.Constant(_WORD, offset)), kind.as_pointer())
+
+    def _carried(self, kind: Any, initial: Any, before: Any) -> Any:
+        value = self.builder.phi(kind)
+        value.add_incoming(initial, before)
+        return value
+
+    def _spread(self, scalar: Any) -> Any:
+        nothing = ir.Constant(_VECTOR_TYPE, ir.Undefined)
+        first = self.builder.insert_element(nothing, scalar, ir.Constant(_INT, 0))
+        return self.builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_INT, _VECTOR), [0] * _VECTOR))
+
+    def _function(self, name: str, kind: Any) -> Any:
+        return self.builder.module.globals.get(name) or ir.Function(self.builder.module, kind, name)
