@@ -142,6 +142,7 @@ class Engine:
         """Continues a sequence whose prompt KV arrived, sealed and verified, and whose first token is known."""
         self._scheduler.attach(sequence)
         self._live[sequence] = None
+        self._take_snapshot()
 
     def abort(self, sequence: Sequence) -> None:
         """Stops work on a sequence, whatever its state; frees its blocks if the engine owns them. Idempotent."""
@@ -150,9 +151,14 @@ class Engine:
             self._retire([sequence])
             self._take_snapshot()
 
-    def step(self) -> None:
-        """Processes one batch of tokens. A failure ends the step's sequences, not the engine."""
+    def step(self) -> bool:
+        """Processes one batch of tokens. A failure ends the step's sequences, not the engine.
+
+        False when there was nothing to process: whoever waits needs blocks that others hold.
+        """
         plan = self._scheduler.schedule()
+        if not plan:
+            return False
         self._announce(plan)
         try:
             tokens = self._run(plan)
@@ -163,6 +169,7 @@ class Engine:
             self._emit(plan, tokens)
         self._steps += 1
         self._take_snapshot()
+        return True
 
     def _announce(self, plan: StepPlan) -> None:
         now = time.monotonic()

@@ -20,6 +20,9 @@ class EngineThread:
     """Steps while there is work; runs posted calls between steps; hands what steps bring to the event loop.
 
     One loop callback per step delivers all of its events, each to its sequence's listener, in order.
+
+        idle ◀──▶ stepping ◀──▶ stuck (everybody waits for blocks: until a call or `wake`)
+          └──────────┴── stop() ──▶ ended;  a bug outside of a step's own failures ──▶ `crashed`
     """
 
     def __init__(self, config: TandemConfig) -> None:
@@ -28,11 +31,14 @@ class EngineThread:
         self._calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        # Gets an exception when the thread dies of a bug: nothing steps any more, so the process must end.
+        self.crashed: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Starts stepping; listeners are called in the running event loop."""
         self._loop = asyncio.get_running_loop()
+        self.crashed = self._loop.create_future()
         self._thread.start()
 
     def stop(self) -> None:
@@ -43,6 +49,10 @@ class EngineThread:
     def post(self, call: Callable[[], object]) -> None:
         """Runs `call` between steps; nobody waits for it."""
         self._calls.put(call)
+
+    def wake(self) -> None:
+        """Blocks came back: whoever waited for them may go on."""
+        self.post(_nothing)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Runs `function` between steps and returns its result, or raises what it raised."""
@@ -61,10 +71,17 @@ class EngineThread:
         return await done
 
     def _run(self) -> None:
+        try:
+            self._step_until_stopped()
+        except Exception as error:
+            log.exception("the engine's thread crashed")
+            self._tell(_settle, self.crashed, error, None)
+
+    def _step_until_stopped(self) -> None:
+        stuck = False
         while not self._stopping:
-            self._drain_calls(block=not self.engine.has_work)
-            if self.engine.has_work:
-                self.engine.step()
+            self._drain_calls(block=stuck or not self.engine.has_work)
+            stuck = self.engine.has_work and not self.engine.step()
 
     def _drain_calls(self, block: bool) -> None:
         try:
@@ -87,6 +104,10 @@ class EngineThread:
         except RuntimeError:
             # The loop closed while a step was under way: the process is leaving and nobody listens.
             log.debug("event loop closed; dropped an engine event")
+
+
+def _nothing() -> None:
+    pass
 
 
 def _settle(done: asyncio.Future[T], error: Exception | None, result: T) -> None:

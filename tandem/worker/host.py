@@ -84,8 +84,8 @@ class WorkerHost:
         # Set when the worker should finish what is live and leave.
         self.leaving = asyncio.Event()
         self._blocks_freed: list[Callable[[], None]] = []
-        loop = asyncio.get_running_loop()
-        self.engine.pool.on_free = lambda: loop.call_soon_threadsafe(self._on_free)
+        self._loop = asyncio.get_running_loop()
+        self.engine.pool.on_free = self._tell_free
 
     def require(self, role: Role) -> None:
         """Raises Refused or Unavailable when the worker takes no new work of this role."""
@@ -97,6 +97,11 @@ class WorkerHost:
     def when_blocks_free(self, callback: Callable[[], None]) -> None:
         """Calls back in the event loop each time blocks return to the pool."""
         self._blocks_freed.append(callback)
+
+    def _tell_free(self) -> None:
+        """From whatever thread gave the blocks back."""
+        self.thread.wake()
+        self._loop.call_soon_threadsafe(self._on_free)
 
     def _on_free(self) -> None:
         for callback in self._blocks_freed:

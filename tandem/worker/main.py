@@ -68,12 +68,20 @@ async def _serve(
 
 
 async def _work(host: WorkerHost, router: str) -> None:
-    """Until a signal or a drain directive; raises Refused when the router does not want this worker."""
+    """Until a signal or a drain directive.
+
+    Raises Refused when the router does not want this worker, RuntimeError when its engine has crashed: a new process
+    may do better.
+    """
+    crashed = host.thread.crashed
+    assert crashed is not None, "the thread was started"
     joined = asyncio.create_task(keep_joined(host, router))
     leaving = asyncio.create_task(_leave(host))
     ready = asyncio.create_task(_say_ready(host))
     try:
-        done, _ = await asyncio.wait({joined, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({joined, leaving, crashed}, return_when=asyncio.FIRST_COMPLETED)
+        if crashed in done:
+            raise RuntimeError("the engine's thread crashed") from crashed.exception()
         if joined in done:
             joined.result()
     finally:

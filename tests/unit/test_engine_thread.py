@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from tandem.config import parse_config
-from tandem.engine.sequence import EngineEvent, NewToken, Sequence
+from tandem.engine.sequence import EngineEvent, NewToken, Sequence, Started
 from tandem.types import EngineRequest, SamplingParams
 from tandem.worker.engine_thread import EngineThread
 
@@ -58,4 +58,44 @@ async def test_a_call_returns_or_raises_what_its_function_does(thread: EngineThr
     assert await thread.call(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         await thread.call(lambda: 1 / 0)
+    thread.stop()
+
+
+async def test_a_prompt_that_waits_for_blocks_costs_nothing_and_goes_on_when_they_come(
+    thread: EngineThread, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, steps = thread.engine, [0]
+    step = engine.step
+
+    def counted() -> bool:
+        steps[0] += 1
+        return step()
+
+    monkeypatch.setattr(engine, "step", counted)
+    engine.pool.on_free = thread.wake
+    thread.start()
+    everything = engine.pool.acquire(engine.pool.num_blocks)
+    assert everything is not None
+    events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+    sequence = Sequence(REQUEST, events.put_nowait, decode_here=False)
+    await thread.call(lambda: engine.add(sequence))
+    await asyncio.sleep(0.1)
+    assert steps[0] == 1
+    assert engine.load.waiting == 1
+    everything.release()
+    assert isinstance(await asyncio.wait_for(events.get(), 30), Started)
+    thread.stop()
+    assert sequence.table is not None
+    sequence.table.release()
+    assert not caplog.records
+
+
+async def test_a_crash_of_the_thread_is_told(thread: EngineThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thread.engine._scheduler, "schedule", lambda: 1 / 0)
+    thread.start()
+    assert thread.crashed is not None
+    sequence = Sequence(REQUEST, lambda event: None, decode_here=False)
+    thread.post(lambda: thread.engine.add(sequence))
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(thread.crashed, 30)
     thread.stop()
