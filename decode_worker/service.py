@@ -37,6 +37,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         self._subscriptions: dict[str, Subscription] = {}
         self._kv = kv_service(self, host.config, claims)
         host.transports.append("grpc")
+        host.when_idle_for_good(self._hang_up)
 
     # Room
 
@@ -51,7 +52,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
 
     @property
     def busy(self) -> bool:
-        return bool(self._by_id)
+        return bool(self._by_id) or len(self._queue) > 0
 
     async def aclose(self) -> None:
         for reservation in list(self._by_id.values()):
@@ -114,8 +115,8 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         subscription = self._subscriptions[message.subscriber_id] = Subscription()
         try:
             await context.send_initial_metadata(())
-            while True:
-                await context.write(await subscription.next_batch())
+            while (batch := await subscription.next_batch()) is not None:
+                await context.write(batch)
         finally:
             del self._subscriptions[message.subscriber_id]
             self._end_all_of(message.subscriber_id)
@@ -131,6 +132,10 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         self._queue.turn_away(name, newest, Refused(f"attempt {request.attempt} of request {name} replaces this one"))
         if existing is not None:
             existing.end()
+
+    def _hang_up(self) -> None:
+        for subscription in self._subscriptions.values():
+            subscription.close()
 
     def _end_all_of(self, subscriber_id: str) -> None:
         gone = [r for r in self._by_id.values() if r.subscriber_id == subscriber_id]

@@ -15,6 +15,7 @@ class Subscription:
     """
 
     def __init__(self) -> None:
+        self._closed = False
         self._pending: list[worker_pb2.RequestTokens] = []
         self._ready = asyncio.Event()
 
@@ -22,9 +23,18 @@ class Subscription:
         self._pending.append(tokens)
         self._ready.set()
 
-    async def next_batch(self) -> worker_pb2.TokenBatch:
-        """Waits for tokens and returns all there are; the engine delivers a step's tokens in one go."""
+    def close(self) -> None:
+        """No tokens come any more; those that wait are sent."""
+        self._closed = True
+        self._ready.set()
+
+    async def next_batch(self) -> worker_pb2.TokenBatch | None:
+        """Waits for tokens and returns all there are; the engine delivers a step's tokens in one go. None: closed."""
         await self._ready.wait()
+        if self._closed and not self._pending:
+            return None
         self._ready.clear()
+        if self._closed:
+            self._ready.set()
         pending, self._pending = self._pending, []
         return worker_pb2.TokenBatch(requests=pending)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from tandem import __version__, rpc, wire
 from tandem.config import TandemConfig
 from tandem.engine.block_pool import BlockTable
 from tandem.engine.sequence import EngineEvent, Sequence
-from tandem.errors import ConfigError, Refused, Unavailable
+from tandem.errors import ConfigError, Refused
 from tandem.types import EngineRequest, ModelInfo, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.engine_thread import EngineThread
@@ -24,6 +25,8 @@ from tandem.worker.engine_thread import EngineThread
 log = logging.getLogger(__name__)
 
 
+# What the router placed on a worker before it heard that the worker drains arrives within this time.
+ON_THE_WAY_S = 0.2
 # Listening here means on every interface.
 _ANY_ADDRESS = {"0.0.0.0", "::"}
 
@@ -84,15 +87,17 @@ class WorkerHost:
         # Set when the worker should finish what is live and leave.
         self.leaving = asyncio.Event()
         self._blocks_freed: list[Callable[[], None]] = []
+        self._idle_for_good: list[Callable[[], None]] = []
         self._loop = asyncio.get_running_loop()
         self.engine.pool.on_free = self._tell_free
 
     def require(self, role: Role) -> None:
-        """Raises Refused or Unavailable when the worker takes no new work of this role."""
+        """Raises Refused for a role that the worker does not play.
+
+        A draining worker refuses nothing: the router places nothing new on it, so what comes is of a live request.
+        """
         if role not in self.roles:
             raise Refused(f"worker {self.worker_id} does not play the role {role}")
-        if self.draining:
-            raise Unavailable(f"worker {self.worker_id} is draining", retry_after_ms=1000)
 
     def when_blocks_free(self, callback: Callable[[], None]) -> None:
         """Calls back in the event loop each time blocks return to the pool."""
@@ -121,14 +126,26 @@ class WorkerHost:
         self.leaving.set()
         self.news.set()
 
+    def when_idle_for_good(self, callback: Callable[[], None]) -> None:
+        """Calls back when the worker has drained: what lasts as long as the worker must end by itself now."""
+        self._idle_for_good.append(callback)
+
+    def hang_up(self) -> None:
+        for callback in self._idle_for_good:
+            callback()
+
     async def until_idle(self) -> None:
+        """Until nothing is live and nothing has come for ON_THE_WAY_S."""
         freed = asyncio.Event()
         self.when_blocks_free(freed.set)
-        while self.busy:
+        idle_since_s = time.monotonic()
+        while self.busy or time.monotonic() - idle_since_s < ON_THE_WAY_S:
             # A request's last blocks may come back a moment before its bookkeeping ends: look again soon.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(freed.wait(), 0.1)
+                await asyncio.wait_for(freed.wait(), 0.05)
             freed.clear()
+            if self.busy:
+                idle_since_s = time.monotonic()
 
     @property
     def busy(self) -> bool:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
+
 from tandem.config import TandemConfig, load_config
 from tandem.engine.process import tune_process
 from tandem.errors import TandemError
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # Builds the rooms of a worker on its host.
 MakeRooms = Callable[[WorkerHost], list[Room]]
+# Last words have this long to reach their readers.
+HANG_UP_S = 1.0
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -59,7 +63,7 @@ async def _serve(
     await server.start()
     thread.start()
     try:
-        await _work(host, router)
+        await _work(host, router, server)
     finally:
         await server.stop(grace=None)
         for room in rooms:
@@ -67,7 +71,7 @@ async def _serve(
         thread.stop()
 
 
-async def _work(host: WorkerHost, router: str) -> None:
+async def _work(host: WorkerHost, router: str, server: grpc.aio.Server) -> None:
     """Until a signal or a drain directive.
 
     Raises Refused when the router does not want this worker, RuntimeError when its engine has crashed: a new process
@@ -76,7 +80,7 @@ async def _work(host: WorkerHost, router: str) -> None:
     crashed = host.thread.crashed
     assert crashed is not None, "the thread was started"
     joined = asyncio.create_task(keep_joined(host, router))
-    leaving = asyncio.create_task(_leave(host))
+    leaving = asyncio.create_task(_leave(host, server))
     ready = asyncio.create_task(_say_ready(host))
     try:
         done, _ = await asyncio.wait({joined, leaving, crashed}, return_when=asyncio.FIRST_COMPLETED)
@@ -95,13 +99,16 @@ async def _say_ready(host: WorkerHost) -> None:
     print(f"ready {host.address}", flush=True)
 
 
-async def _leave(host: WorkerHost) -> None:
+async def _leave(host: WorkerHost, server: grpc.aio.Server) -> None:
+    """Joined to the end: a router that saw the Join stream break would fail what is on its way to it."""
     await host.leaving.wait()
     log.info("worker %s drains", host.worker_id)
     try:
         await asyncio.wait_for(host.until_idle(), host.config.worker.drain_timeout_s)
     except TimeoutError:
         log.warning("worker %s leaves with live requests", host.worker_id)
+    host.hang_up()
+    await server.stop(HANG_UP_S)
 
 
 def parse_arguments(description: str | None) -> tuple[TandemConfig, str]:
