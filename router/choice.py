@@ -119,8 +119,9 @@ class Choice:
 
     @property
     def _handed_off(self) -> bool:
-        """Decode runs only on sealed KV: from its first tokens on the prefill worker is not needed."""
-        return self._sealed is not None or self._box.decoding_since_ms is not None
+        """Decode runs only on sealed KV: from its first tokens on the prefill worker is not needed, once it has told
+        the token that it sampled itself."""
+        return self._box.first_arrived and (self._sealed is not None or self._box.decoding_since_ms is not None)
 
     def _prefill_over(self) -> None:
         self._prefill_on.queued.drop(self._request.request_id)

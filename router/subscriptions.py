@@ -28,7 +28,8 @@ class Mailbox:
     def __init__(self, max_tokens: int, clock_ms: Callable[[], float]) -> None:
         self._max_tokens = max_tokens
         self._clock_ms = clock_ms
-        self._first_arrived = False
+        # The prefill worker told its token: nobody else can.
+        self.first_arrived = False
         self._steps: deque[Step] = deque()
         self._next_position = 1
         self._arrival = asyncio.Event()
@@ -40,7 +41,7 @@ class Mailbox:
         self.decode_ended = False
 
     def put_first(self, step: Step) -> None:
-        self._first_arrived = True
+        self.first_arrived = True
         self._steps.appendleft(step)
         self._arrival.set()
 
@@ -56,7 +57,7 @@ class Mailbox:
         self._next_position += len(message.tokens)
         tokens = tuple(map(wire.token_from_wire, message.tokens))
         self._steps.append(Step(tokens, wire.reason_from_wire(message.finish_reason)))
-        if self._first_arrived:
+        if self.first_arrived:
             self._arrival.set()
 
     def _problem(self, message: worker_pb2.RequestTokens) -> errors.TandemError | None:

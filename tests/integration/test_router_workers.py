@@ -75,6 +75,26 @@ async def lost(house: House, worker: ScriptedWorker) -> None:
     await eventually_status(house, lambda status: all(entry.hello.worker_id != worker.id for entry in status.workers))
 
 
+@pytest.mark.parametrize("end", ["error", "death"])
+async def test_the_prefill_worker_is_needed_until_its_first_token_has_come(house: House, end: str) -> None:
+    """Decode tokens may overtake it, on their own connection."""
+    prefill, decode = await house.pair()
+    prefill.hold("first")
+    call = house.call(3)
+    await house.cluster.saw("first")
+    (reserve,) = decode.reserve_requests
+    decode.send(reserve.subscriber_id, reserve.request.request_id, 1, [9])
+    await asyncio.sleep(0.05)  # the token is in the router's mailbox
+    if end == "error":
+        prefill.errors["first"] = errors.TransferFailed("no such reservation")
+        prefill.let("first")
+    else:
+        await prefill.kill()
+    with pytest.raises(errors.TransferFailed if end == "error" else errors.WorkerLost):
+        await asyncio.wait_for(collect(call), 5)
+    await house.check_empty()
+
+
 async def test_the_end_of_the_token_stream_alone_loses_the_worker(house: House) -> None:
     _, decode = await house.pair()
     decode.hold("decode")
