@@ -59,6 +59,8 @@ class Reservation:
         self._on_end = on_end
         self._sequence: Sequence | None = None
         self._lent = False
+        # Of a lent reservation until the seal: whoever prefills has not told the first token yet.
+        self._held: list[NewToken] | None = None
         self._sealed_s: float | None = None
         self._lease_s = 0.0
         self._lease: asyncio.TimerHandle | None = None
@@ -101,6 +103,7 @@ class Reservation:
     async def sealed(self, first_token: int, summary: TransferSummary) -> None:
         """The KV is whole and verified: decoding may start. Raises TransferFailed when the reservation is over."""
         if self._lent:
+            self._let_go()
             return  # the engine went on by itself, perhaps to the end
         sequence = Sequence(self.request, self.listener, decode_here=True, table=self.table, output_ids=[first_token])
         self._start(sequence)
@@ -116,12 +119,17 @@ class Reservation:
     def begin(self, sequence: Sequence) -> None:
         """The blocks are lent to a colocated prefill, which goes on decoding in them."""
         self._start(sequence)
-        self._lent = True
+        self._lent, self._held = True, []
+
+    def _let_go(self) -> None:
+        held, self._held = self._held, None
+        for event in held or ():
+            self.listener(event)
 
     def _start(self, sequence: Sequence) -> None:
         """From here on the engine's own events end the reservation, not the lease."""
-        if self.state is State.ENDED:
-            raise TransferFailed(f"request {self.request_id} is over")
+        if self.state is not State.PROMISED:
+            raise TransferFailed(f"the reservation of request {self.request_id} is {self.state} already")
         self._sequence = sequence
         self._sealed_s = time.monotonic()
         self.state = State.DECODING
@@ -130,7 +138,9 @@ class Reservation:
     def listener(self, event: EngineEvent) -> None:
         if self.state is State.ENDED:
             return
-        if isinstance(event, NewToken):
+        if isinstance(event, NewToken) and self._held is not None:
+            self._held.append(event)
+        elif isinstance(event, NewToken):
             self._on_token(event)
         elif isinstance(event, Failed):
             self._emit(self._message(failure=wire.failure_to_wire(event.error), finish_reason=FinishReason.ERROR))

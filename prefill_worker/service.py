@@ -71,6 +71,8 @@ class PrefillRoom(worker_pb2_grpc.PrefillWorkerServicer):
         promise = self._host.promises.get(message.target.reservation_id)
         if transport.name == LOCAL and promise is None:
             raise TransferFailed("no such reservation: it never was, or it is over")
+        if transport.name == LOCAL and promise is not None and promise.request != request:
+            raise TransferFailed(f"the reservation is not of this request {request.request_id}")
         target = Target(
             reservation_id=message.target.reservation_id,
             request_id=request.request_id,
