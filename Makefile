@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
+# A plain path entry, not the import hook that pip makes by default: with the hook, a checkout named `tandem` hides the
+# package from scripts that run in the folder above it.
+EDITABLE := --config-settings editable_mode=compat -e
 INPUTS := pyproject.toml constraints.txt
 
 .PHONY: demo test check clean
@@ -34,9 +37,9 @@ $(VENV)/torch.stamp: $(INPUTS)
 
 # What the tests need covers what the demo needs, and a later `make demo` must not install anything again.
 $(VENV)/serve.stamp: $(VENV)/torch.stamp
-	@$(PIP) -e '.[serve]'
+	@$(PIP) $(EDITABLE) '.[serve]'
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp
-	@$(PIP) -e '.[dev]'
+	@$(PIP) $(EDITABLE) '.[dev]'
 	@touch $(VENV)/serve.stamp $@

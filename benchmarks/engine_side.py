@@ -81,7 +81,8 @@ def serve(config: TandemConfig) -> None:
     tune_process(config.engine)
     dtype = torch.bfloat16 if config.engine.device == "cuda" else torch.float32
     bench = Bench(config)
-    bench.answer("2x64x4")
+    for warm_up in ("2x64x4", "1x1024x1", "8x512x1"):
+        bench.answer(warm_up)
     roofs = measure_roofs(config.engine.device, dtype)
     facts = {**bench.facts(), "read_bytes_s": roofs.read_bytes_s, "flop_s": roofs.flop_s}
     print(json.dumps({"ready": facts}), flush=True)

@@ -66,7 +66,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
     llm = load(parser.parse_args())
-    answer(llm, "2x64x4")
+    for warm_up in ("2x64x4", "1x1024x1", "8x512x1"):
+        answer(llm, warm_up)
     print(json.dumps({"ready": {}}), flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(llm, line.strip())), flush=True)

@@ -14,7 +14,17 @@ from rich.console import Console
 
 from tandem.errors import ConfigError, InvalidRequest, TandemError
 
-RouterOption = Annotated[str, typer.Option("--router", metavar="HOST:PORT", help="The router's address.")]
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise typer.BadParameter(f"{value!r} is not HOST:PORT with a port in [1, 65535]")
+    return value
+
+
+RouterOption = Annotated[
+    str, typer.Option("--router", metavar="HOST:PORT", callback=_address, help="The router's address.")
+]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML or JSON; tandem/config.py lists its keys.")
 ]

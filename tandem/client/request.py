@@ -72,11 +72,17 @@ def build_request(
     return request
 
 
+# A year: gRPC's own arithmetic overflows somewhere above, and then the deadline has passed at once.
+LONGEST_TIMEOUT_S = 365 * 24 * 3600.0
+
+
 def check_timeout(timeout_s: float | None) -> float | None:
     """Raises InvalidRequest unless it is a positive, finite number of seconds, or None."""
     try:
-        if timeout_s is None or (timeout_s > 0 and math.isfinite(timeout_s)):
-            return timeout_s
+        if timeout_s is None:
+            return None
+        if timeout_s > 0 and math.isfinite(timeout_s):
+            return min(timeout_s, LONGEST_TIMEOUT_S)
     except TypeError:
         pass  # not a number: the same answer as for a bad one
     raise InvalidRequest(f"timeout_s must be a number of seconds above 0, not {timeout_s!r}", field="timeout_s")
