@@ -1,4 +1,4 @@
-"""What asyncio and grpc.aio leave to be said by their users."""
+"""What asyncio leaves to be said by its users."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import grpc
 
 
 async def first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
@@ -30,9 +28,3 @@ def first_error() -> Iterator[None]:
         yield
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
-
-
-async def read(stream: Any) -> Any:
-    """The next message of a call or of a handler's context; None at the end."""
-    message = await stream.read()
-    return None if message is grpc.aio.EOF else message  # type: ignore[attr-defined]

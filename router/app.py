@@ -8,11 +8,6 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
-
-import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from router.admission import Admission
 from router.generation import GenerationService
@@ -27,6 +22,11 @@ from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2, registr
 
 log = logging.getLogger(__name__)
 
+_SERVICES = tuple(
+    service.full_name
+    for file in (generation_pb2.DESCRIPTOR, registry_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
+)
 # A stopping router waits this long for live requests.
 STOP_GRACE_S = 5.0
 # Then this long for calls that do not end by themselves: joined workers, health watchers.
@@ -64,27 +64,13 @@ async def open_router(config: TandemConfig) -> AsyncIterator[str]:
     generation, join = GenerationService(orchestrator, registry), JoinService(registry, config.router)
     generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
     registry_pb2_grpc.add_RegistryServicer_to_server(join, server)
-    health_service = await _add_health(server)
+    health_service = await rpc.add_health(server, _SERVICES)
     port = rpc.bind(server, config.router.host, config.router.port)
     await server.start()
     try:
-        yield f"[{config.router.host}]:{port}" if ":" in config.router.host else f"{config.router.host}:{port}"
+        yield rpc.join_address(config.router.host, port)
     finally:
         await health_service.enter_graceful_shutdown()
         await orchestrator.close(STOP_GRACE_S)
         registry.close()
         await server.stop(HANG_UP_S)
-
-
-async def _add_health(server: grpc.aio.Server) -> Any:
-    """The standard health service and reflection."""
-    names = [
-        generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name,
-        registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,
-    ]
-    service = health.aio.HealthServicer()  # type: ignore[attr-defined]
-    for name in names:
-        await service.set(name, health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(service, server)
-    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    return service

@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from router.aio import first_error, read
+from router.aio import first_error
 from router.output import ChoiceOutput, Step
 from router.placement import Demand, blocks_for, choose
 from router.registry import Registry
 from router.subscriptions import Mailbox
 from router.worker import Worker
+from tandem import rpc
 from tandem.errors import InternalError, TandemError, Unavailable
 from tandem.timeline import Phase, Timeline
 from tandem.types import ChoiceFinished, Delta, EngineRequest, Event, FinishReason, RequestReport, Role
@@ -188,7 +189,7 @@ class Choice:
 
     async def _read_prefill(self, call: Any) -> None:
         over = False
-        while (event := await read(call)) is not None:
+        while (event := await rpc.read(call)) is not None:
             over |= self._note_prefill(event)
         if not over:
             raise InternalError(f"prefill worker {self.prefill_worker} ended its call without a seal")

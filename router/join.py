@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from router.aio import first_of, read
+from router.aio import first_of
 from router.registry import Registry
 from router.worker import Worker
+from tandem import rpc
 from tandem.config import RouterConfig
 from tandem.errors import Refused, TandemError, Unavailable
 from tandem.v1 import registry_pb2, registry_pb2_grpc
@@ -41,7 +42,7 @@ class JoinService(registry_pb2_grpc.RegistryServicer):
         """None when the worker has closed its side."""
         try:
             async with asyncio.timeout(self._config.heartbeat_timeout_s):
-                heartbeat: registry_pb2.Heartbeat | None = await read(context)
+                heartbeat: registry_pb2.Heartbeat | None = await rpc.read(context)
                 return heartbeat
         except TimeoutError:
             raise Unavailable(f"no heartbeat for {self._config.heartbeat_timeout_s:g} s") from None

@@ -8,9 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from router.aio import read
 from router.output import Step
-from tandem import errors, wire
+from tandem import errors, rpc, wire
 from tandem.types import FinishReason
 from tandem.v1 import worker_pb2
 
@@ -119,7 +118,7 @@ class Subscription:
 
     async def pump(self) -> None:
         """Fills mailboxes until the stream ends, which raises Unavailable or grpc.RpcError."""
-        while (batch := await read(self._call)) is not None:
+        while (batch := await rpc.read(self._call)) is not None:
             for message in batch.requests:
                 self._dispatch(message)
         raise errors.Unavailable("it ended its token stream")

@@ -214,10 +214,11 @@ class Worker:
 
     def _explain(self, error: grpc.RpcError, role: Role) -> errors.TandemError:
         call: Any = error
-        said_by_tandem = any(str(key).startswith("tandem-") for key, _ in call.trailing_metadata() or ())
-        if not said_by_tandem and call.code() in _GONE:
+        if rpc.said_by_tandem(error):
+            return rpc.error_from_rpc(error)
+        if call.code() in _GONE:
             return errors.WorkerLost(f"{role} worker {self.id} was lost: {self.loss or call.details()}")
-        if not said_by_tandem and call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return errors.DeadlineExceeded(f"the deadline passed while {role} worker {self.id} held the request")
         return rpc.error_from_rpc(error)
 

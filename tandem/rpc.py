@@ -138,6 +138,12 @@ def error_from_rpc(error: grpc.RpcError) -> errors.TandemError:
     return _error_of(call.code(), call.details(), call.trailing_metadata())
 
 
+def said_by_tandem(error: grpc.RpcError) -> bool:
+    """Whether a Tandem process, and not gRPC itself or a proxy, gave the status (see abort_with)."""
+    call: Any = error
+    return any(str(key) == _CODE_KEY for key, _ in call.trailing_metadata() or ())
+
+
 def _error_of(code: grpc.StatusCode, details: str | None, trailing: Any) -> errors.TandemError:
     metadata = {str(key): str(value) for key, value in (trailing or ())}
     message = details or code.name.lower().replace("_", " ")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import grpc
 
 from tandem import errors, rpc
@@ -12,7 +10,7 @@ from tandem import errors, rpc
 def explain(error: grpc.RpcError, address: str) -> errors.TandemError:
     """The TandemError of a failed call. What gRPC itself said, and not the router, gets the missing context."""
     known = rpc.error_from_rpc(error)
-    if _from_tandem(error):
+    if rpc.said_by_tandem(error):
         return known
     if isinstance(known, errors.Unavailable):
         return errors.Unavailable(f"cannot reach a Tandem router at {address}: {known.message}")
@@ -21,9 +19,3 @@ def explain(error: grpc.RpcError, address: str) -> errors.TandemError:
     if isinstance(known, errors.DeadlineExceeded):
         return errors.DeadlineExceeded("the deadline (timeout_s) passed before the answer was complete")
     return known
-
-
-def _from_tandem(error: grpc.RpcError) -> bool:
-    """Whether a Tandem process attached its own code (rpc.abort_with does)."""
-    call: Any = error
-    return any(str(key).startswith("tandem-") for key, _ in call.trailing_metadata() or ())
