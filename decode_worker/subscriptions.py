@@ -6,6 +6,10 @@ import asyncio
 
 from tandem.v1 import worker_pb2
 
+# Steps of requests in one message: with 20 log probabilities on each token still far below the 4 MiB that a router
+# takes, however long it did not read. A larger message would end the stream, and every request on it.
+MAX_BATCH = 2048
+
 
 class Subscription:
     """What waits to be sent to one router.
@@ -29,12 +33,14 @@ class Subscription:
         self._ready.set()
 
     async def next_batch(self) -> worker_pb2.TokenBatch | None:
-        """Waits for tokens and returns all there are; the engine delivers a step's tokens in one go. None: closed."""
+        """Waits for tokens and returns all there are, MAX_BATCH at most; the engine delivers a step's in one go.
+
+        None: closed.
+        """
         await self._ready.wait()
         if self._closed and not self._pending:
             return None
-        self._ready.clear()
-        if self._closed:
-            self._ready.set()
-        pending, self._pending = self._pending, []
+        pending, self._pending = self._pending[:MAX_BATCH], self._pending[MAX_BATCH:]
+        if not self._pending and not self._closed:
+            self._ready.clear()
         return worker_pb2.TokenBatch(requests=pending)

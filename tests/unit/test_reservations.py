@@ -1,10 +1,11 @@
-"""A reservation that a colocated prefill computes in: its tokens wait for the seal, and it is lent once."""
+"""Reservations that a colocated prefill computes in, and the stream that takes tokens to a router."""
 
 from collections.abc import Callable
 
 import pytest
 
 from decode_worker.reservations import Reservation
+from decode_worker.subscriptions import MAX_BATCH, Subscription
 from kv_transfer.base import TransferSummary
 from tandem.config import parse_config
 from tandem.engine.sequence import NewToken, Sequence
@@ -60,3 +61,17 @@ async def test_a_reservation_is_lent_once(make: Make) -> None:
     reservation.begin(_sequence(reservation))
     with pytest.raises(TransferFailed, match="decoding already"):
         reservation.begin(_sequence(reservation))
+
+
+async def test_a_router_that_did_not_read_for_long_gets_messages_of_bounded_size() -> None:
+    subscription = Subscription()
+    for position in range(MAX_BATCH + 1):
+        subscription.put(worker_pb2.RequestTokens(request_id="r", position=position))
+    sizes = []
+    while sum(sizes) <= MAX_BATCH:
+        batch = await subscription.next_batch()
+        assert batch is not None
+        sizes.append(len(batch.requests))
+    assert sizes == [MAX_BATCH, 1]
+    subscription.close()
+    assert await subscription.next_batch() is None
