@@ -129,8 +129,9 @@ def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] |
     settings = {} if path is None else _read(path)
     for section, values in (overrides or {}).items():
         given = {key: value for key, value in values.items() if value is not None}
-        if given:
-            settings[section] = {**(settings.get(section) or {}), **given}
+        from_file = settings.get(section) or {}
+        if given and isinstance(from_file, dict):  # anything else is refused below
+            settings[section] = {**from_file, **given}
     return parse_config(settings)
 
 

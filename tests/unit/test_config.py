@@ -41,6 +41,13 @@ def test_an_empty_section_takes_overrides(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, "engine:\n"), {"engine": {"threads": 2}}).engine.threads == 2
 
 
+def test_a_section_that_is_none_is_named_with_overrides_too(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("engine: 5\n")
+    with pytest.raises(ConfigError, match="engine"):
+        load_config(path, {"engine": {"device": "cpu"}})
+
+
 def test_json_is_yaml(tmp_path: Path) -> None:
     config = TandemConfig(model=ModelConfig(name="x"))
     assert load_config(written(tmp_path, config.model_dump_json())) == config
