@@ -150,9 +150,10 @@ def _eos_token_ids(config: TandemConfig, model_config: Any) -> tuple[int, ...]:
             eos = GenerationConfig.from_pretrained(config.model.path).eos_token_id or eos
         except OSError:
             log.debug("%s has no generation_config.json", config.model.path)
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    ids = eos if isinstance(eos, list) else [eos]
+    # A shrunk configuration may keep the end of its elder, which is no token here; banning it would break a step.
+    vocab_size = model_config.get_text_config().vocab_size
+    return tuple(int(token) for token in ids if token is not None and 0 <= token < vocab_size)
 
 
 def _config_hash(model_config: Any) -> str:

@@ -94,6 +94,16 @@ def test_abort_in_every_state_frees_everything(llama: Path) -> None:
     assert driver.engine.pool.check_integrity().referenced == 0
 
 
+def test_an_end_of_sequence_outside_of_the_vocabulary_is_none(tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**settings, "eos_token_id": [2, 50256]}))
+    driver = EngineDriver(tmp_path)
+    assert driver.engine.info.eos_token_ids == (2,)
+    assert len(driver.generate([PROMPTS[0]], SamplingParams(max_tokens=4, min_tokens=4))[0]) == 4
+
+
 def test_a_failing_step_ends_its_sequences_and_not_the_engine(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = EngineDriver(llama)
     with monkeypatch.context() as broken:
