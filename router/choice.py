@@ -111,11 +111,15 @@ class Choice:
         self._decode_on.promised.place(request.request_id, blocks_for(demand.kv_tokens, block_size))
         self._decode_on.subscription.register(request.request_id, request.attempt, self._box)
         self._prefill_on.attach(request.request_id, Role.PREFILL, self._prefill_lost)
-        self._decode_on.attach(request.request_id, Role.DECODE, self._box.fail)
+        self._decode_on.attach(request.request_id, Role.DECODE, self._decode_lost)
         self._log.info("placed on %s and %s by %s", placement.prefill, placement.decode, self._transport)
 
     def _prefill_lost(self, error: TandemError) -> None:
         if not self._handed_off:
+            self._box.fail(error)
+
+    def _decode_lost(self, error: TandemError) -> None:
+        if not self._box.decode_ended:
             self._box.fail(error)
 
     @property

@@ -119,7 +119,7 @@ class Orchestrator:
             yield
             self.finished += 1
         except BaseException as error:
-            if isinstance(error, asyncio.CancelledError | errors.DeadlineExceeded):
+            if isinstance(error, asyncio.CancelledError | errors.Cancelled | errors.DeadlineExceeded):
                 self.cancelled += 1
             else:
                 self.failed += 1
