@@ -85,9 +85,10 @@ class PrefillRoom(worker_pb2_grpc.PrefillWorkerServicer):
         )
         events: asyncio.Queue[EngineEvent] = asyncio.Queue()
         sequence = Sequence(request, events.put_nowait, decode_here=False)
-        if transport.name == LOCAL and promise is not None:
-            _lend(sequence, promise, events)
-        return PrefillCall(self._host, sequence, events, transport, target, context)
+        if transport.name != LOCAL or promise is None:
+            return PrefillCall(self._host, sequence, events, transport, target, context)
+        _lend(sequence, promise, events)
+        return PrefillCall(self._host, sequence, events, transport, target, context, promise)
 
 
 def _lend(sequence: Sequence, promise: Promise, events: asyncio.Queue[EngineEvent]) -> None:
@@ -125,13 +126,16 @@ class PrefillCall:
         transport: Transport,
         target: Target,
         context: Any,
+        promise: Promise | None = None,
     ) -> None:
+        """promise: whose blocks the sequence was lent, when colocated."""
         self._host = host
         self._sequence = sequence
         self._events = events
         self._transport = transport
         self._target = target
         self._context = context
+        self._promise = promise
         # Ranges of prompt tokens whose KV is final, for the sending task; None ends it.
         self._ranges: asyncio.Queue[range | None] = asyncio.Queue()
 
@@ -161,6 +165,9 @@ class PrefillCall:
             if not handed_over:
                 # Between steps: the engine may be writing into the blocks this very moment.
                 thread.post(lambda: _leave_engine(engine, sequence))
+                if self._promise is not None:
+                    # A lent reservation has no lease any more: nobody else would end it.
+                    self._promise.failed(TransferFailed("the prefill ended before the handoff"))
 
     async def _compute_and_send(self, started_s: float) -> None:
         table = self._sequence.table

@@ -84,8 +84,9 @@ class Sampler:
             return
         seen = self._seen_by(sequence, row_V)
         touched = seen.in_prompt_V | (seen.counts_V > 0)
-        factor = torch.where(row_V > 0, 1 / params.repetition_penalty, params.repetition_penalty)
-        row_V.copy_(torch.where(touched, row_V * factor, row_V))
+        penalty = params.repetition_penalty
+        # As transformers computes it, to the last bit.
+        row_V.copy_(torch.where(touched, torch.where(row_V > 0, row_V / penalty, row_V * penalty), row_V))
         row_V -= seen.counts_V * params.frequency_penalty + (seen.counts_V > 0) * params.presence_penalty
 
     def _seen_by(self, sequence: Sequence, row_V: Tensor) -> _Seen:

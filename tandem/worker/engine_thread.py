@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from tandem.config import TandemConfig
@@ -95,7 +96,16 @@ class EngineThread:
         self._stopping = True
 
     def _publish(self, emissions: list[Emission]) -> None:
-        self._tell(_deliver, emissions)
+        self._tell(self._deliver, emissions)
+
+    def _deliver(self, emissions: list[Emission]) -> None:
+        for sequence, event in emissions:
+            try:
+                sequence.listener(event)
+            except Exception:
+                # A bug, of this request alone: the others of the step get their events.
+                log.exception("request %s: its listener failed", sequence.request.request_id)
+                self.post(partial(self.engine.abort, sequence))
 
     def _tell(self, callback: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
@@ -117,8 +127,3 @@ def _settle(done: asyncio.Future[T], error: Exception | None, result: T) -> None
         done.set_exception(error)
     else:
         done.set_result(result)
-
-
-def _deliver(emissions: list[Emission]) -> None:
-    for sequence, event in emissions:
-        sequence.listener(event)

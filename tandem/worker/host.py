@@ -17,7 +17,7 @@ from tandem import __version__, rpc, wire
 from tandem.config import TandemConfig
 from tandem.engine.block_pool import BlockTable
 from tandem.engine.sequence import EngineEvent, Sequence
-from tandem.errors import ConfigError, Refused
+from tandem.errors import ConfigError, Refused, TandemError
 from tandem.types import EngineRequest, ModelInfo, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.engine_thread import EngineThread
@@ -42,6 +42,9 @@ class Promise(Protocol):
 
     def begin(self, sequence: Sequence) -> None:
         """The sequence that runs in these blocks."""
+
+    def failed(self, error: TandemError) -> None:
+        """The prefill ended before the handoff: the blocks are free. For any state, any number of times."""
 
 
 class Room(Protocol):

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from functools import partial
 
 import pytest
 
@@ -99,3 +100,25 @@ async def test_a_crash_of_the_thread_is_told(thread: EngineThread, monkeypatch: 
     with pytest.raises(ZeroDivisionError):
         await asyncio.wait_for(thread.crashed, 30)
     thread.stop()
+
+
+async def test_a_listener_that_fails_takes_nobody_with_it(thread: EngineThread) -> None:
+    thread.start()
+    events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+
+    def broken(event: EngineEvent) -> None:
+        raise ZeroDivisionError
+
+    requests = [EngineRequest(name, (5, 6, 7), SamplingParams(max_tokens=4, ignore_eos=True)) for name in "ab"]
+    for request, listener in zip(requests, (broken, events.put_nowait), strict=True):
+        sequence = Sequence(request, listener, decode_here=True, table=thread.engine.reserve(request, True))
+        thread.post(partial(thread.engine.add, sequence))
+    positions = []
+    while len(positions) < 4:
+        event = await events.get()
+        positions += [event.position] if isinstance(event, NewToken) else []
+    assert positions == [0, 1, 2, 3]
+    while thread.engine.num_live:
+        await thread.call(lambda: None)
+    thread.stop()
+    assert thread.engine.pool.num_free == thread.engine.pool.num_blocks
