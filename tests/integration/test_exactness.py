@@ -56,6 +56,8 @@ def _hit_prefixes(service: Service) -> bool:
     return sum(worker.load.prefix_hit_tokens for worker in service.status().workers) == 32 + 192
 
 
+# Six workers and four routers start for it: half a minute on two quiet cores, more on busy ones.
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_tokens_equal_transformers(architecture: str, tmp_path: Path) -> None:
     model = save_model(architecture, tmp_path / "model")
