@@ -158,7 +158,7 @@ async def test_a_worker_that_never_joins_is_bounded() -> None:
 
 
 async def test_a_configuration_error_after_a_restart_ends_the_service(tmp_path: Path) -> None:
-    settings = {"model": {"name": "crash-later", "path": str(tmp_path / "mark")}}
+    settings = {"model": {"name": "crash-later", "path": str(tmp_path)}}
     async with running(serve={"prefill": 0, "decode": 0, "colocated": 1}, **settings) as service:
         os.kill(service.supervisor.pids()["worker-0"], signal.SIGKILL)
         with pytest.raises(ConfigError, match="the model is gone"):

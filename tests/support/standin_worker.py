@@ -4,7 +4,7 @@
 
     refuse        says why and exits with 2, as for a wrong configuration
     crash         says why and exits with 3
-    crash-later   exits with 2 once it is started a second time (it leaves a mark at model.path)
+    crash-later   exits with 2 once it is started a second time (it leaves a mark in the folder model.path)
     never-join    runs, but does not join
     deaf          ignores SIGTERM
 """
@@ -34,7 +34,7 @@ def exit_now(config: TandemConfig) -> int | None:
         case "crash":
             print("out of luck", flush=True)
             return 3
-        case "crash-later" if Path(config.model.path).exists():
+        case "crash-later" if (Path(config.model.path) / "mark").exists():
             print("the model is gone", flush=True)
             return 2
     return None
@@ -64,7 +64,7 @@ async def main(config: TandemConfig) -> None:
     else:
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
     if config.model.name == "crash-later":
-        Path(config.model.path).touch()
+        (Path(config.model.path) / "mark").touch()
     if config.model.name == "never-join":
         await asyncio.Event().wait()
     await join(argument("--router"))
