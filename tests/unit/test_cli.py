@@ -141,10 +141,13 @@ def test_ctrl_c_cancels_the_call(router: ScriptedRouter) -> None:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2]
     ) as ran:
-        assert ran.stdout is not None
-        assert os.read(ran.stdout.fileno(), 100) == b"begun"
-        ran.send_signal(signal.SIGINT)
-        out, err = ran.communicate(timeout=20)
+        try:
+            assert ran.stdout is not None
+            assert os.read(ran.stdout.fileno(), 100) == b"begun"
+            ran.send_signal(signal.SIGINT)
+            out, err = ran.communicate(timeout=20)
+        finally:
+            ran.kill()  # the end of the block would wait for one that did not listen
     assert router.cancelled.wait(5)
     assert (ran.returncode, out.strip(), err.decode().strip()) == (130, b"", "tandem: cancelled")
 
