@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
+from router.prefix_index import name_blocks
 from router.tokenizer import encode
 from tandem.config import RouterConfig
 from tandem.errors import InvalidRequest, ModelNotFound, Overloaded, Unavailable
@@ -36,6 +37,8 @@ class Admitted:
     request_id: str
     model: ModelInfo
     prompt_ids: tuple[int, ...]
+    # Of the prompt's full blocks, to look up in workers' prefix caches.
+    block_names: tuple[bytes, ...]
     # With a seed.
     sampling: SamplingParams
     n: int
@@ -108,6 +111,7 @@ class Admission:
             request_id=secrets.token_hex(16),
             model=model,
             prompt_ids=prompt_ids,
+            block_names=await name_blocks(prompt_ids, model.fingerprint.block_size, request.cache_salt),
             sampling=sampling if sampling.seed is not None else replace(sampling, seed=secrets.randbits(64)),
             n=n,
             stop=stop,

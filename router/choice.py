@@ -35,6 +35,8 @@ class Brief:
 
     index: int
     request: EngineRequest
+    # Of the prompt's full blocks.
+    block_names: tuple[bytes, ...]
     # On the event loop's clock.
     deadline: float
     timeline: Timeline
@@ -102,11 +104,13 @@ class Choice:
     def _place(self) -> None:
         request = self._request
         demand = Demand(len(request.prompt_ids), request.sampling.max_tokens)
-        placement = choose(self._registry.snapshot(), demand)
+        views = {view.worker_id: view for view in self._registry.snapshot(self._brief.block_names)}
+        placement = choose(tuple(views.values()), demand)
         self._prefill_on, self._decode_on = self._registry[placement.prefill], self._registry[placement.decode]
         self._transport = _transport(self._prefill_on, self._decode_on)
         self.prefill_worker, self.decode_worker = placement.prefill, placement.decode
-        self._prefill_on.queued.place(request.request_id, demand.prompt_tokens)
+        to_compute = views[placement.prefill].to_compute(demand.prompt_tokens)
+        self._prefill_on.queued.place(request.request_id, to_compute)
         block_size = self._decode_on.model.fingerprint.block_size
         self._decode_on.promised.place(request.request_id, blocks_for(demand.kv_tokens, block_size))
         self._decode_on.subscription.register(request.request_id, request.attempt, self._box)

@@ -76,6 +76,7 @@ def _worker_status(worker: Worker, check: registry_pb2.Integrity | None) -> gene
         heartbeat_age_ms=(time.monotonic() - worker.heard_s) * 1000,
         draining=worker.draining,
         integrity=check,
+        cached_blocks=len(worker.prefixes),
     )
 
 

@@ -99,7 +99,7 @@ class Orchestrator:
 
     def _choice(self, admitted: Admitted, index: int, timeline: Timeline, deadline: float, emit: Emit) -> Choice:
         request = admitted.choice(index)
-        brief = Brief(index, request, deadline, replace(timeline, marks=dict(timeline.marks)))
+        brief = Brief(index, request, admitted.block_names, deadline, replace(timeline, marks=dict(timeline.marks)))
         tokenizer = self._admission.tokenizer
         detokenizer = tokenizer and Detokenizer(tokenizer, admitted.prompt_ids, admitted.keep_special_tokens)
         spelled = frozenset(admitted.model.eos_token_ids) if admitted.keep_special_tokens else frozenset()

@@ -24,6 +24,14 @@ class WorkerView:
     queued_prompt_tokens: int
     # Decoding, reserved or waiting for blocks.
     live_requests: int
+    # Leading blocks of the prompt at hand that are in its prefix cache, and all that are.
+    cached_blocks: int = 0
+    cache_size: int = 0
+
+    def to_compute(self, prompt_tokens: int) -> int:
+        """Prompt tokens that its prefix cache does not save. The last one is always computed, for its logits."""
+        reusable = (prompt_tokens - 1) // self.block_size
+        return prompt_tokens - min(self.cached_blocks, reusable) * self.block_size
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ def choose(workers: Sequence[WorkerView], demand: Demand) -> Placement:
     """Raises Unavailable when a role has no worker now, InvalidRequest when no joined worker could ever hold it."""
     prefills = _filter(workers, Role.PREFILL, demand.prompt_tokens)
     decodes = _filter(workers, Role.DECODE, demand.kv_tokens)
-    prefill = min(prefills, key=_prefill_cost)
+    prefill = min(prefills, key=lambda worker: _prefill_cost(worker, demand))
     decode = prefill if prefill in decodes else min(decodes, key=_decode_cost)
     return Placement(prefill.worker_id, decode.worker_id)
 
@@ -60,12 +68,16 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def _prefill_cost(worker: WorkerView) -> tuple[int, int, str]:
-    return worker.queued_prompt_tokens, worker.live_requests, worker.worker_id
+def _prefill_cost(worker: WorkerView, demand: Demand) -> tuple[int, int, int, str]:
+    """Tokens to compute until the first token: a cached prefix is worth exactly the queue that it makes up for, so
+    prompts that share one meet on a worker until it is busier than that. Among equals, the emptier cache."""
+    tokens = worker.queued_prompt_tokens + worker.to_compute(demand.prompt_tokens)
+    return tokens, worker.live_requests, worker.cache_size, worker.worker_id
 
 
 def _decode_cost(worker: WorkerView) -> tuple[int, int, str]:
-    return -worker.free_blocks, worker.live_requests, worker.worker_id
+    """Blocks still free afterwards, as if shared ones cost none: what is there already need not travel either."""
+    return -(worker.free_blocks + worker.cached_blocks), worker.live_requests, worker.worker_id
 
 
 def _filter(workers: Sequence[WorkerView], role: Role, tokens: int) -> list[WorkerView]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import tandem
 from router.placement import WorkerView
@@ -39,9 +40,9 @@ class Registry:
     def __getitem__(self, worker_id: str) -> Worker:
         return self._workers[worker_id]
 
-    def snapshot(self) -> tuple[WorkerView, ...]:
-        """The workers that requests can be placed on, at this moment."""
-        return tuple(worker.view() for worker in self._workers.values() if worker.routable)
+    def snapshot(self, block_names: Sequence[bytes] = ()) -> tuple[WorkerView, ...]:
+        """The workers that a request can be placed on, at this moment. block_names: of its prompt's full blocks."""
+        return tuple(worker.view(block_names) for worker in self._workers.values() if worker.routable)
 
     def admit(self, first: registry_pb2.Heartbeat) -> Worker:
         """Takes a worker in, in place of an older one of the same id. Raises Refused saying what does not fit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import grpc
 from router.aio import first_of
 from router.ledger import Ledger
 from router.placement import WorkerView
+from router.prefix_index import PrefixIndex
 from router.subscriptions import Subscription
 from tandem import errors, rpc, wire
 from tandem.config import RouterConfig
@@ -48,6 +49,8 @@ class Worker:
         self.heard_s = time.monotonic()
         self.routable = False
         self.queued, self.promised = Ledger(), Ledger()
+        self.prefixes = PrefixIndex(hello.total_blocks)
+        self.prefixes.apply(wire.cache_changes_from_wire(first.prefix_cache))
         self.subscription = Subscription()
         # Reservations that are not sealed yet; their leases are renewed.
         self.leases: set[str] = set()
@@ -72,8 +75,8 @@ class Worker:
     def draining(self) -> bool:
         return self._drain_asked or self._drain_said
 
-    def view(self) -> WorkerView:
-        """A worker decodes only while its token stream is open."""
+    def view(self, block_names: Sequence[bytes] = ()) -> WorkerView:
+        """block_names: of the prompt that is to be placed. A worker decodes only while its token stream is open."""
         return WorkerView(
             worker_id=self.id,
             roles=self.roles if self.subscription.is_open else self.roles - {Role.DECODE},
@@ -86,6 +89,8 @@ class Worker:
             + self.load.reservations
             + self.load.waiting_reservations
             + len(self.promised),
+            cached_blocks=self.prefixes.leading(block_names),
+            cache_size=len(self.prefixes),
         )
 
     def hear(self, heartbeat: registry_pb2.Heartbeat) -> None:
@@ -93,6 +98,7 @@ class Worker:
         self.heard_s = time.monotonic()
         self.load = heartbeat.load
         self._drain_said = heartbeat.draining
+        self.prefixes.apply(wire.cache_changes_from_wire(heartbeat.prefix_cache))
         self.queued.heartbeat()
         self.promised.heartbeat()
         if heartbeat.HasField("hello"):

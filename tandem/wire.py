@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from tandem import errors, types
+from tandem import errors, prefix, types
 from tandem.timeline import Phase, Timeline
 from tandem.v1 import common_pb2, generation_pb2, registry_pb2, worker_pb2
 
@@ -140,6 +140,26 @@ def model_from_wire(message: registry_pb2.ModelInfo) -> types.ModelInfo:
         eos_token_ids=tuple(message.eos_token_ids),
         fingerprint=fingerprint_from_wire(message.fingerprint),
     )
+
+
+def cache_changes_to_wire(changes: prefix.CacheChanges) -> registry_pb2.PrefixCacheChanges:
+    return registry_pb2.PrefixCacheChanges(
+        reset=changes.reset, lost=b"".join(changes.lost), gained=b"".join(changes.gained)
+    )
+
+
+def cache_changes_from_wire(message: registry_pb2.PrefixCacheChanges) -> prefix.CacheChanges:
+    """Raises Refused for names that are cut short, or more of them than one heartbeat may carry."""
+    if (len(message.lost) + len(message.gained)) > prefix.MAX_CHANGES * prefix.NAME_BYTES:
+        raise errors.Refused(f"a heartbeat may carry at most {prefix.MAX_CHANGES} changes of the prefix cache")
+    return prefix.CacheChanges(message.reset, _names(message.lost), _names(message.gained))
+
+
+def _names(joined: bytes) -> tuple[bytes, ...]:
+    size = prefix.NAME_BYTES
+    if len(joined) % size:
+        raise errors.Refused(f"names of cached blocks have {size} bytes; a heartbeat brought {len(joined)} in all")
+    return tuple(joined[start : start + size] for start in range(0, len(joined), size))
 
 
 def report_to_wire(report: types.RequestReport) -> generation_pb2.Timeline:

@@ -16,7 +16,7 @@ TOP = ("tandem", "router", "prefill_worker", "decode_worker", "kv_transfer", "lo
 HEAVY = frozenset({"torch", "transformers", "ray", "numba", "safetensors"})
 WEB = frozenset({"grpc", "grpc_health", "grpc_reflection", "http", "socketserver", "aiohttp", "fastapi", "requests"})
 
-VALUES = frozenset({"tandem.types", "tandem.errors", "tandem.config", "tandem.timeline"})
+VALUES = frozenset({"tandem.types", "tandem.errors", "tandem.config", "tandem.timeline", "tandem.prefix"})
 # Values and the wire: what every process shares.
 SHARED = VALUES | {"tandem.rpc", "tandem.wire", "tandem.v1"}
 WORKER = SHARED | {"tandem.engine", "tandem.worker", "kv_transfer"}
@@ -39,6 +39,7 @@ ROOMS = {
     "tandem.types": Room(VALUES, HEAVY | WEB),
     "tandem.errors": Room(frozenset(), HEAVY | WEB),
     "tandem.timeline": Room(frozenset(), HEAVY | WEB),
+    "tandem.prefix": Room(frozenset(), HEAVY | WEB),
     "tandem.config": Room(VALUES, HEAVY | WEB),
     "tandem.rpc": Room(SHARED, HEAVY),
     "tandem.wire": Room(SHARED, HEAVY),

@@ -59,7 +59,18 @@ def show_status(console: Console, found: ServiceStatus, integrity: bool) -> None
 
 def _workers_table(found: ServiceStatus, integrity: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    headers = ["worker", "roles", "address", "device", "free blocks", "queued", "running", "reserved", "KV out/in"]
+    headers = [
+        "worker",
+        "roles",
+        "address",
+        "device",
+        "free blocks",
+        "cached",
+        "queued",
+        "running",
+        "reserved",
+        "KV out/in",
+    ]
     for header in [*headers, "heartbeat", *(["pool"] if integrity else [])]:
         table.add_column(header)
     for worker in sorted(found.workers, key=lambda worker: (sorted(worker.roles), worker.worker_id)):
@@ -75,6 +86,7 @@ def _row(worker: WorkerState) -> list[str]:
         worker.address,
         worker.device,
         f"{load.free_blocks}/{worker.total_blocks}",
+        str(worker.cached_blocks),
         f"{load.queued_prompt_tokens} tokens",
         str(load.running_decodes),
         str(load.reservations),

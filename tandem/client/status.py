@@ -58,6 +58,8 @@ class WorkerState:
     # By which it can receive KV, best first.
     transports: tuple[str, ...]
     load: Load
+    # Blocks in its prefix cache, held or free, as far as the router has heard.
+    cached_blocks: int
     heartbeat_age_ms: float
     draining: bool
     # None unless the check was asked for and the worker answered.
@@ -133,6 +135,7 @@ def _worker_from_wire(message: generation_pb2.WorkerStatus) -> WorkerState:
         model=wire.model_from_wire(hello.model),
         transports=tuple(hello.transports),
         load=_plain(Load, message.load),
+        cached_blocks=message.cached_blocks,
         heartbeat_age_ms=message.heartbeat_age_ms,
         draining=message.draining,
         integrity=_plain(Integrity, message.integrity) if message.HasField("integrity") else None,

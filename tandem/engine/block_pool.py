@@ -1,36 +1,20 @@
 """Which blocks of the KV pool are free, held or cached. Block ids and token ids only: no tensors here.
 
 A block holds the K and V of `block_size` consecutive tokens of one sequence, in every layer. Full blocks are named
-by a hash chained over all tokens up to their end, so that a later prompt with the same beginning finds them (the
-prefix cache of vLLM; hash chain as in its "automatic prefix caching" design).
+by all tokens up to their end (tandem/prefix.py), so that a later prompt with the same beginning finds them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tandem.engine.prefix_journal import PrefixJournal
 from tandem.errors import InternalError, TransferFailed
-
-
-def chain_hashes(parent: bytes | None, tokens: Sequence[int], block_size: int, salt: str = "") -> list[bytes]:
-    """The names of the full blocks in `tokens`, which follow the block named `parent` (None: they begin a sequence).
-
-    A name covers every token from the beginning of the sequence; tenants with different salts share no name.
-    """
-    if parent is None:
-        parent = hashlib.blake2b(salt.encode(), digest_size=16).digest()
-    names = []
-    for start in range(0, len(tokens) - block_size + 1, block_size):
-        block = struct.pack(f"<{block_size}I", *tokens[start : start + block_size])
-        parent = hashlib.blake2b(parent + block, digest_size=16).digest()
-        names.append(parent)
-    return names
+from tandem.prefix import CacheChanges
 
 
 @dataclass(frozen=True)
@@ -64,6 +48,7 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(num_blocks))
         self._hash_of: dict[int, bytes] = {}
         self._by_hash: dict[bytes, int] = {}
+        self._journal = PrefixJournal()
         self._quarantined = 0
         # Called after blocks came back, from whatever thread gave them; must not block.
         self.on_free: Callable[[], object] = lambda: None
@@ -101,6 +86,17 @@ class BlockPool:
             if block_hash not in self._by_hash and block not in self._hash_of:
                 self._by_hash[block_hash] = block
                 self._hash_of[block] = block_hash
+                self._journal.gain(block_hash)
+
+    def cache_changes(self, limit: int, restart: bool = False) -> CacheChanges:
+        """What the prefix cache lost and gained since the last call, at most `limit` names; the rest comes next time.
+
+        restart: for a new listener, who knows nothing yet.
+        """
+        with self._lock:
+            if restart:
+                self._journal.restart(self._by_hash)
+            return self._journal.take(limit)
 
     def check_integrity(self) -> PoolReport:
         """Counts every block and checks the invariants; cheap enough for any moment."""
@@ -130,6 +126,7 @@ class BlockPool:
         block_hash = self._hash_of.pop(block, None)
         if block_hash is not None:
             del self._by_hash[block_hash]
+            self._journal.lose(block_hash)
         return block
 
     def _give_back(self, blocks: Sequence[int], quarantined: bool) -> None:

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tandem.engine.block_pool import BlockTable, chain_hashes
+from tandem.engine.block_pool import BlockTable
 from tandem.errors import TandemError
+from tandem.prefix import chain_hashes
 from tandem.types import EngineRequest, FinishReason, Token
 
 

@@ -163,18 +163,20 @@ class StatusResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., uptime_ms: _Optional[float] = ..., live_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[_registry_pb2.ModelInfo, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[LiveRequest, _Mapping]]] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("hello", "load", "heartbeat_age_ms", "draining", "integrity")
+    __slots__ = ("hello", "load", "heartbeat_age_ms", "draining", "integrity", "cached_blocks")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     INTEGRITY_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     hello: _registry_pb2.Hello
     load: _registry_pb2.Load
     heartbeat_age_ms: float
     draining: bool
     integrity: _registry_pb2.Integrity
-    def __init__(self, hello: _Optional[_Union[_registry_pb2.Hello, _Mapping]] = ..., load: _Optional[_Union[_registry_pb2.Load, _Mapping]] = ..., heartbeat_age_ms: _Optional[float] = ..., draining: _Optional[bool] = ..., integrity: _Optional[_Union[_registry_pb2.Integrity, _Mapping]] = ...) -> None: ...
+    cached_blocks: int
+    def __init__(self, hello: _Optional[_Union[_registry_pb2.Hello, _Mapping]] = ..., load: _Optional[_Union[_registry_pb2.Load, _Mapping]] = ..., heartbeat_age_ms: _Optional[float] = ..., draining: _Optional[bool] = ..., integrity: _Optional[_Union[_registry_pb2.Integrity, _Mapping]] = ..., cached_blocks: _Optional[int] = ...) -> None: ...
 
 class LiveRequest(_message.Message):
     __slots__ = ("request_id", "phase", "age_ms", "prefill_worker", "decode_worker")

@@ -98,15 +98,27 @@ class Load(_message.Message):
     prefix_query_tokens: int
     def __init__(self, free_blocks: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., running_decodes: _Optional[int] = ..., waiting_prefills: _Optional[int] = ..., reservations: _Optional[int] = ..., waiting_reservations: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., steps: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ...) -> None: ...
 
+class PrefixCacheChanges(_message.Message):
+    __slots__ = ("reset", "lost", "gained")
+    RESET_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    GAINED_FIELD_NUMBER: _ClassVar[int]
+    reset: bool
+    lost: bytes
+    gained: bytes
+    def __init__(self, reset: _Optional[bool] = ..., lost: _Optional[bytes] = ..., gained: _Optional[bytes] = ...) -> None: ...
+
 class Heartbeat(_message.Message):
-    __slots__ = ("hello", "load", "draining")
+    __slots__ = ("hello", "load", "draining", "prefix_cache")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     load: Load
     draining: bool
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
+    prefix_cache: PrefixCacheChanges
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[bool] = ..., prefix_cache: _Optional[_Union[PrefixCacheChanges, _Mapping]] = ...) -> None: ...
 
 class Directive(_message.Message):
     __slots__ = ("welcome", "drain", "set_roles")

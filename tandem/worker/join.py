@@ -11,6 +11,7 @@ import grpc
 
 from tandem import rpc, wire
 from tandem.errors import Refused, TandemError
+from tandem.prefix import MAX_CHANGES
 from tandem.types import Role
 from tandem.v1 import registry_pb2, registry_pb2_grpc
 from tandem.worker.host import WorkerHost
@@ -45,6 +46,8 @@ class _Link:
         self.welcomed = False
         # The roles in the last hello.
         self._told: frozenset[Role] = frozenset()
+        # Whether the first heartbeat has been made: it begins to tell the prefix cache anew.
+        self._begun = False
 
     async def run(self) -> None:
         """Until the stream ends. Raises the router's typed error, or Unavailable."""
@@ -103,4 +106,11 @@ class _Link:
         return self._host.hello()
 
     def _heartbeat(self, hello: registry_pb2.Hello | None = None) -> registry_pb2.Heartbeat:
-        return registry_pb2.Heartbeat(hello=hello, load=self._host.load(), draining=self._host.draining)
+        first, self._begun = not self._begun, True
+        changes = self._host.engine.pool.cache_changes(MAX_CHANGES, restart=first)
+        return registry_pb2.Heartbeat(
+            hello=hello,
+            load=self._host.load(),
+            draining=self._host.draining,
+            prefix_cache=wire.cache_changes_to_wire(changes),
+        )

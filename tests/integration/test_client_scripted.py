@@ -319,6 +319,7 @@ def status_with(**integrity: Any) -> generation_pb2.StatusResponse:
     worker = generation_pb2.WorkerStatus(
         hello=registry_pb2.Hello(worker_id="w", roles=[registry_pb2.ROLE_PREFILL], pid=7, transports=["grpc"]),
         load=registry_pb2.Load(free_blocks=3),
+        cached_blocks=5,
     )
     if integrity:
         worker.integrity.CopyFrom(registry_pb2.Integrity(**integrity))
@@ -331,7 +332,7 @@ async def test_status_and_models_are_typed(router: ScriptedRouter) -> None:
         status, models = await client.status(check_integrity=True), await client.models()
     assert [model.name for model in models] == ["tiny"] == [model.name for model in status.models]
     [worker] = status.workers
-    assert (worker.worker_id, worker.pid, worker.load.free_blocks) == ("w", 7, 3)
+    assert (worker.worker_id, worker.pid, worker.load.free_blocks, worker.cached_blocks) == ("w", 7, 3, 5)
     assert worker.roles == {"prefill"}
     assert status.problems() == []
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.engine.block_pool import BlockPool, BlockTable, chain_hashes
+from tandem.engine.block_pool import BlockPool, BlockTable
 from tandem.errors import TransferFailed
+from tandem.prefix import chain_hashes
 
 
 def _names(tokens: list[int], salt: str = "") -> list[bytes]:

@@ -113,3 +113,51 @@ def test_the_ledger_keeps_what_the_worker_has_not_been_told_yet() -> None:
     ledger.drop("waiting")
     ledger.heartbeat()
     assert (ledger.total, len(ledger)) == (0, 0)
+
+
+def test_a_cached_prefix_draws_the_prompt() -> None:
+    workers = [worker("p1", PREFILL), worker("p2", PREFILL, cached_blocks=1), worker("d1", DECODE)]
+    assert choose(workers, SMALL).prefill == "p2"
+
+
+@pytest.mark.parametrize(("queued", "chosen"), [(79, "hot"), (81, "cold")])
+def test_a_cached_prefix_is_worth_the_queue_that_it_saves(queued: int, chosen: str) -> None:
+    workers = [
+        worker("cold", PREFILL),
+        worker("hot", PREFILL, cached_blocks=5, queued_prompt_tokens=queued),
+        worker("d1", DECODE),
+    ]
+    assert choose(workers, Demand(prompt_tokens=90, max_tokens=10)).prefill == chosen
+
+
+def test_many_prompts_of_one_prefix_spread_when_the_worker_that_has_it_is_busy() -> None:
+    queued = {"cold": 0, "hot": 0}
+    for _ in range(20):
+        views = [
+            worker(name, PREFILL, queued_prompt_tokens=tokens, cached_blocks=5 if name == "hot" else 0)
+            for name, tokens in queued.items()
+        ]
+        prefill = choose([*views, worker("d1", DECODE)], Demand(160, 1)).prefill
+        queued[prefill] += next(view for view in views if view.worker_id == prefill).to_compute(160)
+    assert queued["cold"] > 0
+    assert abs(queued["hot"] - queued["cold"]) <= 160
+
+
+def test_a_prompt_that_is_cached_to_its_end_is_still_computed_from_its_last_block() -> None:
+    view = worker("p", PREFILL, cached_blocks=2)
+    assert [view.to_compute(tokens) for tokens in (31, 32, 33, 40)] == [15, 16, 1, 8]
+
+
+def test_prompts_that_share_nothing_fill_every_cache() -> None:
+    workers = [worker("p1", PREFILL, cache_size=9), worker("p2", PREFILL, cache_size=8), worker("d1", DECODE)]
+    assert choose(workers, SMALL).prefill == "p2"
+
+
+@pytest.mark.parametrize(("free", "chosen"), [(96, "hot"), (94, "cold")])
+def test_decode_weighs_cached_blocks_against_free_ones(free: int, chosen: str) -> None:
+    workers = [
+        worker("p1", PREFILL),
+        worker("cold", DECODE, free_blocks=100),
+        worker("hot", DECODE, free_blocks=free, cached_blocks=5),
+    ]
+    assert choose(workers, Demand(90, 10)).decode == chosen

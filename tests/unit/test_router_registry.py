@@ -8,10 +8,11 @@ import tandem
 from router.registry import Registry
 from router.worker import MAX_DIRECTIVES, Worker
 from tandem.config import RouterConfig
-from tandem.errors import InvalidRequest, Overloaded, TandemError, Unavailable, WorkerLost
+from tandem.errors import InvalidRequest, Overloaded, Refused, TandemError, Unavailable, WorkerLost
+from tandem.prefix import CacheChanges, chain_hashes
 from tandem.types import Fingerprint, ModelInfo, Role
 from tandem.v1 import registry_pb2
-from tandem.wire import model_to_wire, roles_from_wire, roles_to_wire
+from tandem.wire import cache_changes_to_wire, model_to_wire, roles_from_wire, roles_to_wire
 
 MODEL = ModelInfo("tiny", 384, 512, (0,), Fingerprint("c", "w", "float32", 16, 2, 2, 8, 1))
 BOTH = frozenset({Role.PREFILL, Role.DECODE})
@@ -105,3 +106,31 @@ async def test_a_lost_worker_fails_what_is_live_on_it_once(registry: Registry, w
 async def test_nothing_is_placed_on_a_worker_that_is_not_connected(registry: Registry, worker: Worker) -> None:
     assert registry.workers == (worker,)
     assert registry.snapshot() == ()
+
+
+async def test_the_view_knows_which_leading_blocks_the_worker_has(registry: Registry) -> None:
+    names = chain_hashes(None, list(range(48)), 16)
+    first = heartbeat()
+    first.prefix_cache.CopyFrom(cache_changes_to_wire(CacheChanges(reset=True, gained=tuple(names[:2]))))
+    worker = registry.admit(first)
+    view = worker.view(names)
+    assert (view.cached_blocks, view.cache_size) == (2, 2)
+    assert worker.view().cached_blocks == 0
+    lost = cache_changes_to_wire(CacheChanges(lost=(names[1],)))
+    worker.hear(registry_pb2.Heartbeat(prefix_cache=lost))
+    assert worker.view(names).cached_blocks == 1
+
+
+async def test_a_worker_that_joins_again_starts_with_an_empty_index(registry: Registry) -> None:
+    first = heartbeat()
+    first.prefix_cache.CopyFrom(cache_changes_to_wire(CacheChanges(gained=tuple(chain_hashes(None, [1] * 16, 16)))))
+    assert len(registry.admit(first).prefixes) == 1
+    assert len(registry.admit(heartbeat()).prefixes) == 0
+
+
+async def test_a_worker_with_broken_names_is_refused(registry: Registry) -> None:
+    first = heartbeat()
+    first.prefix_cache.gained = b"short"
+    with pytest.raises(Refused):
+        registry.admit(first)
+    assert registry.workers == ()

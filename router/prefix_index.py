@@ -1,0 +1,46 @@
+"""What the router knows of one worker's prefix cache, from its heartbeats."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from tandem.prefix import CacheChanges, chain_hashes
+
+# Naming runs at several million tokens a second: so many blocks hold the event loop for a millisecond or two.
+SLICE_BLOCKS = 256
+
+
+class PrefixIndex:
+    """The names of the blocks that a worker has cached. At most half a heartbeat old, and only a hint: a worker
+    looks into its own cache when the request comes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """limit: blocks in the worker's pool; names over that are ignored, so the index is bounded by it."""
+        self._limit = limit
+        self._names: set[bytes] = set()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def apply(self, changes: CacheChanges) -> None:
+        if changes.reset:
+            self._names.clear()
+        self._names.difference_update(changes.lost)
+        self._names.update(changes.gained[: self._limit - len(self._names)])
+
+    def leading(self, names: Sequence[bytes]) -> int:
+        """How many of a prompt's first blocks are cached."""
+        return next((index for index, name in enumerate(names) if name not in self._names), len(names))
+
+
+async def name_blocks(prompt_ids: Sequence[int], block_size: int, salt: str) -> tuple[bytes, ...]:
+    """The names of a prompt's full blocks. A long prompt's in slices, between which the event loop goes on (law 6)."""
+    names: list[bytes] = []
+    for start in range(0, len(prompt_ids), SLICE_BLOCKS * block_size):
+        if start:
+            await asyncio.sleep(0)
+        tokens = prompt_ids[start : start + SLICE_BLOCKS * block_size]
+        names += chain_hashes(names[-1] if names else None, tokens, block_size, salt)
+    return tuple(names)
