@@ -12,7 +12,7 @@ from decode_worker.reservations import Reservation
 from decode_worker.reserve_queue import ReserveQueue
 from decode_worker.subscriptions import Subscription
 from kv_transfer.admission import Claims
-from kv_transfer.grpc_transport import kv_service
+from kv_transfer.grpc_transport import KVService
 from tandem import wire
 from tandem.errors import Cancelled, Refused, TransferFailed
 from tandem.types import EngineRequest, Fingerprint, Role
@@ -35,7 +35,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         self._by_id: dict[str, Reservation] = {}
         self._by_request: dict[str, Reservation] = {}
         self._subscriptions: dict[str, Subscription] = {}
-        self._kv = kv_service(self, host.config, claims)
+        self._kv = KVService(self, host.config, claims)
         host.transports.append("grpc")
         host.when_idle_for_good(self._hang_up)
 

@@ -108,6 +108,9 @@ class Transport(Protocol):
         Raises Refused when source and target do not fit.
         """
 
+    async def aclose(self) -> None:
+        """Transfers still open fail; what the transport holds for others is gone on return."""
+
 
 class Landing(Protocol):
     """A reservation, as the receiving end sees it. All calls come from the event loop.

@@ -32,7 +32,10 @@ _ENDED = (grpc.aio.AioRpcError, asyncio.InvalidStateError)
 
 
 class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ignore]
-    """Receives transfers, on a server that has tandem.rpc.ErrorInterceptor. Close it after the server has stopped."""
+    """Receives transfers, on a server that has tandem.rpc.ErrorInterceptor.
+
+    For `server.add_generic_rpc_handlers((service,))`; close it after the server has stopped.
+    """
 
     def __init__(self, landings: Landings, config: TandemConfig, claims: Claims | None = None) -> None:
         self.counters = Counters()
@@ -61,11 +64,6 @@ class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ig
         return encode(await receiver.receive(aiter(requests), lost))
 
 
-def kv_service(landings: Landings, config: TandemConfig, claims: Claims | None = None) -> KVService:
-    """The handler for `server.add_generic_rpc_handlers((service,))`."""
-    return KVService(landings, config, claims)
-
-
 class GrpcTransport:
     """Sends over one channel a peer, kept for the next transfer."""
 
@@ -92,7 +90,7 @@ class GrpcTransport:
                 await sender.close()
 
     async def aclose(self) -> None:
-        """Transfers still open fail. Channels and threads are gone on return."""
+        """See Transport. Channels and threads are gone on return."""
         await self._channels.aclose()
         self._threads.shutdown()
 

@@ -43,6 +43,9 @@ class LocalTransport:
         if not sender.sealed:
             self._fail(landing, _left())
 
+    async def aclose(self) -> None:
+        """See Transport. Nothing outlives a transfer here, and open ones end with the calls that hold them."""
+
     def _fail(self, landing: Landing, error: TandemError) -> None:
         self.counters.failures += 1
         landing.failed(error)

@@ -11,7 +11,6 @@ from typing import Any
 import grpc
 
 from kv_transfer.base import Sender, Source, Target, Transport
-from kv_transfer.grpc_transport import GrpcTransport
 from kv_transfer.layout import KVLayout
 from tandem import wire
 from tandem.engine.sequence import ChunkDone, EngineEvent, Failed, NewToken, Sequence, Started
@@ -46,8 +45,7 @@ class PrefillRoom(worker_pb2_grpc.PrefillWorkerServicer):
 
     async def aclose(self) -> None:
         for transport in self._transports.values():
-            if isinstance(transport, GrpcTransport):
-                await transport.aclose()
+            await transport.aclose()
 
     async def Prefill(self, message: worker_pb2.PrefillRequest, context: Any) -> None:
         self._host.require(Role.PREFILL)

@@ -322,7 +322,7 @@ async def test_the_deadline_ends_the_receiver_of_a_frozen_sender(rig: Rig) -> No
 async def test_closing_the_transport_fails_its_transfers(rig: Rig) -> None:
     job = rig.job()
     with pytest.raises(TransferFailed, match="closed in mid-transfer"):
-        await rig.transfer_in_halves(job, between=rig.transport.aclose)  # type: ignore[attr-defined]
+        await rig.transfer_in_halves(job, between=rig.transport.aclose)
     await until(lambda: job.landing.ended)
 
 
@@ -332,7 +332,7 @@ async def test_closing_the_transport_is_no_cancel_of_the_sender(rig: Rig, shut: 
     sending = asyncio.create_task(rig.transfer(job))
     everything = 21 * job.source.layout.token_bytes
     await until(lambda: gate.held > 0 and rig.transport.counters.bytes == everything)  # it waits for the answer
-    await rig.transport.aclose()  # type: ignore[attr-defined]
+    await rig.transport.aclose()
     with pytest.raises(TransferFailed, match="closed in mid-transfer"):
         await sending
     gate.open()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kv_transfer.admission import Claims
 from kv_transfer.base import Counters, Source, Target, TransferSummary, Transport
-from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES, GrpcTransport, KVService, kv_service
+from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES, GrpcTransport, KVService
 from kv_transfer.layout import KVLayout
 from kv_transfer.local import LocalTransport
 from tandem.config import TandemConfig, parse_config
@@ -217,6 +217,7 @@ async def local_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIter
     rig = Rig(fingerprint, LocalTransport(landings, Claims()), "", shared_pool=True)
     rig.landings = landings
     yield rig
+    await rig.transport.aclose()
 
 
 @asynccontextmanager
@@ -234,7 +235,7 @@ async def grpc_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncItera
 async def serving(
     landings: FakeLandings, config: TandemConfig
 ) -> AsyncIterator[tuple[KVService, int, Callable[[], Awaitable[object]]]]:
-    service = kv_service(landings, config, Claims())
+    service = KVService(landings, config, Claims())
     server = make_server(MAX_MESSAGE_BYTES)
     server.add_generic_rpc_handlers((service,))
     port = bind(server, "127.0.0.1", 0)
