@@ -71,14 +71,14 @@ class _Events:
     async def __anext__(self) -> Event:
         """Raises TandemError."""
         message = await self._read()
-        if message is grpc.aio.EOF:  # type: ignore[attr-defined]
+        if message is None:
             self._reader.check_ended()
             raise StopAsyncIteration
         return self._reader.read(message)
 
     async def _read(self) -> Any:
         try:
-            return await self._call.read()
+            return await rpc.read(self._call)
         except grpc.RpcError as error:
             raise explain(error, self._address) from None
         except asyncio.CancelledError:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,14 +74,22 @@ class Process:
     def send(self, signum: signal.Signals) -> None:
         os.kill(self.pid, signum)
 
-    def stop(self) -> None:
+    def terminate(self) -> None:
+        """Asks it to leave."""
         if self.popen.poll() is None:
             self.send(signal.SIGTERM)
-            try:
-                self.popen.wait(15)
-            except subprocess.TimeoutExpired:
-                self.send(signal.SIGKILL)
-                self.popen.wait(5)
+
+    def stop(self) -> None:
+        self.terminate()
+        self.wait_stopped()
+
+    def wait_stopped(self) -> None:
+        """After `terminate`: kills it when it does not leave."""
+        try:
+            self.popen.wait(15)
+        except subprocess.TimeoutExpired:
+            self.send(signal.SIGKILL)
+            self.popen.wait(5)
         self._reader.join(5)
         assert self.popen.stdout is not None
         self.popen.stdout.close()
@@ -94,6 +102,15 @@ class Process:
         assert self.popen.stdout is not None
         for line in self.popen.stdout:
             self.lines.append(line.rstrip("\n"))
+
+
+def stop_all(processes: Iterable[Process]) -> None:
+    """All of them leave at once: one after the other would wait for each one's grace."""
+    leaving = list(processes)
+    for process in leaving:
+        process.terminate()
+    for process in leaving:
+        process.wait_stopped()
 
 
 class Service:
@@ -152,8 +169,7 @@ class Service:
             wait_until(self.idle, 10, "a service without orphans")
         finally:
             self.client.close()
-            for process in reversed(self.processes.values()):
-                process.stop()
+            stop_all(self.processes.values())
 
     def _all_alive(self) -> bool:
         for process in self.processes.values():

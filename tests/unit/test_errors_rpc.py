@@ -70,6 +70,16 @@ def test_a_class_without_a_line_takes_its_bases_status() -> None:
     assert rpc.status_of(errors.WorkerLost("m")) is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.parametrize("retry", ["soon", "-5", "1e3", "", "9" * 5000, "\u0665"])
+def test_a_retry_hint_that_is_no_count_is_no_hint(retry: str) -> None:
+    """A peer wrote it; int() of a long text would raise, and so take the error's place."""
+    trailing = grpc.aio.Metadata(("tandem-code", "overloaded"), ("tandem-retry-after-ms", retry))
+    status = grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), trailing, "full")
+    error = rpc.error_from_rpc(status)
+    assert isinstance(error, errors.Overloaded)
+    assert error.retry_after_ms is None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 async def test_errors_cross_a_real_socket(service: tuple[Service, Any], kind: type[errors.TandemError]) -> None:
     servicer, stub = service
