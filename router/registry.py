@@ -16,6 +16,9 @@ from tandem.wire import model_from_wire, roles_from_wire
 
 log = logging.getLogger(__name__)
 
+# Of the texts in a hello: they come back in statuses, reports and log lines.
+MAX_LABEL_CHARS = 128
+
 
 class Registry:
     """Joined workers by id. The first to join an empty registry decides the model; others must fit it.
@@ -49,8 +52,9 @@ class Registry:
         hello = first.hello
         problem = _malformed(hello) or self._misfit(hello)
         if problem is not None:
-            log.warning("refused worker %r at %r: %s", hello.worker_id, hello.address, problem)
-            raise Refused(f"the router refused worker {hello.worker_id!r}: {problem}")
+            name = hello.worker_id[:MAX_LABEL_CHARS]
+            log.warning("refused worker %r at %r: %s", name, hello.address[:MAX_LABEL_CHARS], problem)
+            raise Refused(f"the router refused worker {name!r}: {problem}")
         older = self._workers.get(hello.worker_id)
         if older is not None:
             self.remove(older, Refused(f"worker_id {older.id} joined again"))
@@ -103,6 +107,10 @@ def _malformed(hello: registry_pb2.Hello) -> str | None:
     port = hello.address.rpartition(":")[2]
     checks = (
         (bool(hello.worker_id), "hello.worker_id is empty"),
+        _label("worker_id", hello.worker_id),
+        _label("address", hello.address),
+        _label("version", hello.version),
+        _label("model.name", hello.model.name),
         (port.isdecimal() and 0 < int(port) < 65536, f"hello.address {hello.address!r} is not host:port"),
         (bool(roles_from_wire(list(hello.roles))), "hello.roles names no known role"),
         (hello.total_blocks > 0, "hello.total_blocks is 0"),
@@ -111,6 +119,11 @@ def _malformed(hello: registry_pb2.Hello) -> str | None:
         (hello.model.max_model_len > 0, "hello.model.max_model_len is 0"),
     )
     return next((problem for ok, problem in checks if not ok), None)
+
+
+def _label(name: str, text: str) -> tuple[bool, str]:
+    limit = f"hello.{name} must have at most {MAX_LABEL_CHARS} characters, not {len(text)}"
+    return len(text) <= MAX_LABEL_CHARS, limit
 
 
 def _difference(model: ModelInfo, other: Worker) -> str | None:

@@ -63,7 +63,7 @@ class Worker:
         self._live: dict[tuple[str, Role], Callable[[errors.TandemError], None]] = {}
         self._decode_wanted = asyncio.Event()
         self._aborts: set[asyncio.Task[None]] = set()
-        self._channel = rpc.make_channel(hello.address, max(config.max_message_bytes, rpc.MAX_MESSAGE_BYTES))
+        self._channel = rpc.make_channel(hello.address, rpc.MAX_WORKER_MESSAGE_BYTES)
         self._prefill: Any = worker_pb2_grpc.PrefillWorkerStub(self._channel)
         self._decode: Any = worker_pb2_grpc.DecodeWorkerStub(self._channel)
         self._admin: Any = worker_pb2_grpc.WorkerAdminStub(self._channel)

@@ -101,8 +101,8 @@ class RouterConfig(Section):
     heartbeat_interval_s: float = Field(0.5, gt=0)
     # A worker that is silent for this long is out of routing and its requests fail.
     heartbeat_timeout_s: float = Field(5.0, gt=0)
-    # A request message may be this large.
-    max_message_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 28)
+    # A request message may be this large; workers, who get it next, take no more than 16 MiB.
+    max_message_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 24)
 
 
 class ServeConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -18,6 +19,9 @@ log = logging.getLogger(__name__)
 
 # Largest message anybody accepts by default; the KV service sets its own, larger one.
 MAX_MESSAGE_BYTES = 4 << 20
+# What every worker accepts, for its KV frames are as large: the largest request that a router may be configured to
+# take (config: router.max_message_bytes), and 4 KiB for what it gains on its way.
+MAX_WORKER_MESSAGE_BYTES = (1 << 24) + 4096
 # A cut link raises no error by itself: clients ping every 5 s and give up after 3 s (measured: noticed in 3.6 s).
 KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 5000, 3000
 
@@ -44,6 +48,7 @@ _PLAIN: dict[grpc.StatusCode, type[errors.TandemError]] = {
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
     grpc.StatusCode.UNIMPLEMENTED: errors.Refused,
 }
+_COUNT = re.compile("[0-9]{1,9}")
 _CODE_KEY, _FIELD_KEY, _RETRY_KEY = "tandem-code", "tandem-field", "tandem-retry-after-ms"
 
 
@@ -149,12 +154,13 @@ def _error_of(code: grpc.StatusCode, details: str | None, trailing: Any) -> erro
     message = details or code.name.lower().replace("_", " ")
     if _CODE_KEY not in metadata:
         return _PLAIN.get(code, errors.InternalError)(message)
-    retry = metadata.get(_RETRY_KEY)
+    retry = metadata.get(_RETRY_KEY, "")
     return errors.from_code(
         metadata[_CODE_KEY],
         message,
         field=metadata.get(_FIELD_KEY),
-        retry_after_ms=int(retry) if retry else None,
+        # What a peer wrote: anything but a count of milliseconds is no hint.
+        retry_after_ms=int(retry) if _COUNT.fullmatch(retry) else None,
     )
 
 

@@ -141,6 +141,7 @@ async def test_leaving_is_orderly(house: House) -> None:
         ({"version": "9.9"}, "tandem version '9.9' against the router's"),
         ({"total_blocks": 0}, "total_blocks is 0"),
         ({"address": "nowhere"}, "not host:port"),
+        ({"address": "h" * 200}, "hello.address must have at most 128 characters, not 200"),
     ],
 )
 async def test_who_may_join(house: House, changes: dict[str, Any], reason: str | None) -> None:
@@ -164,6 +165,14 @@ async def test_a_refusal_names_the_difference_on_both_sides(house: House, caplog
     assert "block_size 32 against 16 of worker c1" in str(worker.join_error)
     assert "block_size 32 against 16 of worker c1" in caplog.text
     assert len((await house.status()).workers) == 1
+
+
+async def test_the_name_of_a_worker_has_a_limit(house: House) -> None:
+    """A longer one would not even fit into the status that refuses it."""
+    worker = await house.start("w" * 20_000)
+    await eventually(lambda: worker.join_error)
+    assert isinstance(worker.join_error, errors.Refused)
+    assert "hello.worker_id must have at most 128 characters, not 20000" in str(worker.join_error)
 
 
 async def test_an_empty_registry_takes_other_weights_of_its_model(house: House) -> None:

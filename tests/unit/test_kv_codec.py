@@ -28,7 +28,9 @@ from kv_transfer.codec import (
     encode,
     encode_data,
 )
-from tandem.errors import Refused, TransferFailed
+from tandem import rpc
+from tandem.config import parse_config
+from tandem.errors import ConfigError, Refused, TransferFailed
 from tandem.types import Fingerprint
 
 FINGERPRINT = Fingerprint("c" * 64, "w" * 64, "bfloat16", 16, 32, 8, 128, 1)
@@ -183,3 +185,10 @@ def test_a_sender_cannot_make_what_a_receiver_would_refuse() -> None:
 def test_the_chain_depends_on_order() -> None:
     one, other = (encode_data(0, range(1), range(1), [memoryview(part)])[0] for part in (b"a", b"b"))
     assert chain_checksum(chain_checksum(0, one), other) != chain_checksum(chain_checksum(0, other), one)
+
+
+def test_what_a_router_may_send_fits_into_what_a_worker_takes() -> None:
+    """The limits are set in rooms that cannot import each other."""
+    with pytest.raises(ConfigError, match=r"router\.max_message_bytes: .* less than or equal to 16777216"):
+        parse_config({"router": {"max_message_bytes": (1 << 24) + 1}})
+    assert (1 << 24) + 4096 == rpc.MAX_WORKER_MESSAGE_BYTES <= MAX_FRAME_BYTES
