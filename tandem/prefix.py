@@ -24,10 +24,10 @@ def chain_hashes(parent: bytes | None, tokens: Sequence[int], block_size: int, s
     """
     if parent is None:
         parent = hashlib.blake2b(salt.encode(), digest_size=NAME_BYTES).digest()
+    packed, size = struct.pack(f"<{len(tokens)}I", *tokens), 4 * block_size
     names = []
-    for start in range(0, len(tokens) - block_size + 1, block_size):
-        block = struct.pack(f"<{block_size}I", *tokens[start : start + block_size])
-        parent = hashlib.blake2b(parent + block, digest_size=NAME_BYTES).digest()
+    for start in range(0, len(packed) - size + 1, size):
+        parent = hashlib.blake2b(parent + packed[start : start + size], digest_size=NAME_BYTES).digest()
         names.append(parent)
     return names
 

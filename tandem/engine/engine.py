@@ -23,6 +23,7 @@ from tandem.engine.sequence import (
     ChunkDone,
     EngineEvent,
     Failed,
+    Names,
     NewToken,
     Sequence,
     Started,
@@ -91,18 +92,26 @@ class Engine:
     def num_live(self) -> int:
         return len(self._live)
 
-    def reserve(self, request: EngineRequest, prefill_here: bool) -> BlockTable | None:
+    def name_blocks(self, request: EngineRequest) -> list[bytes]:
+        """The names of the prompt's full blocks, for `reserve` and Sequence. For any thread.
+
+        A long prompt takes milliseconds: not for the event loop, and not twice.
+        """
+        return prompt_hashes(request, self.pool.block_size)
+
+    def reserve(self, request: EngineRequest, prefill_here: bool, names: Names | None = None) -> BlockTable | None:
         """Blocks for prompt and output, or None while the pool is too full. For any thread.
 
         With prefill_here the last prompt token is left to compute, because its logits are needed. Raises
         InvalidRequest when the pool could never hold the request.
         """
+        names = self.name_blocks(request) if names is None else names
         prompt_len = len(request.prompt_ids)
         # The last token generated is never read again, so its KV is never written.
         num_blocks = self.pool.blocks_for(prompt_len + request.sampling.max_tokens - 1)
         self.require_fit(num_blocks)
         reusable = prompt_len - 1 if prefill_here else prompt_len
-        return self.pool.acquire(num_blocks, prompt_hashes(request, self.pool.block_size, reusable))
+        return self.pool.acquire(num_blocks, names[: reusable // self.pool.block_size])
 
     def validate(self, request: EngineRequest) -> None:
         """Raises InvalidRequest for what would break a step, and with it other requests. For any thread."""

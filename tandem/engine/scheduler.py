@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tandem.config import EngineConfig
 from tandem.engine.block_pool import BlockPool
-from tandem.engine.sequence import Sequence, prompt_hashes
+from tandem.engine.sequence import Sequence
 from tandem.errors import Overloaded
 
 
@@ -73,10 +73,12 @@ class Scheduler:
             raise Overloaded(
                 f"the prefill queue is full: engine.max_waiting is {self._config.max_waiting}", retry_after_ms=1000
             )
+        sequence.name_prompt(self._pool.block_size)
         self.waiting.append(sequence)
 
     def attach(self, sequence: Sequence) -> None:
         """Adds a sequence whose prompt KV is in the pool already, whole and verified."""
+        sequence.name_prompt(self._pool.block_size)
         self._computed(sequence, sequence.prompt_len)
         self.running.append(sequence)
 
@@ -121,8 +123,8 @@ class Scheduler:
         if sequence.table is None:
             # The last prompt token is computed in any case: its logits are needed.
             block_size = self._pool.block_size
-            hashes = prompt_hashes(sequence.request, block_size, sequence.prompt_len - 1)
-            sequence.table = self._pool.acquire(self._pool.blocks_for(sequence.prompt_len), hashes)
+            names = (sequence.prompt_names or ())[: (sequence.prompt_len - 1) // block_size]
+            sequence.table = self._pool.acquire(self._pool.blocks_for(sequence.prompt_len), names)
         if sequence.table is None:
             return False
         sequence.num_computed = sequence.table.cached_tokens
