@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
+from decode_worker.order import Order
 from kv_transfer.base import TransferSummary
 from tandem import wire
 from tandem.engine.block_pool import BlockTable
 from tandem.engine.sequence import EngineEvent, Failed, NewToken, Sequence
-from tandem.errors import TandemError, TransferFailed
-from tandem.types import EngineRequest, FinishReason
+from tandem.errors import DeadlineExceeded, TandemError, TransferFailed, Unavailable
+from tandem.types import FinishReason
 from tandem.v1 import common_pb2, worker_pb2
 from tandem.worker.host import WorkerHost
 
@@ -32,38 +33,44 @@ class Reservation:
     """One request on the decode side; a kv_transfer Landing and a tandem.worker Promise.
 
         promised ──sealed (remote) / begin (this worker prefills)──▶ decoding ──last token──▶ ended
-           └── lease ends, transfer fails, abort ──────────────────────┴── abort, engine fails ──▶ ended
+           └── transfer fails ──▶ ended                                 └── engine fails ──▶ ended
+           └── abort, deadline, end of the lease: in every state ──▶ ended
 
     Ending happens once, frees the blocks at once (or when a write under way is through: BlockTable.in_use) and
-    forgets the id, so whatever arrives later finds nothing.
+    forgets the id, so whatever arrives later finds nothing. The lease runs in every state: a router that is gone, or
+    whose Abort got lost, renews it no more.
     """
 
     def __init__(
         self,
         host: WorkerHost,
-        request: EngineRequest,
+        order: Order,
         table: BlockTable,
-        subscriber_id: str,
         emit: Callable[[worker_pb2.RequestTokens], None],
         on_end: Callable[[Reservation], None],
     ) -> None:
         # 128 random bits: whoever knows the id was told it by this worker, through the router.
         self.id = secrets.token_hex(16)
-        self.request = request
+        self.request = order.request
+        self.block_names = order.block_names
+        self.local = order.local
+        self.subscriber_id = order.subscriber_id
         self.table = table
-        self.subscriber_id = subscriber_id
         self.state = State.PROMISED
         self.pool = host.engine.cache.pool
         self._host = host
         self._emit = emit
         self._on_end = on_end
         self._sequence: Sequence | None = None
-        self._lent = False
-        # Of a lent reservation until the seal: whoever prefills has not told the first token yet.
+        # Of a local reservation until the seal: whoever prefills has not told the first token yet.
         self._held: list[NewToken] | None = None
         self._sealed_s: float | None = None
         self._lease_s = 0.0
         self._lease: asyncio.TimerHandle | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self.renew(order.lease_s)
+        if order.deadline is not None:
+            self._deadline = asyncio.get_running_loop().call_at(order.deadline, self._deadline_passed)
 
     # Landing
 
@@ -90,7 +97,7 @@ class Reservation:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """While inside, the blocks go to nobody else. Raises TransferFailed when the reservation is over."""
-        if self._lent:
+        if self.local:
             yield  # the engine alone writes, and frees the blocks between its own steps
             return
         with self.table.in_use():
@@ -102,10 +109,17 @@ class Reservation:
 
     async def sealed(self, first_token: int, summary: TransferSummary) -> None:
         """The KV is whole and verified: decoding may start. Raises TransferFailed when the reservation is over."""
-        if self._lent:
+        if self.local:
             self._let_go()
             return  # the engine went on by itself, perhaps to the end
-        sequence = Sequence(self.request, self.listener, decode_here=True, table=self.table, output_ids=[first_token])
+        sequence = Sequence(
+            self.request,
+            self.listener,
+            decode_here=True,
+            table=self.table,
+            output_ids=[first_token],
+            prompt_names=self.block_names,
+        )
         self._start(sequence)
         self._host.thread.post(lambda: self._host.engine.attach(sequence))
 
@@ -118,8 +132,10 @@ class Reservation:
 
     def begin(self, sequence: Sequence) -> None:
         """The blocks are lent to a colocated prefill, which goes on decoding in them."""
+        if not self.local:
+            raise TransferFailed(f"the reservation of request {self.request_id} is for KV from another worker")
         self._start(sequence)
-        self._lent, self._held = True, []
+        self._held = []
 
     def _let_go(self) -> None:
         held, self._held = self._held, None
@@ -127,13 +143,11 @@ class Reservation:
             self.listener(event)
 
     def _start(self, sequence: Sequence) -> None:
-        """From here on the engine's own events end the reservation, not the lease."""
         if self.state is not State.PROMISED:
             raise TransferFailed(f"the reservation of request {self.request_id} is {self.state} already")
         self._sequence = sequence
         self._sealed_s = time.monotonic()
         self.state = State.DECODING
-        self._stop_lease()
 
     def listener(self, event: EngineEvent) -> None:
         if self.state is State.ENDED:
@@ -143,8 +157,7 @@ class Reservation:
         elif isinstance(event, NewToken):
             self._on_token(event)
         elif isinstance(event, Failed):
-            self._emit(self._message(failure=wire.failure_to_wire(event.error), finish_reason=FinishReason.ERROR))
-            self.end()
+            self._fail(event.error)
 
     def _on_token(self, event: NewToken) -> None:
         message = self._message(position=event.position, finish_reason=event.finish_reason)
@@ -159,20 +172,26 @@ class Reservation:
     # Lease and end
 
     def renew(self, lease_s: float) -> None:
-        """The reservation ends by itself in lease_s unless it is sealed or renewed before."""
-        if self.state is not State.PROMISED:
+        """The request ends by itself in lease_s unless it is renewed before."""
+        if self.state is State.ENDED:
             return
-        self._stop_lease()
+        if self._lease is not None:
+            self._lease.cancel()
         self._lease_s = lease_s
         self._lease = asyncio.get_running_loop().call_later(lease_s, self._expire)
 
-    def end(self) -> None:
-        """Frees everything; a second call does nothing."""
+    def end(self, cause: TandemError | None = None) -> None:
+        """Frees everything; a second call does nothing. cause: for a colocated prefill that is still under way."""
         if self.state is State.ENDED:
             return
         self.state = State.ENDED
-        self._stop_lease()
+        for timer in (self._lease, self._deadline):
+            if timer is not None:
+                timer.cancel()
         sequence = self._sequence
+        if sequence is not None and self._held is not None:
+            # The engine drops it without a word, and its Prefill call waits for the first token.
+            sequence.listener(Failed(cause or TransferFailed("the reservation ended before the handoff")))
         if sequence is not None:
             # The engine may be writing into the blocks this very moment: it frees them between steps.
             self._host.thread.post(lambda: self._host.engine.abort(sequence))
@@ -181,13 +200,16 @@ class Reservation:
         self._on_end(self)
 
     def _expire(self) -> None:
-        log.warning("request %s: the lease of its reservation ended before the seal", self.request_id)
-        self.end()
+        log.warning("request %s: its lease ended while it was %s", self.request_id, self.state)
+        self._fail(Unavailable(f"the router did not renew the request's lease for {self._lease_s:g} s"))
 
-    def _stop_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.cancel()
-            self._lease = None
+    def _deadline_passed(self) -> None:
+        self._fail(DeadlineExceeded("the request's deadline passed on the decode worker"))
+
+    def _fail(self, error: TandemError) -> None:
+        """Ends it and says so: somebody may still wait for its tokens."""
+        self._emit(self._message(failure=wire.failure_to_wire(error), finish_reason=FinishReason.ERROR))
+        self.end(error)
 
     def _message(
         self,

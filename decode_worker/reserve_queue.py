@@ -6,15 +6,15 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
+from decode_worker.order import Order
 from tandem.engine.block_pool import BlockTable
 from tandem.errors import Overloaded, TandemError
-from tandem.types import EngineRequest, Role
 from tandem.worker.host import WorkerHost
 
 
 @dataclass(eq=False)
 class _Turn:
-    request: EngineRequest
+    order: Order
     # Set when it may be this one's turn, or when it was turned away.
     called: asyncio.Event = field(default_factory=asyncio.Event)
     turned_away: TandemError | None = None
@@ -32,20 +32,20 @@ class ReserveQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def acquire(self, request: EngineRequest) -> BlockTable:
-        """Blocks for the request, as soon as its turn comes and the pool has them.
+    async def acquire(self, order: Order) -> BlockTable:
+        """Blocks for the order, as soon as its turn comes and the pool has them.
 
         Raises InvalidRequest when the pool could never hold it, Overloaded when too many wait, and what it is turned
         away with. Being cancelled gives up the place.
         """
-        if not self._waiting and (table := self._reserve(request)) is not None:
+        if not self._waiting and (table := self._reserve(order)) is not None:
             return table
         if len(self._waiting) >= self._limit:
             raise Overloaded(f"{self._limit} requests wait for KV blocks already", retry_after_ms=1000)
-        turn = _Turn(request)
+        turn = _Turn(order)
         self._waiting.append(turn)
         try:
-            while self._waiting[0] is not turn or (table := self._reserve(request)) is None:
+            while self._waiting[0] is not turn or (table := self._reserve(order)) is None:
                 await turn.called.wait()
                 turn.called.clear()
                 if turn.turned_away is not None:
@@ -57,21 +57,20 @@ class ReserveQueue:
 
     def newest_attempt(self, request_id: str) -> int | None:
         """Of those that wait; None when none does."""
-        return max((turn.request.attempt for turn in self._of(request_id)), default=None)
+        return max((turn.order.request.attempt for turn in self._of(request_id)), default=None)
 
     def turn_away(self, request_id: str, attempt: int, error: TandemError) -> None:
         """Ends the waiting of a request's attempts up to this one: their `acquire` raises the error."""
         for turn in self._of(request_id):
-            if turn.request.attempt <= attempt:
+            if turn.order.request.attempt <= attempt:
                 turn.turned_away = error
                 turn.called.set()
 
     def _of(self, request_id: str) -> list[_Turn]:
-        return [turn for turn in self._waiting if turn.request.request_id == request_id]
+        return [turn for turn in self._waiting if turn.order.request.request_id == request_id]
 
-    def _reserve(self, request: EngineRequest) -> BlockTable | None:
-        # A worker that also prefills may be asked to compute this very prompt.
-        return self._host.engine.reserve(request, prefill_here=Role.PREFILL in self._host.roles)
+    def _reserve(self, order: Order) -> BlockTable | None:
+        return self._host.engine.reserve(order.request, order.local, order.block_names)
 
     def _call_first(self) -> None:
         if self._waiting:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from typing import Any
 
 import grpc
 
+from decode_worker.aborted import Aborted
+from decode_worker.order import Order
 from decode_worker.reservations import Reservation
 from decode_worker.reserve_queue import ReserveQueue
 from decode_worker.subscriptions import Subscription
 from kv_transfer.admission import Claims
 from kv_transfer.grpc_transport import KVService
-from tandem import wire
 from tandem.errors import Cancelled, Refused, TransferFailed
 from tandem.types import EngineRequest, Fingerprint, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
@@ -34,6 +36,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         self._queue = ReserveQueue(host)
         self._by_id: dict[str, Reservation] = {}
         self._by_request: dict[str, Reservation] = {}
+        self._aborted = Aborted()
         self._subscriptions: dict[str, Subscription] = {}
         self._kv = KVService(self, host.config, claims)
         host.transports.append("grpc")
@@ -77,22 +80,37 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def Reserve(self, message: worker_pb2.ReserveRequest, context: Any) -> worker_pb2.Reservation:
         self._host.require(Role.DECODE)
-        request = wire.request_from_wire(message.request)
-        self._host.engine.validate(request)
-        self._end_older(request)
+        order = await self._order(message)
+        self._aborted.check(order.request)
+        self._end_older(order.request)
         started = time.monotonic()
-        table = await self._queue.acquire(request)
+        table = await self._queue.acquire(order)
         subscription = self._subscriptions.get(message.subscriber_id)
         if subscription is None or context.cancelled():
             table.release()
             raise Refused("no such subscription: subscribe before reserving")
-        reservation = Reservation(self._host, request, table, message.subscriber_id, subscription.put, self._forget)
-        self._by_id[reservation.id] = self._by_request[request.request_id] = reservation
+        reservation = Reservation(self._host, order, table, subscription.put, self._forget)
+        self._by_id[reservation.id] = self._by_request[reservation.request_id] = reservation
         self._host.promises[reservation.id] = reservation
-        reservation.renew(message.lease_ms / 1000)
         queued_ms = (time.monotonic() - started) * 1000
         return worker_pb2.Reservation(
             reservation_id=reservation.id, cached_tokens=table.cached_tokens, queued_ms=queued_ms
+        )
+
+    async def _order(self, message: worker_pb2.ReserveRequest) -> Order:
+        """Raises InvalidRequest, or Refused for KV that cannot come."""
+        arrived = asyncio.get_running_loop().time()
+        local = message.transport == "local" and Role.PREFILL in self._host.roles
+        if not local and message.transport not in self._host.transports:
+            raise Refused(f"this worker cannot take KV by {message.transport[:20]!r}")
+        request = await self._host.read(message.request)
+        return Order(
+            request=request,
+            block_names=await self._host.name_blocks(request),
+            subscriber_id=message.subscriber_id,
+            local=local,
+            lease_s=message.lease_ms / 1000,
+            deadline=arrived + message.deadline_ms / 1000 if message.deadline_ms else None,
         )
 
     async def Renew(self, message: worker_pb2.RenewRequest, context: Any) -> worker_pb2.RenewResponse:
@@ -103,10 +121,11 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         return worker_pb2.RenewResponse()
 
     async def Abort(self, message: worker_pb2.AbortRequest, context: Any) -> worker_pb2.AbortResponse:
+        self._aborted.note(message.request_id, message.attempt)
         self._queue.turn_away(message.request_id, message.attempt, Cancelled("the request was aborted"))
         reservation = self._by_request.get(message.request_id)
         if reservation is not None and reservation.attempt <= message.attempt:
-            reservation.end()
+            reservation.end(Cancelled("the request was aborted"))
         return worker_pb2.AbortResponse()
 
     async def Subscribe(self, message: worker_pb2.SubscribeRequest, context: Any) -> None:

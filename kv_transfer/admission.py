@@ -29,22 +29,28 @@ class Claims:
 class Admission:
     """The checks between an opening and the first write."""
 
-    def __init__(self, landings: Landings, claims: Claims | None) -> None:
+    def __init__(self, landings: Landings, claims: Claims | None, local: bool = False) -> None:
+        """local: of the transport that moves nothing."""
         self._landings = landings
+        self._local = local
         self._claims = Claims() if claims is None else claims
         self.layout = KVLayout.of(landings.fingerprint)
 
     def claim(self, opening: Open) -> Landing:
         """The landing, from now on this transfer's own.
 
-        Raises TransferFailed for an unknown reservation, another request or attempt, and a landing that is taken:
-        these concern the caller alone, the landing goes on waiting for its true sender.
+        Raises TransferFailed for an unknown reservation, another request or attempt, KV that comes another way than
+        promised (into blocks that this worker computes in, above all), and a landing that is taken: these concern the
+        caller alone, the landing goes on waiting for its true sender.
         """
         landing = self._landings.find(opening.reservation_id)
         if opening.request_id != landing.request_id:
             raise TransferFailed(f"the reservation is not of request {opening.request_id}")
         if opening.attempt != landing.attempt:
             raise TransferFailed(f"attempt {opening.attempt} of request {opening.request_id} is not the current one")
+        if landing.local is not self._local:
+            where = "computed in place" if landing.local else "sent by another worker"
+            raise TransferFailed(f"the KV of request {opening.request_id} is to be {where}")
         self._claims.take(landing)
         return landing
 

@@ -137,6 +137,10 @@ class Landing(Protocol):
     @property
     def prompt_tokens(self) -> int: ...
 
+    @property
+    def local(self) -> bool:
+        """The prompt is computed in place, into these very blocks: no KV may come from anywhere else."""
+
     def writing(self) -> AbstractContextManager[None]:
         """Keeps the blocks from reuse while inside, even if the lease breaks: a late write lands nowhere.
 

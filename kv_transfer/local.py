@@ -21,7 +21,7 @@ class LocalTransport:
 
     def __init__(self, landings: Landings, claims: Claims | None = None) -> None:
         self.counters = Counters()
-        self._admission = Admission(landings, claims)
+        self._admission = Admission(landings, claims, local=True)
 
     @asynccontextmanager
     async def open(self, source: Source, target: Target) -> AsyncIterator[Sender]:

@@ -15,7 +15,7 @@ from kv_transfer.layout import KVLayout
 from tandem import wire
 from tandem.engine.sequence import ChunkDone, EngineEvent, Failed, NewToken, Sequence, Started
 from tandem.errors import Refused, TransferFailed
-from tandem.types import Role
+from tandem.types import EngineRequest, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.host import Promise, WorkerHost
 
@@ -49,16 +49,15 @@ class PrefillRoom(worker_pb2_grpc.PrefillWorkerServicer):
 
     async def Prefill(self, message: worker_pb2.PrefillRequest, context: Any) -> None:
         self._host.require(Role.PREFILL)
-        prefill = self._prepare(message, context)
         self._live += 1
         try:
+            prefill = await self._prepare(message, context)
             await prefill.run()
         finally:
             self._live -= 1
 
-    def _prepare(self, message: worker_pb2.PrefillRequest, context: Any) -> PrefillCall:
-        request = wire.request_from_wire(message.request)
-        self._host.engine.validate(request)
+    async def _prepare(self, message: worker_pb2.PrefillRequest, context: Any) -> PrefillCall:
+        request = await self._host.read(message.request)
         fingerprint = wire.fingerprint_from_wire(message.fingerprint)
         difference = self._host.engine.fingerprint.difference(fingerprint)
         if difference is not None:
@@ -66,11 +65,8 @@ class PrefillRoom(worker_pb2_grpc.PrefillWorkerServicer):
         transport = self._transports.get(message.target.transport)
         if transport is None:
             raise Refused(f"this worker has no transport {message.target.transport!r}")
-        promise = self._host.promises.get(message.target.reservation_id)
-        if transport.name == LOCAL and promise is None:
-            raise TransferFailed("no such reservation: it never was, or it is over")
-        if transport.name == LOCAL and promise is not None and promise.request != request:
-            raise TransferFailed(f"the reservation is not of this request {request.request_id}")
+        promise = self._promise(message.target.reservation_id, request) if transport.name == LOCAL else None
+        names = await self._host.name_blocks(request) if promise is None else promise.block_names
         target = Target(
             reservation_id=message.target.reservation_id,
             request_id=request.request_id,
@@ -82,11 +78,18 @@ class PrefillRoom(worker_pb2_grpc.PrefillWorkerServicer):
             deadline_s=context.time_remaining(),
         )
         events: asyncio.Queue[EngineEvent] = asyncio.Queue()
-        sequence = Sequence(request, events.put_nowait, decode_here=False)
-        if transport.name != LOCAL or promise is None:
-            return PrefillCall(self._host, sequence, events, transport, target, context)
-        _lend(sequence, promise, events)
+        sequence = Sequence(request, events.put_nowait, decode_here=False, prompt_names=names)
+        if promise is not None:
+            _lend(sequence, promise, events)
         return PrefillCall(self._host, sequence, events, transport, target, context, promise)
+
+    def _promise(self, reservation_id: str, request: EngineRequest) -> Promise:
+        promise = self._host.promises.get(reservation_id)
+        if promise is None:
+            raise TransferFailed("no such reservation: it never was, or it is over")
+        if promise.request != request:
+            raise TransferFailed(f"the reservation is not of this request {request.request_id}")
+        return promise
 
 
 def _lend(sequence: Sequence, promise: Promise, events: asyncio.Queue[EngineEvent]) -> None:
@@ -164,7 +167,7 @@ class PrefillCall:
                 # Between steps: the engine may be writing into the blocks this very moment.
                 thread.post(lambda: _leave_engine(engine, sequence))
                 if self._promise is not None:
-                    # A lent reservation has no lease any more: nobody else would end it.
+                    # At once; a lent reservation's lease, which the router renews, is only the backstop.
                     self._promise.failed(TransferFailed("the prefill ended before the handoff"))
 
     async def _compute_and_send(self, started_s: float) -> None:

@@ -135,13 +135,13 @@ class Choice:
     def _prefill_over(self) -> None:
         self._prefill_on.queued.drop(self._request.request_id)
         self._prefill_on.detach(self._request.request_id, Role.PREFILL)
-        self._decode_on.leases.discard(self._reservation.reservation_id)
 
     async def _release(self) -> None:
         """The Prefill call is over already: its task is."""
         request = self._request
         self._prefill_over()
         self._decode_on.promised.drop(request.request_id)
+        self._decode_on.leases.discard(self._reservation.reservation_id)
         self._decode_on.detach(request.request_id, Role.DECODE)
         self._decode_on.subscription.forget(request.request_id, request.attempt)
         if not self._box.decode_ended:
@@ -166,7 +166,7 @@ class Choice:
         return max(0.0, self._brief.deadline - asyncio.get_running_loop().time())
 
     async def _reserve(self) -> None:
-        self._reservation = await self._decode_on.reserve(self._request, self._remaining_s())
+        self._reservation = await self._decode_on.reserve(self._request, self._transport, self._remaining_s())
         self._decode_on.promised.sent(self._request.request_id)
         self._decode_on.leases.add(self._reservation.reservation_id)
         self.timeline.mark(Phase.RESERVED)

@@ -52,7 +52,7 @@ class Worker:
         self.prefixes = PrefixIndex(hello.total_blocks)
         self.prefixes.apply(wire.cache_changes_from_wire(first.prefix_cache))
         self.subscription = Subscription()
-        # Reservations that are not sealed yet; their leases are renewed.
+        # Reservations of live requests; their leases are renewed.
         self.leases: set[str] = set()
         self.directives: asyncio.Queue[registry_pb2.Directive] = asyncio.Queue(MAX_DIRECTIVES)
         # Why it was lost; None while it is not.
@@ -169,7 +169,7 @@ class Worker:
         try:
             await self._decode.Renew(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            # The next round may come through before the leases end; if none does, the handoffs fail by themselves.
+            # The next round may come through before the leases end; if none does, the worker ends the requests.
             log.warning("worker %s did not renew %d leases: %s", self.id, len(self.leases), rpc.error_from_rpc(error))
 
     async def wait_lost(self) -> None:
@@ -231,11 +231,15 @@ class Worker:
     def _lost_as(self, role: Role) -> errors.WorkerLost:
         return errors.WorkerLost(f"{role} worker {self.id} was lost: {self.loss}")
 
-    async def reserve(self, request: EngineRequest, timeout_s: float) -> worker_pb2.Reservation:
+    async def reserve(self, request: EngineRequest, transport: str, timeout_s: float) -> worker_pb2.Reservation:
+        """timeout_s: until the request's deadline."""
         message = worker_pb2.ReserveRequest(
             request=wire.request_to_wire(request),
             subscriber_id=self.subscription.id,
             lease_ms=round(self._config.lease_s * 1000),
+            transport=transport,
+            # 0 would mean that there is no deadline.
+            deadline_ms=max(1, round(timeout_s * 1000)),
         )
         with self.calling(Role.DECODE):
             reservation: worker_pb2.Reservation = await self._decode.Reserve(message, timeout=timeout_s)

@@ -121,14 +121,16 @@ class Heartbeat(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[bool] = ..., prefix_cache: _Optional[_Union[PrefixCacheChanges, _Mapping]] = ...) -> None: ...
 
 class Directive(_message.Message):
-    __slots__ = ("welcome", "drain", "set_roles")
+    __slots__ = ("welcome", "drain", "set_roles", "dismiss")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     SET_ROLES_FIELD_NUMBER: _ClassVar[int]
+    DISMISS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     drain: Drain
     set_roles: SetRoles
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., set_roles: _Optional[_Union[SetRoles, _Mapping]] = ...) -> None: ...
+    dismiss: Dismiss
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., set_roles: _Optional[_Union[SetRoles, _Mapping]] = ..., dismiss: _Optional[_Union[Dismiss, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("heartbeat_interval_ms",)
@@ -137,6 +139,10 @@ class Welcome(_message.Message):
     def __init__(self, heartbeat_interval_ms: _Optional[int] = ...) -> None: ...
 
 class Drain(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Dismiss(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

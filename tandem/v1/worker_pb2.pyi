@@ -93,14 +93,18 @@ class TransferSummary(_message.Message):
     def __init__(self, bytes: _Optional[int] = ..., frames: _Optional[int] = ..., transfer_ms: _Optional[float] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("request", "subscriber_id", "lease_ms")
+    __slots__ = ("request", "subscriber_id", "lease_ms", "transport", "deadline_ms")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     SUBSCRIBER_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     request: EngineRequest
     subscriber_id: str
     lease_ms: int
-    def __init__(self, request: _Optional[_Union[EngineRequest, _Mapping]] = ..., subscriber_id: _Optional[str] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    transport: str
+    deadline_ms: int
+    def __init__(self, request: _Optional[_Union[EngineRequest, _Mapping]] = ..., subscriber_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., transport: _Optional[str] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class Reservation(_message.Message):
     __slots__ = ("reservation_id", "cached_tokens", "queued_ms")

@@ -142,7 +142,7 @@ class DecodeWorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Renew(self, request, context):
-        """Extends the leases of reservations that are not sealed yet; unknown ones are ignored.
+        """Extends the leases of live requests; unknown ones are ignored. A request whose lease ends is aborted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

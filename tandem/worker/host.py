@@ -8,8 +8,9 @@ import logging
 import os
 import secrets
 import time
+from collections import abc
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
@@ -23,10 +24,13 @@ from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.engine_thread import EngineThread
 
 log = logging.getLogger(__name__)
-
+Value = TypeVar("Value")
+Result = TypeVar("Result")
 
 # What the router placed on a worker before it heard that the worker drains arrives within this time.
 ON_THE_WAY_S = 0.2
+# Reading and hashing a prompt takes about 0.2 µs a token.
+LONG_PROMPT_TOKENS = 4096
 # Listening here means on every interface.
 _ANY_ADDRESS = {"0.0.0.0", "::"}
 
@@ -35,13 +39,15 @@ class Promise(Protocol):
     """Blocks that the decode role of this very worker reserved: a colocated prefill computes straight into them."""
 
     request: EngineRequest
+    # Of the prompt's full blocks (Engine.name_blocks).
+    block_names: abc.Sequence[bytes]
     table: BlockTable
 
     def listener(self, event: EngineEvent, /) -> None:
         """Gets the sequence's events from the second token on."""
 
     def begin(self, sequence: Sequence) -> None:
-        """The sequence that runs in these blocks."""
+        """The sequence that runs in these blocks. Raises TransferFailed when the promise is not for a local prefill."""
 
     def failed(self, error: TandemError) -> None:
         """The prefill ended before the handoff: the blocks are free. For any state, any number of times."""
@@ -101,6 +107,19 @@ class WorkerHost:
         """
         if role not in self.roles:
             raise Refused(f"worker {self.worker_id} does not play the role {role}")
+
+    async def read(self, message: worker_pb2.EngineRequest) -> EngineRequest:
+        """A request that breaks no step. Raises InvalidRequest."""
+        return await _off_the_loop(self._read, message, len(message.prompt_ids))
+
+    def _read(self, message: worker_pb2.EngineRequest) -> EngineRequest:
+        request = wire.request_from_wire(message)
+        self.engine.validate(request)
+        return request
+
+    async def name_blocks(self, request: EngineRequest) -> list[bytes]:
+        """See Engine.name_blocks."""
+        return await _off_the_loop(self.engine.name_blocks, request, len(request.prompt_ids))
 
     def when_blocks_free(self, callback: Callable[[], None]) -> None:
         """Calls back in the event loop each time blocks return to the pool."""
@@ -192,6 +211,13 @@ class WorkerHost:
             live_sequences=self.engine.num_live,
             problem=report.problem,
         )
+
+
+async def _off_the_loop(function: Callable[[Value], Result], value: Value, prompt_tokens: int) -> Result:
+    """In a thread when it takes long (law 6), here when changing threads would take longer."""
+    if prompt_tokens < LONG_PROMPT_TOKENS:
+        return function(value)
+    return await asyncio.to_thread(function, value)
 
 
 class AdminService(worker_pb2_grpc.WorkerAdminServicer):

@@ -111,6 +111,18 @@ async def test_a_stranger_is_refused_and_the_landing_waits_on(rig: Rig, wrong: s
     job.assert_arrived()
 
 
+async def test_kv_that_comes_another_way_than_promised_is_refused(rig: Rig) -> None:
+    """Above all into blocks that the receiving worker computes in, by whoever learnt the reservation's id."""
+    job = rig.job()
+    job.landing.local = not job.landing.local
+    with pytest.raises(TransferFailed, match="is to be"):
+        await rig.transfer(job)
+    assert not job.landing.ended
+    job.landing.local = not job.landing.local
+    await rig.transfer(job)
+    job.assert_arrived()
+
+
 async def test_another_model_is_refused_by_name(rig: Rig) -> None:
     job = rig.job()
     other = replace(job.target, fingerprint=replace(FINGERPRINT, weights_hash="x" * 64))

@@ -18,6 +18,7 @@ from tandem import rpc
 from tandem.client.status import WorkerState
 from tandem.errors import Cancelled, DeadlineExceeded, Overloaded, Refused, TransferFailed
 from tandem.types import Accepted, Completed, Delta, Event, Role
+from tandem.v1 import worker_pb2
 
 BLOCKS, BLOCK = 48, 16
 # Fills the decode pool, alone.
@@ -194,6 +195,60 @@ def test_a_reservation_whose_prefill_never_comes_ends_with_its_lease(service: Se
     assert time.monotonic() - started >= 0.3
 
 
+LONG = {"prompt_tokens": 10, "max_tokens": 700}
+
+
+def decoding(direct: DirectRouter, name: str, **order: int) -> worker_pb2.Reservation:
+    """A request that somebody else prefilled; its first token has come."""
+    request = direct.request(name, **LONG, **order)
+    reservation = direct.reserve(request)
+    direct.push(direct.frames(request, reservation))
+    assert next(direct.tokens).requests[0].position == 1
+    return reservation
+
+
+def end_of(direct: DirectRouter) -> worker_pb2.RequestTokens:
+    return next(message for batch in direct.tokens for message in batch.requests if message.finish_reason)
+
+
+def test_a_decoding_request_that_nobody_renews_ends_with_its_lease(service: Service, direct: DirectRouter) -> None:
+    """As one whose Abort got lost: it would decode to max_tokens for nobody."""
+    reservation = decoding(direct, "r", lease_ms=60_000)
+    direct.renew(reservation, lease_ms=50)
+    last = end_of(direct)
+    assert (last.failure.code, last.position) == ("unavailable", 0)
+    assert "did not renew" in last.failure.message
+    wait_until(service.idle, AT_ONCE_S, "its blocks free")
+
+
+def test_a_decode_worker_ends_a_request_at_its_deadline_itself(service: Service, direct: DirectRouter) -> None:
+    decoding(direct, "r", deadline_ms=200)
+    assert end_of(direct).failure.code == "deadline_exceeded"
+    wait_until(service.idle, AT_ONCE_S, "its blocks free")
+
+
+def test_a_deadline_counts_before_the_seal_too(service: Service, direct: DirectRouter) -> None:
+    direct.reserve(direct.request("r", deadline_ms=100))
+    assert end_of(direct).failure.code == "deadline_exceeded"
+    wait_until(service.idle, AT_ONCE_S, "its blocks free")
+
+
+def test_an_abort_that_overtakes_its_reserve_call_still_counts(service: Service, direct: DirectRouter) -> None:
+    direct.abort("r", attempt=1)
+    for attempt in (0, 1):
+        with pytest.raises(Cancelled, match="aborted before its reservation"):
+            direct.reserve(direct.request("r", attempt))
+    direct.reserve(direct.request("r", attempt=2))
+    assert reservations(service) == 1
+    direct.abort("r", attempt=2)
+
+
+@pytest.mark.parametrize("transport", ["", "local", "pigeon"])
+def test_a_worker_promises_only_what_it_can_receive(direct: DirectRouter, transport: str) -> None:
+    with pytest.raises(Refused, match="cannot take KV by"):
+        direct.reserve(direct.request("r", transport=transport))
+
+
 def test_the_end_of_a_routers_subscription_frees_its_reservations(service: Service) -> None:
     with DirectRouter(of_role(service, Role.DECODE)) as direct:
         direct.reserve(direct.request("r"))
@@ -256,7 +311,7 @@ def test_of_two_attempts_that_wait_for_blocks_the_newer_stays(service: Service, 
         wait_until(calls[0].done, AT_ONCE_S, "the end of the older attempt")
         empty()
         assert calls[1].result().reservation_id
-        with pytest.raises(grpc.RpcError, match="attempt 1 of request r replaces this one"):
+        with pytest.raises(grpc.RpcError, match=r"attempt 1 of request r-.* replaces this one"):
             calls[0].result()
         assert reservations(service) == 1
         direct.abort("r", 1)

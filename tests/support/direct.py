@@ -48,17 +48,32 @@ class DirectRouter:
         self.tokens.cancel()
         self._channel.close()
 
+    def name(self, request_id: str) -> str:
+        """Of this router alone: a worker remembers for a while what was aborted."""
+        return f"{request_id}-{self.id}"
+
     def request(
-        self, request_id: str, attempt: int = 0, prompt_tokens: int = 40, max_tokens: int = 8, lease_ms: int = 60_000
+        self,
+        request_id: str,
+        attempt: int = 0,
+        prompt_tokens: int = 40,
+        max_tokens: int = 8,
+        lease_ms: int = 60_000,
+        transport: str = "grpc",
+        deadline_ms: int = 0,
     ) -> worker_pb2.ReserveRequest:
         request = EngineRequest(
-            request_id=request_id,
+            request_id=self.name(request_id),
             prompt_ids=tuple(3 + byte for byte in os.urandom(prompt_tokens)),
             sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             attempt=attempt,
         )
         return worker_pb2.ReserveRequest(
-            request=wire.request_to_wire(request), subscriber_id=self.id, lease_ms=lease_ms
+            request=wire.request_to_wire(request),
+            subscriber_id=self.id,
+            lease_ms=lease_ms,
+            transport=transport,
+            deadline_ms=deadline_ms,
         )
 
     def reserve(self, request: worker_pb2.ReserveRequest) -> worker_pb2.Reservation:
@@ -72,7 +87,14 @@ class DirectRouter:
 
     def abort(self, request_id: str, attempt: int) -> None:
         with typed_errors():
-            self._stub.Abort(worker_pb2.AbortRequest(request_id=request_id, attempt=attempt), timeout=TIMEOUT_S)
+            self._stub.Abort(
+                worker_pb2.AbortRequest(request_id=self.name(request_id), attempt=attempt), timeout=TIMEOUT_S
+            )
+
+    def renew(self, reservation: worker_pb2.Reservation, lease_ms: int) -> None:
+        with typed_errors():
+            message = worker_pb2.RenewRequest(reservation_ids=[reservation.reservation_id], lease_ms=lease_ms)
+            self._stub.Renew(message, timeout=TIMEOUT_S)
 
     def push(self, frames: Sequence[bytes]) -> Done:
         """Frames as they are, from a sender with no manners."""

@@ -63,13 +63,14 @@ def rows_of(pool: Tensor, blocks: Sequence[int], tokens: range) -> Tensor:
 class FakeLanding:
     """A reservation that checks how it is used."""
 
-    def __init__(self, pool: Tensor, blocks: Sequence[int], target: Target) -> None:
+    def __init__(self, pool: Tensor, blocks: Sequence[int], target: Target, local: bool = False) -> None:
         self.pool = pool
         self.blocks = tuple(blocks)
         self.request_id = target.request_id
         self.attempt = target.attempt
         self.cached_tokens = target.cached_tokens
         self.prompt_tokens = target.prompt_tokens
+        self.local = local
         self.broken = False
         self.refuse_seal: TandemError | None = None
         self.writers = 0
@@ -173,7 +174,7 @@ class Rig:
             prompt_tokens=prompt_tokens,
             fingerprint=self.fingerprint,
         )
-        landing = FakeLanding(self.receiving_pool, blocks, target)
+        landing = FakeLanding(self.receiving_pool, blocks, target, local=self.shared_pool)
         self.landings.by_id[target.reservation_id] = landing
         source = Source(self.sending_pool, tuple(source_blocks), KVLayout.of(self.fingerprint))
         expected = rows_of(self.sending_pool, source_blocks, range(prompt_tokens)).clone()

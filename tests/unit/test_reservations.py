@@ -1,15 +1,19 @@
 """Reservations that a colocated prefill computes in, and the stream that takes tokens to a router."""
 
+import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
+from decode_worker.aborted import Aborted
+from decode_worker.order import Order
 from decode_worker.reservations import Reservation
 from decode_worker.subscriptions import MAX_BATCH, Subscription
 from kv_transfer.base import TransferSummary
 from tandem.config import parse_config
-from tandem.engine.sequence import NewToken, Sequence
-from tandem.errors import TransferFailed
+from tandem.engine.sequence import EngineEvent, Failed, NewToken, Sequence
+from tandem.errors import Cancelled, TransferFailed, Unavailable
 from tandem.types import EngineRequest, FinishReason, SamplingParams, Token
 from tandem.v1 import worker_pb2
 from tandem.worker.engine_thread import EngineThread
@@ -19,7 +23,7 @@ REQUEST = EngineRequest("r", (5, 6, 7), SamplingParams(max_tokens=3, ignore_eos=
 CONFIG = parse_config({"engine": {"kv_memory_mib": 4, "threads": 1}})
 SUMMARY = TransferSummary(0, 0, 0.0)
 
-Make = Callable[[], Reservation]
+Make = Callable[..., Reservation]
 
 
 @pytest.fixture
@@ -31,10 +35,11 @@ def sent() -> list[worker_pb2.RequestTokens]:
 async def make(sent: list[worker_pb2.RequestTokens]) -> Make:
     host = WorkerHost(CONFIG, EngineThread(CONFIG), frozenset())
 
-    def reservation() -> Reservation:
-        table = host.engine.reserve(REQUEST, True)
+    def reservation(local: bool = True) -> Reservation:
+        table = host.engine.reserve(REQUEST, local)
         assert table is not None
-        return Reservation(host, REQUEST, table, "router", sent.append, lambda reservation: None)
+        order = Order(REQUEST, host.engine.name_blocks(REQUEST), "router", local, lease_s=60, deadline=None)
+        return Reservation(host, order, table, sent.append, lambda reservation: None)
 
     return reservation
 
@@ -54,6 +59,40 @@ async def test_tokens_that_overtake_the_handoff_wait_for_it(make: Make, sent: li
     await reservation.sealed(7, SUMMARY)
     assert [message.position for message in sent] == [1, 2]
     assert reservation.state == "ended"
+
+
+async def test_a_reservation_for_kv_from_elsewhere_is_not_lent(make: Make) -> None:
+    reservation = make(local=False)
+    with pytest.raises(TransferFailed, match="for KV from another worker"):
+        reservation.begin(_sequence(reservation))
+    assert reservation.state == "promised"
+
+
+async def test_the_end_of_a_lent_reservation_reaches_the_prefill_that_waits_for_its_token(make: Make) -> None:
+    """The engine drops an aborted sequence without a word."""
+    events: list[EngineEvent] = []
+    reservation = make()
+    sequence = _sequence(reservation)
+    sequence.listener = events.append
+    reservation.begin(sequence)
+    reservation.renew(0.01)
+    await asyncio.sleep(0.05)
+    assert reservation.state == "ended"
+    (event,) = events
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, Unavailable)
+
+
+def test_of_many_aborts_the_newest_are_remembered() -> None:
+    aborted = Aborted(most=2)
+    for name in ("a", "r", "b"):
+        aborted.note(name, 0)
+    aborted.note("r", 1)
+    aborted.note("r", 0)
+    aborted.check(replace(REQUEST, request_id="a"))
+    aborted.check(replace(REQUEST, attempt=2))
+    with pytest.raises(Cancelled):
+        aborted.check(replace(REQUEST, attempt=1))
 
 
 async def test_a_reservation_is_lent_once(make: Make) -> None:
