@@ -123,6 +123,10 @@ class Reservation:
         self._start(sequence)
         self._host.thread.post(lambda: self._host.engine.attach(sequence))
 
+    def abandoned(self) -> None:
+        """The request ended with its first token, which the prefill side tells."""
+        self.end()
+
     def failed(self, error: TandemError) -> None:
         """The transfer broke. The prefill side tells the router; here the blocks are freed."""
         log.info("request %s: transfer failed: %s", self.request_id, error.message)

@@ -82,7 +82,7 @@ class Counters:
 
 
 class Sender(Protocol):
-    """One open transfer. Calls come one at a time."""
+    """One open transfer. Calls come one at a time, except that `abandon` may come while `send` waits."""
 
     async def send(self, tokens: range) -> None:
         """KV of these positions is final, in all layers: move it. Ranges ascend without gaps; cached ones are skipped.
@@ -93,6 +93,12 @@ class Sender(Protocol):
 
     async def seal(self, first_token: int) -> TransferSummary:
         """Returns when the receiver has verified and taken everything. Raises as send, and when KV is missing."""
+
+    async def abandon(self) -> None:
+        """Instead of a seal: nobody needs this KV. The receiver's blocks are free on return, and nothing has failed.
+
+        A send under way stops at its next frame. Raises as send.
+        """
 
 
 class Transport(Protocol):
@@ -156,8 +162,11 @@ class Landing(Protocol):
         Raises TransferFailed when the lease broke meanwhile.
         """
 
+    def abandoned(self) -> None:
+        """The request ended with its first token: no KV is needed, nothing writes any more."""
+
     def failed(self, error: TandemError) -> None:
-        """The transfer ended without a seal, nothing writes any more. Called once, also after a broken lease."""
+        """The transfer ended in any other way, nothing writes any more. Called once, also after a broken lease."""
 
 
 class Landings(Protocol):

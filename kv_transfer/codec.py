@@ -2,7 +2,7 @@
 
     magic 4 | version 2 | header length 2 | crc32 of all three and the header 4 | header | payload
 
-    open → data* → seal from the sender; done is the receiver's answer.
+    open → data* → seal (or abandon) from the sender; done is the receiver's answer.
 
 A flipped bit before the payload fails the prelude's crc32, one in the payload fails the header's. Headers are checked
 against a closed schema (every key, its type, its range); no size in them is used to allocate anything.
@@ -84,14 +84,19 @@ class Seal:
 
 
 @dataclass(frozen=True)
+class Abandon:
+    """Last frame in the seal's place: nobody needs the KV any more."""
+
+
+@dataclass(frozen=True)
 class Done:
-    """The receiver verified and took the KV."""
+    """The receiver verified and took the KV, or gave back the blocks of an abandoned transfer."""
 
     frames: int
     bytes: int
 
 
-Message = Open | Data | Seal | Done
+Message = Open | Data | Seal | Abandon | Done
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ _DATA: _Schema = {
     "checksum": _CRC,
 }
 _SEAL: _Schema = {"first_token": _COUNT, "frames": _COUNT, "bytes": _SIZE, "checksum": _CRC}
+_ABANDON: _Schema = {}
 _DONE: _Schema = {"frames": _COUNT, "bytes": _SIZE}
 
 
@@ -160,6 +166,7 @@ _KINDS: dict[str, tuple[_Schema, Callable[[dict[str, Any]], Message]]] = {
     "open": (_OPEN, _open_from),
     "data": (_DATA, lambda fields: Data(**fields)),
     "seal": (_SEAL, lambda fields: Seal(**fields)),
+    "abandon": (_ABANDON, lambda fields: Abandon()),
     "done": (_DONE, lambda fields: Done(**fields)),
 }
 

@@ -37,10 +37,10 @@ class LocalTransport:
                 sender = _LocalSender(landing, coverage, target, writing, self.counters)
                 yield sender
         except BaseException as error:
-            if sender is None or not sender.sealed:
+            if sender is None or not sender.over:
                 self._fail(landing, _reason(error))
             raise
-        if not sender.sealed:
+        if not sender.over:
             self._fail(landing, _left())
 
     async def aclose(self) -> None:
@@ -55,7 +55,8 @@ class _LocalSender:
     def __init__(
         self, landing: Landing, coverage: Coverage, target: Target, writing: ExitStack, counters: Counters
     ) -> None:
-        self.sealed = False
+        # Sealed or abandoned.
+        self.over = False
         self._landing = landing
         self._coverage = coverage
         self._target = target
@@ -81,9 +82,15 @@ class _LocalSender:
         self._writing.close()
         summary = TransferSummary(0, 0, time.monotonic() - self._started)
         await self._landing.sealed(first_token, summary)
-        self.sealed = True
+        self.over = True
         self._counters.sealed(summary.seconds)
         return summary
+
+    async def abandon(self) -> None:
+        """See Sender."""
+        self._writing.close()
+        self._landing.abandoned()
+        self.over = True
 
     def _check_deadline(self) -> None:
         limit = self._target.deadline_s

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 
 from kv_transfer.admission import Admission
 from kv_transfer.base import Counters, Landing, TransferSummary
-from kv_transfer.codec import Data, Done, Open, Seal, chain_checksum, check_payload, decode
+from kv_transfer.codec import Abandon, Data, Done, Open, Seal, chain_checksum, check_payload, decode
 from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout
 from kv_transfer.pool_io import scatter
@@ -20,8 +20,8 @@ from tandem.errors import InternalError, TandemError, TransferFailed
 class Receiver:
     """Takes frames in until the seal.
 
-        new ──open──▶ filling ──seal──▶ full ──end of stream──▶ sealed
-         │             │  ▲ │            │                       landing.sealed()
+        new ──open──▶ filling ──seal──▶ full ──end of stream──▶ sealed (or abandoned)
+         │             │  ▲ │  abandon   │                       landing.sealed() (or .abandoned())
          │             │  └─┘ data       │
          │             └───────┬─────────┘
          │                     │ wrong or lost frame, cancel, broken lease
@@ -49,11 +49,14 @@ class Receiver:
             landing = self._admission.claim(opening)
             try:
                 filling = _Filling(self._admission.check(landing, opening), self._admission.layout, landing)
-                seal = await self._fill(filling, frames)
-                if seal is None:
+                last = await self._fill(filling, frames)
+                if last is None:
                     raise lost()
                 seconds = time.monotonic() - started
-                await landing.sealed(seal.first_token, TransferSummary(seal.bytes, seal.frames, seconds))
+                if isinstance(last, Abandon):
+                    landing.abandoned()
+                    return filling.taken
+                await landing.sealed(last.first_token, TransferSummary(last.bytes, last.frames, seconds))
             except BaseException as error:
                 landing.failed(_reason(error, lost))
                 raise
@@ -61,9 +64,9 @@ class Receiver:
             self._counters.failures += 1
             raise
         self._counters.sealed(seconds)
-        return Done(frames=seal.frames, bytes=seal.bytes)
+        return filling.taken
 
-    async def _fill(self, filling: _Filling, frames: AsyncIterator[bytes]) -> Seal | None:
+    async def _fill(self, filling: _Filling, frames: AsyncIterator[bytes]) -> Seal | Abandon | None:
         """Returns at the end of the stream, and not before the last write is done, whatever happens."""
         room = asyncio.Semaphore(self._frames_in_flight)
         try:
@@ -79,7 +82,7 @@ class Receiver:
         except BaseExceptionGroup as failures:
             # The first one is the reason, the others followed from it.
             raise failures.exceptions[0] from None
-        return filling.seal
+        return filling.last
 
     async def _write(self, landing: Landing, data: Data, payload: memoryview, room: asyncio.Semaphore) -> None:
         try:
@@ -97,10 +100,15 @@ class _Filling:
 
     def __init__(self, coverage: Coverage, layout: KVLayout, landing: Landing) -> None:
         self.landing = landing
-        self.seal: Seal | None = None
+        # What closes the transfer.
+        self.last: Seal | Abandon | None = None
         self._coverage = coverage
         self._layout = layout
         self._frames = self._bytes = self._checksum = 0
+
+    @property
+    def taken(self) -> Done:
+        return Done(frames=self._frames, bytes=self._bytes)
 
     def expect(self, data: Data) -> None:
         """Raises TransferFailed unless this is the next frame, of the right size, and covers what nothing else did."""
@@ -116,8 +124,11 @@ class _Filling:
         self._checksum = chain_checksum(self._checksum, data)
 
     def end(self, message: object) -> None:
-        """Raises TransferFailed unless this is the seal, nothing is missing and the totals agree."""
+        """Raises TransferFailed unless this is the seal, nothing is missing and the totals agree; or an abandon."""
         self._not_sealed()
+        if isinstance(message, Abandon):
+            self.last = message
+            return
         if not isinstance(message, Seal):
             raise TransferFailed("a frame other than data and seal came within a transfer")
         self._coverage.check_complete()
@@ -126,10 +137,10 @@ class _Filling:
                 f"the seal counts {message.frames} frames and {message.bytes} bytes, "
                 f"{self._frames} and {self._bytes} came, or their checksums differ"
             )
-        self.seal = message
+        self.last = message
 
     def _not_sealed(self) -> None:
-        if self.seal is not None:
+        if self.last is not None:
             raise TransferFailed("a frame came after the seal")
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from typing import Protocol
 
 from kv_transfer.base import Counters, Source, Target, TransferSummary
-from kv_transfer.codec import Data, Done, Open, Seal, chain_checksum, encode, encode_data
+from kv_transfer.codec import Abandon, Data, Done, Open, Seal, chain_checksum, encode, encode_data
 from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout
 from kv_transfer.pool_io import pieces
@@ -62,7 +62,11 @@ class FrameSender:
         self._started = time.monotonic()
         # The frame that a thread makes while the one before it leaves.
         self._next: asyncio.Future[tuple[Data, bytes]] | None = None
-        self._sealed = False
+        # Sealed, or abandoned with the receiver's knowledge.
+        self._over = False
+        self._abandoned = False
+        # Held by the call under way.
+        self._busy = asyncio.Lock()
 
     async def open(self) -> None:
         """Sends the open frame."""
@@ -74,9 +78,12 @@ class FrameSender:
         if not fresh:
             return
         self._coverage.add(range(self._source.layout.num_layers), fresh)
-        for layers, part in self._source.layout.cut(fresh, self._frame_bytes):
-            await self._advance(self._make(layers, part))
-        await self._advance(None)
+        async with self._busy:
+            for layers, part in self._source.layout.cut(fresh, self._frame_bytes):
+                if self._abandoned:
+                    return
+                await self._advance(self._make(layers, part))
+            await self._advance(None)
 
     async def seal(self, first_token: int) -> TransferSummary:
         """See Sender."""
@@ -85,14 +92,22 @@ class FrameSender:
         done = await self._link.finish()
         if (done.frames, done.bytes) != (self._frames, self._bytes):
             raise TransferFailed(f"{self._bytes} bytes of KV were sent, the receiver acknowledged {done.bytes}")
-        self._sealed = True
+        self._over = True
         seconds = time.monotonic() - self._started
         self._counters.sealed(seconds)
         return TransferSummary(self._bytes, self._frames, seconds)
 
+    async def abandon(self) -> None:
+        """See Sender."""
+        self._abandoned = True
+        async with self._busy:
+            await self._link.write(encode(Abandon()))
+            await self._link.finish()
+        self._over = True
+
     async def close(self) -> None:
         """Returns when no thread reads the source any more."""
-        if not self._sealed:
+        if not self._over:
             self._counters.failures += 1
         if self._next is not None:
             # Whatever its frame would have been, the transfer has ended for another reason.

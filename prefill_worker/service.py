@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
 
-from kv_transfer.base import Sender, Source, Target, Transport
-from kv_transfer.layout import KVLayout
+from kv_transfer.base import Target, Transport
+from prefill_worker.call import PrefillCall
 from tandem import wire
-from tandem.engine.sequence import ChunkDone, EngineEvent, Failed, NewToken, Sequence, Started
+from tandem.engine.sequence import EngineEvent, Failed, NewToken, Sequence
 from tandem.errors import Refused, TransferFailed
 from tandem.types import EngineRequest, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
@@ -107,127 +105,3 @@ def _lend(sequence: Sequence, promise: Promise, events: asyncio.Queue[EngineEven
 
     sequence.table, sequence.decode_here, sequence.listener = promise.table, True, listener
     promise.begin(sequence)
-
-
-class PrefillCall:
-    """One Prefill call.
-
-        queued ──Started──▶ computing ──chunks──▶ first token told ──▶ rest of the KV sent ──▶ sealed
-           └────────────────── cancel, deadline, failure: everything is freed ◀──┘
-
-    Chunks are sent by a task of their own while later ones are computed, and the first token is told at once: it
-    never waits for the transfer.
-    """
-
-    def __init__(
-        self,
-        host: WorkerHost,
-        sequence: Sequence,
-        events: asyncio.Queue[EngineEvent],
-        transport: Transport,
-        target: Target,
-        context: Any,
-        promise: Promise | None = None,
-    ) -> None:
-        """promise: whose blocks the sequence was lent, when colocated."""
-        self._host = host
-        self._sequence = sequence
-        self._events = events
-        self._transport = transport
-        self._target = target
-        self._context = context
-        self._promise = promise
-        # Ranges of prompt tokens whose KV is final, for the sending task; None ends it.
-        self._ranges: asyncio.Queue[range | None] = asyncio.Queue()
-
-    async def run(self) -> None:
-        async with self._in_engine():
-            started = await self._next(Started)
-            started_s = time.monotonic()
-            await self._tell(
-                started=worker_pb2.PrefillStarted(queued_ms=started.queued_ms, cached_tokens=started.cached_tokens)
-            )
-            self._ranges.put_nowait(range(started.cached_tokens))
-            try:
-                await self._compute_and_send(started_s)
-            except ExceptionGroup as group:
-                raise group.exceptions[0] from None
-
-    @asynccontextmanager
-    async def _in_engine(self) -> AsyncIterator[None]:
-        """The sequence is in the engine while inside; afterwards nothing of it is held here."""
-        engine, thread, sequence = self._host.engine, self._host.thread, self._sequence
-        handed_over = False
-        try:
-            await thread.call(lambda: engine.add(sequence))
-            yield
-            handed_over = sequence.decode_here
-        finally:
-            if not handed_over:
-                # Between steps: the engine may be writing into the blocks this very moment.
-                thread.post(lambda: _leave_engine(engine, sequence))
-                if self._promise is not None:
-                    # At once; a lent reservation's lease, which the router renews, is only the backstop.
-                    self._promise.failed(TransferFailed("the prefill ended before the handoff"))
-
-    async def _compute_and_send(self, started_s: float) -> None:
-        table = self._sequence.table
-        assert table is not None
-        layout = KVLayout.of(self._host.engine.fingerprint)
-        source = Source(self._host.engine.cache.pool, table.blocks, layout)
-        async with self._transport.open(source, self._target) as sender, asyncio.TaskGroup() as group:
-            sending = group.create_task(self._send(sender))
-            first = await self._first_token()
-            first_s = time.monotonic()
-            await self._tell(first_token=self._first_message(first, first_s - started_s))
-            if first.finish_reason is not None:
-                sending.cancel()
-                return
-            self._ranges.put_nowait(None)
-            await sending
-            summary = await sender.seal(first.token.id)
-            await self._tell(
-                sealed=worker_pb2.Sealed(
-                    summary=worker_pb2.TransferSummary(
-                        bytes=summary.bytes, frames=summary.frames, transfer_ms=summary.seconds * 1000
-                    ),
-                    after_first_token_ms=(time.monotonic() - first_s) * 1000,
-                )
-            )
-
-    async def _send(self, sender: Sender) -> None:
-        while (tokens := await self._ranges.get()) is not None:
-            await sender.send(tokens)
-
-    async def _first_token(self) -> NewToken:
-        while True:
-            event = await self._events.get()
-            if isinstance(event, NewToken):
-                return event
-            if isinstance(event, ChunkDone):
-                self._ranges.put_nowait(range(event.start, event.end))
-            elif isinstance(event, Failed):
-                raise event.error
-
-    async def _next(self, kind: type[Started]) -> Started:
-        event = await self._events.get()
-        if isinstance(event, Failed):
-            raise event.error
-        assert isinstance(event, kind)
-        return event
-
-    def _first_message(self, first: NewToken, compute_s: float) -> worker_pb2.FirstToken:
-        return worker_pb2.FirstToken(
-            token=wire.token_to_wire(first.token),
-            finish_reason=wire.reason_to_wire(first.finish_reason),
-            compute_ms=compute_s * 1000,
-        )
-
-    async def _tell(self, **event: Any) -> None:
-        await self._context.write(worker_pb2.PrefillEvent(**event))
-
-
-def _leave_engine(engine: Any, sequence: Sequence) -> None:
-    engine.abort(sequence)
-    if sequence.table is not None:
-        sequence.table.release()

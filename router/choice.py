@@ -23,7 +23,8 @@ from tandem.wire import reason_from_wire, token_from_wire
 
 # What this router can order a handoff between two workers to use.
 TRANSPORTS = ("grpc",)
-# After the decode worker's end the seal's numbers are at most on their way: waited for this long, for the report.
+# When a worker has told the end, the Prefill call ends by itself: the seal's numbers, for the report, are at most on
+# their way, or the transfer is being abandoned, which a cancel would make a failure. Waited for this long.
 SETTLE_TIMEOUT_S = 1.0
 
 Emit = Callable[[Event], Awaitable[None]]
@@ -68,6 +69,8 @@ class Choice:
         self._log = logging.LoggerAdapter(logging.getLogger(__name__), {"request_id": brief.request.request_id})
         self._started = worker_pb2.PrefillStarted()
         self._sealed: worker_pb2.Sealed | None = None
+        # The prefill worker's token ended the request: nobody decodes.
+        self._first_was_last = False
         self._reservation = worker_pb2.Reservation()
         self._transport = ""
         # Ids, for reports; empty until placed.
@@ -123,14 +126,15 @@ class Choice:
             self._box.fail(error)
 
     def _decode_lost(self, error: TandemError) -> None:
-        if not self._box.decode_ended:
+        if not (self._box.decode_ended or self._first_was_last):
             self._box.fail(error)
 
     @property
     def _handed_off(self) -> bool:
         """Decode runs only on sealed KV: from its first tokens on the prefill worker is not needed, once it has told
-        the token that it sampled itself."""
-        return self._box.first_arrived and (self._sealed is not None or self._box.decoding_since_ms is not None)
+        the token that it sampled itself. If that was the last one, there is nothing to hand off."""
+        decoding = self._sealed is not None or self._box.decoding_since_ms is not None
+        return self._box.first_arrived and (decoding or self._first_was_last)
 
     def _prefill_over(self) -> None:
         self._prefill_on.queued.drop(self._request.request_id)
@@ -158,7 +162,7 @@ class Choice:
             if tokens or text:
                 await self._emit(Delta(self._brief.index, tokens, text))
         self.timeline.mark(Phase.FINISHED)
-        if self._box.decode_ended:
+        if self._box.decode_ended or self._first_was_last:
             await asyncio.wait({prefill}, timeout=SETTLE_TIMEOUT_S)
         prefill.cancel()
 
@@ -221,7 +225,8 @@ class Choice:
         if reason in (FinishReason.ABORT, FinishReason.ERROR):
             raise Unavailable(f"prefill worker {self.prefill_worker} ended the request ({reason}) and gave no cause")
         self._box.put_first(Step((token_from_wire(first.token),), reason))
-        return reason is not None
+        self._first_was_last = reason is not None
+        return self._first_was_last
 
     # Reporting.
 

@@ -49,6 +49,9 @@ class Promise(Protocol):
     def begin(self, sequence: Sequence) -> None:
         """The sequence that runs in these blocks. Raises TransferFailed when the promise is not for a local prefill."""
 
+    def abandoned(self) -> None:
+        """The first token was the last: there is nothing to hand over."""
+
     def failed(self, error: TandemError) -> None:
         """The prefill ended before the handoff: the blocks are free. For any state, any number of times."""
 

@@ -186,6 +186,20 @@ async def test_leaving_without_a_seal_aborts(rig: Rig) -> None:
     await rig.assert_healthy()
 
 
+@pytest.mark.parametrize("sent", [0, 10, 21])
+async def test_an_abandoned_transfer_frees_both_ends_and_is_no_failure(rig: Rig, sent: int) -> None:
+    """The first token was the last: nobody needs the KV."""
+    job = rig.job()
+    async with rig.transport.open(job.source, job.target) as sender:
+        await sender.send(range(sent))
+        await sender.abandon()
+        assert job.landing.given_up
+    assert job.landing.errors == []
+    for counters in (rig.transport.counters, rig.received):
+        assert (counters.transfers, counters.failures) == (0, 0)
+    await rig.assert_healthy()
+
+
 async def test_a_cancel_in_mid_transfer_aborts(rig: Rig) -> None:
     job = rig.job()
     task = asyncio.create_task(rig.transfer_in_halves(job, between=asyncio.Event().wait))

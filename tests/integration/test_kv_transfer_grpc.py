@@ -265,6 +265,22 @@ async def test_a_slow_receiver_bounds_what_is_in_memory(
         job.assert_arrived()
 
 
+async def test_an_abandoned_send_stops_at_its_next_frame(shut: Callable[[Job], Gate]) -> None:
+    fingerprint = replace(FINGERPRINT, num_layers=16, num_kv_heads=8, head_dim=256)
+    async with grpc_rig(fingerprint, config_with(frame_bytes=16384)) as rig:
+        job = rig.job(prompt_tokens=200)
+        gate = shut(job)
+        async with rig.transport.open(job.source, job.target) as sender:
+            sending = asyncio.create_task(sender.send(range(200)))
+            await until(lambda: gate.held > 0)
+            abandoning = asyncio.create_task(sender.abandon())
+            gate.open()
+            await asyncio.gather(sending, abandoning)
+        assert job.landing.given_up
+        assert rig.transport.counters.frames < 200 * 16
+        assert rig.transport.counters.failures == rig.received.failures == 0
+
+
 async def _stands_still(made: list[int]) -> None:
     """Until nothing was added for 100 looks in a row."""
     seen, looks = -1, 0

@@ -17,7 +17,7 @@ from service import ROOT, Service, running_service, wait_until
 from tandem import rpc
 from tandem.client.status import WorkerState
 from tandem.errors import Cancelled, DeadlineExceeded, Overloaded, Refused, TransferFailed
-from tandem.types import Accepted, Completed, Delta, Event, Role
+from tandem.types import Accepted, Completed, Delta, Event, FinishReason, Role
 from tandem.v1 import worker_pb2
 
 BLOCKS, BLOCK = 48, 16
@@ -170,6 +170,23 @@ def test_a_full_pool_queues_refuses_and_then_serves(service: Service) -> None:
         assert caught.value.retry_after_ms
         holder.close()
         assert [output_of(events) for events in queued] == [8] * MAX_WAITING
+
+
+def test_a_single_token_frees_both_pools(service: Service) -> None:
+    assert service.client.complete(prompt_of(200), max_tokens=1).usage.output_tokens == 1
+    wait_until(service.idle, AT_ONCE_S, "both pools free")
+
+
+def test_a_first_token_that_ends_the_request_abandons_its_transfer(service: Service) -> None:
+    """Chunks of the prompt were on their way already."""
+    prompt = prompt_of(400)
+    first = service.client.complete(prompt, max_tokens=1, ignore_eos=True).choices[0].tokens[0].id
+    done = service.client.complete(prompt, max_tokens=50, stop_token_ids=(first,))
+    assert (done.choices[0].reason, done.usage.output_tokens) == (FinishReason.STOP, 1)
+    wait_until(service.idle, AT_ONCE_S, "both pools free")
+    output = "".join(process.output for process in service.processes.values())
+    assert f"{done.request_id}: transfer failed" not in output
+    assert f"{done.request_id}: its transfer" not in output
 
 
 # The decode worker by itself: what a router or a prefill worker that went wrong leaves behind.

@@ -76,6 +76,7 @@ class FakeLanding:
         self.writers = 0
         self.touches = 0
         self.first_token: int | None = None
+        self.given_up = False
         self.summary: TransferSummary | None = None
         self.errors: list[TandemError] = []
 
@@ -105,9 +106,14 @@ class FakeLanding:
         assert not self.ended, "a second end"
         self.errors.append(error)
 
+    def abandoned(self) -> None:
+        assert self.writers == 0, "blocks would be given back under a writer"
+        assert not self.ended, "a second end"
+        self.given_up = True
+
     @property
     def ended(self) -> bool:
-        return bool(self.errors) or self.first_token is not None
+        return bool(self.errors) or self.first_token is not None or self.given_up
 
 
 @dataclass

@@ -17,6 +17,7 @@ from kv_transfer.codec import (
     MAX_FRAME_BYTES,
     MAX_HEADER_BYTES,
     VERSION,
+    Abandon,
     Data,
     Done,
     Message,
@@ -42,6 +43,7 @@ FINGERPRINTS = st.builds(Fingerprint, IDS, IDS, IDS, POSITIVES, POSITIVES, POSIT
 MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Open, IDS, IDS, COUNTS, FINGERPRINTS, COUNTS, POSITIVES),
     st.builds(Seal, COUNTS, COUNTS, st.integers(0, 2**53), st.integers(0, 2**32 - 1)),
+    st.builds(Abandon),
     st.builds(Done, COUNTS, st.integers(0, 2**53)),
 )
 
