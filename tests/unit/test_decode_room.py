@@ -15,7 +15,7 @@ from decode_worker.subscriptions import Subscription
 from kv_transfer.base import TransferSummary
 from tandem import wire
 from tandem.config import parse_config
-from tandem.engine.block_pool import chain_hashes
+from tandem.prefix import chain_hashes
 from tandem.types import EngineRequest, Role, SamplingParams
 from tandem.v1 import worker_pb2
 from tandem.worker.engine_thread import EngineThread
