@@ -118,7 +118,8 @@ def held_by(service: Service, worker: WorkerState) -> tuple[int, int]:
 
 
 PHASES = {Role.PREFILL: ("prefill_started",), Role.DECODE: ("first_token",)}
-SIZES = {Role.PREFILL: (LONG_PROMPT, 20), Role.DECODE: (20, LONG_OUTPUT)}
+# Prompts that are still computed when the second request is placed, or both would go to the same prefill worker.
+SIZES = {Role.PREFILL: (LONG_PROMPT, 20), Role.DECODE: (200, LONG_OUTPUT)}
 
 
 @contextmanager
