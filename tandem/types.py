@@ -16,11 +16,19 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_CHOICES = 32
+MAX_EMBED_INPUTS = 64
 
 
 class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+class Pooling(StrEnum):
+    """Which final hidden states of a prompt make its embedding."""
+
+    LAST = "last"
+    MEAN = "mean"
 
 
 class FinishReason(StrEnum):
@@ -114,6 +122,15 @@ class SamplingParams:
             _require(_finite(bias, -100, 100), "logit_bias", "in [-100, 100]", bias)
         for token in self.stop_token_ids:
             _require(token >= 0, "stop_token_ids", "token ids of 0 or more", token)
+
+
+@dataclass(frozen=True)
+class EmbedParams:
+    """How a prompt's final hidden states (after the final norm) become one vector."""
+
+    pooling: Pooling = Pooling.LAST
+    # Divided by its Euclidean length.
+    normalize: bool = True
 
 
 @dataclass(frozen=True)

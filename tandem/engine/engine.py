@@ -16,11 +16,13 @@ from tandem.engine.cpu_memory import use_huge_pages
 from tandem.engine.kv_cache import KVCache, count_blocks
 from tandem.engine.model_loader import load_model
 from tandem.engine.model_runner import ModelRunner
+from tandem.engine.pooler import Pooler
 from tandem.engine.sampler import Sampler, stop_ids
 from tandem.engine.scheduler import Scheduler, StepPlan
 from tandem.engine.self_check import check_exactness
 from tandem.engine.sequence import (
     ChunkDone,
+    Embedded,
     EngineEvent,
     Failed,
     Names,
@@ -78,6 +80,7 @@ class Engine:
         self._publish = publish
         self._runner = ModelRunner(loaded, self.cache, config.engine.device)
         self._sampler = Sampler(self.info.eos_token_ids)
+        self._pooler = Pooler()
         self._scheduler = Scheduler(config.engine, self.pool)
         self._live: dict[Sequence, None] = {}
         check_exactness(loaded, self._runner, self.pool)
@@ -114,20 +117,32 @@ class Engine:
         return self.pool.acquire(num_blocks, names[: reusable // self.pool.block_size])
 
     def validate(self, request: EngineRequest) -> None:
-        """Raises InvalidRequest for what would break a step, and with it other requests. For any thread."""
-        prompt, params = request.prompt_ids, request.sampling
+        """Raises InvalidRequest for what would break a step, and with it other requests. For any thread.
+
+        Of one that is to be embedded, validate_prompt is enough: nothing is sampled.
+        """
+        params = request.sampling
+        self.validate_prompt(request, (*params.logit_bias, *params.stop_token_ids))
+        if len(request.prompt_ids) + params.max_tokens > self.info.max_model_len:
+            raise InvalidRequest(
+                f"prompt ({len(request.prompt_ids)}) + max_tokens ({params.max_tokens}) is over the model's "
+                f"{self.info.max_model_len} tokens",
+                field="max_tokens",
+            )
+
+    def validate_prompt(self, request: EngineRequest, other_ids: tuple[int, ...] = ()) -> None:
+        """Raises InvalidRequest. other_ids: token ids that must be of the vocabulary too."""
+        prompt = request.prompt_ids
         if not prompt:
             raise InvalidRequest("the prompt is empty", field="prompt")
-        highest = max((*prompt, *params.logit_bias, *params.stop_token_ids))
+        highest = max((*prompt, *other_ids))
         if highest >= self.info.vocab_size:
             raise InvalidRequest(
                 f"token id {highest} is not below the vocabulary's {self.info.vocab_size}", field="prompt"
             )
-        if len(prompt) + params.max_tokens > self.info.max_model_len:
+        if len(prompt) > self.info.max_model_len:
             raise InvalidRequest(
-                f"prompt ({len(prompt)}) + max_tokens ({params.max_tokens}) is over the model's "
-                f"{self.info.max_model_len} tokens",
-                field="max_tokens",
+                f"the prompt has {len(prompt)} tokens; the model's limit is {self.info.max_model_len}", field="prompt"
             )
 
     def require_fit(self, num_blocks: int) -> None:
@@ -170,12 +185,12 @@ class Engine:
             return False
         self._announce(plan)
         try:
-            tokens = self._run(plan)
+            tokens, embedded = self._run(plan)
         except Exception:
             log.exception("a step of %d sequences failed", len(plan.sequences))
             self._fail(plan)
         else:
-            self._emit(plan, tokens)
+            self._emit(plan, tokens, embedded)
         self._steps += 1
         self._take_snapshot()
         return True
@@ -185,18 +200,22 @@ class Engine:
         if plan.started:
             self._publish([(s, Started((now - s.arrived_s) * 1000, s.num_computed)) for s in plan.started])
             self._hit_tokens += sum(sequence.num_computed for sequence in plan.started)
-            self._query_tokens += sum(sequence.prompt_len for sequence in plan.started)
+            self._query_tokens += sum(sequence.prompt_len for sequence in plan.started if not sequence.averages)
 
-    def _run(self, plan: StepPlan) -> list[Token]:
-        logits = self._runner.run(plan)
+    def _run(self, plan: StepPlan) -> tuple[list[Token], list[tuple[Sequence, Embedded]]]:
+        output = self._runner.run(plan)
         with torch.inference_mode():
-            return self._sampler.sample(logits, plan.sampled) if plan.sampled else []
+            tokens = self._sampler.sample(output.logits_RxV, plan.sampled) if plan.sampled else []
+            embedded = self._pooler.pool(output.hidden_ExD, plan.pooled) if plan.pooled else []
+        return tokens, embedded
 
-    def _emit(self, plan: StepPlan, tokens: list[Token]) -> None:
+    def _emit(self, plan: StepPlan, tokens: list[Token], embedded: list[tuple[Sequence, Embedded]]) -> None:
         self._scheduler.advance(plan)
         emissions: list[Emission] = [(chunk.sequence, ChunkDone(chunk.start, chunk.end)) for chunk in plan.chunks]
         emissions += [(s, self._append(s, token)) for s, token in zip(plan.sampled, tokens, strict=True)]
+        emissions += embedded
         self._retire([s for s in plan.sampled if s.finished or not s.decode_here])
+        self._retire([sequence for sequence, _ in embedded])
         self._publish(emissions)
 
     def _append(self, sequence: Sequence, token: Token) -> NewToken:

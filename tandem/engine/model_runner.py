@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +17,16 @@ from tandem.engine.model_loader import LoadedModel
 from tandem.engine.scheduler import StepPlan
 
 
+@dataclass(frozen=True)
+class StepOutput:
+    # One row per sequence of plan.sampled, in that order; R may be 0.
+    logits_RxV: Tensor
+    # Final hidden states of what plan.pooled wants, in that order; E may be 0.
+    hidden_ExD: Tensor
+
+
 class ModelRunner:
-    """Turns a StepPlan into one flattened row of tokens, and that into logits."""
+    """Turns a StepPlan into one flattened row of tokens, and that into logits and hidden states."""
 
     def __init__(self, loaded: LoadedModel, cache: KVCache, device: str) -> None:
         self._model: Any = loaded.model
@@ -25,14 +36,19 @@ class ModelRunner:
         self._block_size = loaded.info.fingerprint.block_size
         self._attention, self._write = _functions(device)
 
-    def run(self, plan: StepPlan) -> Tensor:
-        """Logits [R, V]: one row per sequence of plan.sampled, in that order; R may be 0."""
+    def run(self, plan: StepPlan) -> StepOutput:
         rows = _rows(plan)
         positions = [position for _, start, end in rows for position in range(start, end)]
         ids = [token for sequence, start, end in rows for token in sequence.token_ids(start, end)]
         batch = self._batch(rows)
         with torch.inference_mode():
-            return self._forward(ids, positions, batch, _sampled_rows(plan, batch))
+            sampled, pooled = _sampled_rows(plan, batch), _pooled_rows(plan, batch)
+            if not pooled:
+                logits = self._forward(ids, positions, batch, sampled)
+                return StepOutput(logits, logits.new_empty(0, 0))
+            with _last_hidden_state(self._model) as seen:
+                logits = self._forward(ids, positions, batch, sampled)
+            return StepOutput(logits, seen[0][0, pooled])
 
     def _forward(self, ids: list[int], positions: list[int], batch: PagedBatch, sampled: list[int]) -> Tensor:
         step = Step(batch, self._cache, self._options, self._attention, self._write)
@@ -83,12 +99,29 @@ def _rows(plan: StepPlan) -> list[tuple[Any, int, int]]:
 def _sampled_rows(plan: StepPlan, batch: PagedBatch) -> list[int]:
     """Rows of the flattened tokens whose logits are needed: every decode, and the last token of finished prompts."""
     first_chunk = len(plan.decodes)
-    ends = [
-        batch.query_starts[first_chunk + index + 1] - 1
-        for index, chunk in enumerate(plan.chunks)
-        if chunk.completes_prompt
-    ]
+    ends = [batch.query_starts[first_chunk + index + 1] - 1 for index, chunk in enumerate(plan.chunks) if chunk.samples]
     return [*range(first_chunk), *ends]
+
+
+def _pooled_rows(plan: StepPlan, batch: PagedBatch) -> list[int]:
+    """Rows of the flattened tokens whose final hidden states are needed, in the order of plan.pooled."""
+    starts = batch.query_starts[len(plan.decodes) :]
+    return [
+        start + position - chunk.start
+        for start, chunk in zip(starts, plan.chunks, strict=False)
+        for position in chunk.pooled
+    ]
+
+
+@contextmanager
+def _last_hidden_state(model: Any) -> Iterator[list[Tensor]]:
+    """Collects what forwards inside hand to the head: [1, T, D], after the final norm."""
+    seen: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda _module, _inputs, out: seen.append(out.last_hidden_state))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def _functions(device: str) -> tuple[PagedAttention, Any]:

@@ -7,8 +7,9 @@ A sequence enters only with every block it may ever need, so nothing is ever pre
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from tandem.config import EngineConfig
 from tandem.engine.block_pool import BlockPool
@@ -28,6 +29,19 @@ class Chunk:
     def completes_prompt(self) -> bool:
         return self.end == self.sequence.prompt_len
 
+    @property
+    def samples(self) -> bool:
+        """Whether a token is sampled at its end."""
+        return self.completes_prompt and self.sequence.embed is None
+
+    @property
+    def pooled(self) -> range:
+        """The positions whose final hidden states go into the sequence's embedding."""
+        if self.sequence.averages:
+            return range(self.start, self.end)
+        last = self.sequence.embed is not None and self.completes_prompt
+        return range(self.end - 1, self.end) if last else range(0)
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -46,7 +60,12 @@ class StepPlan:
     @property
     def sampled(self) -> list[Sequence]:
         """The sequences that get a token, in the order of the logits' rows."""
-        return [*self.decodes, *(chunk.sequence for chunk in self.chunks if chunk.completes_prompt)]
+        return [*self.decodes, *(chunk.sequence for chunk in self.chunks if chunk.samples)]
+
+    @property
+    def pooled(self) -> list[Chunk]:
+        """The chunks that bring hidden states for an embedding, in the order of their rows."""
+        return [chunk for chunk in self.chunks if chunk.pooled]
 
 
 class Scheduler:
@@ -112,18 +131,23 @@ class Scheduler:
         return chunks
 
     def _admit_next(self, started: list[Sequence]) -> Sequence | None:
-        if not self.waiting or not self._admit(self.waiting[0]):
-            return None
-        sequence = self.waiting.popleft()
-        self.prefilling.append(sequence)
-        started.append(sequence)
+        sequence = next(filter(self._admit, self._in_line()), None)
+        if sequence is not None:
+            self.waiting.remove(sequence)
+            self.prefilling.append(sequence)
+            started.append(sequence)
         return sequence
+
+    def _in_line(self) -> Iterator[Sequence]:
+        """Who comes next: the first; if it must wait for blocks, the first that brought its own. Those may be the very
+        blocks that the other one waits for."""
+        yield from islice(self.waiting, 1)
+        yield from islice((sequence for sequence in self.waiting if sequence.table is not None), 1)
 
     def _admit(self, sequence: Sequence) -> bool:
         if sequence.table is None:
-            # The last prompt token is computed in any case: its logits are needed.
             block_size = self._pool.block_size
-            names = (sequence.prompt_names or ())[: (sequence.prompt_len - 1) // block_size]
+            names = (sequence.prompt_names or ())[: sequence.reusable_tokens // block_size]
             sequence.table = self._pool.acquire(self._pool.blocks_for(sequence.prompt_len), names)
         if sequence.table is None:
             return False

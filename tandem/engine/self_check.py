@@ -60,7 +60,7 @@ def _paged(runner: ModelRunner, pool: BlockPool, ids: list[int]) -> Tensor:
     assert table is not None
     sequence = Sequence(request, lambda event: None, decode_here=True, table=table, output_ids=ids[-1:])
     try:
-        return torch.cat([runner.run(plan) for plan in _plans(sequence)])
+        return torch.cat([runner.run(plan).logits_RxV for plan in _plans(sequence)])
     finally:
         table.release()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tandem.engine.block_pool import BlockTable
 from tandem.errors import TandemError
 from tandem.prefix import chain_hashes
-from tandem.types import EngineRequest, FinishReason, Token
+from tandem.types import EmbedParams, EngineRequest, FinishReason, Pooling, Token
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,20 @@ class NewToken:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """The end of a prompt that was to be embedded. The vector: float32, little-endian."""
+
+    vector: bytes
+
+
+@dataclass(frozen=True)
 class Failed:
     """The engine could not go on with this request; its blocks are free."""
 
     error: TandemError
 
 
-EngineEvent = Started | ChunkDone | NewToken | Failed
+EngineEvent = Started | ChunkDone | NewToken | Embedded | Failed
 Listener = Callable[[EngineEvent], None]
 Names = abc.Sequence[bytes]
 
@@ -58,7 +65,7 @@ class Sequence:
     holder of the sequence releases the table.
 
         waiting ──▶ prefilling ──▶ running (decode_here) ──▶ finished
-                        └────────▶ handed to the sender
+                        └────────▶ handed to the sender, or embedded
         attached (KV came from elsewhere) ──▶ running ──▶ finished
     """
 
@@ -67,6 +74,8 @@ class Sequence:
     decode_here: bool
     # None until the scheduler admits it; given from the start when blocks were reserved.
     table: BlockTable | None = None
+    # The prompt is to be embedded: its end is a vector, not a token.
+    embed: EmbedParams | None = None
     # Tokens whose KV is in the pool.
     num_computed: int = 0
     output_ids: list[int] = field(default_factory=list)
@@ -81,6 +90,17 @@ class Sequence:
     @property
     def prompt_len(self) -> int:
         return len(self.request.prompt_ids)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the hidden state of every prompt token is needed."""
+        return self.embed is not None and self.embed.pooling is Pooling.MEAN
+
+    @property
+    def reusable_tokens(self) -> int:
+        """Leading prompt tokens whose KV may come from the prefix cache: it holds no hidden states, and those of the
+        last token are needed in any case."""
+        return 0 if self.averages else self.prompt_len - 1
 
     @property
     def finished(self) -> bool:

@@ -93,3 +93,18 @@ def test_a_full_queue_refuses() -> None:
     scheduler.add(_sequence(4))
     with pytest.raises(Overloaded, match="max_waiting is 1"):
         scheduler.add(_sequence(4))
+
+
+def test_a_prompt_that_brought_its_blocks_does_not_wait_behind_one_that_waits_for_them() -> None:
+    """Or the two would wait for each other: the pool is full of what the second one reserved."""
+    scheduler = _scheduler(blocks=4)
+    reserved = _sequence(12)
+    reserved.table = scheduler._pool.acquire(4)
+    first = _sequence(8, 100)
+    scheduler.add(first)
+    scheduler.add(reserved)
+    assert [chunk.sequence for chunk in scheduler.schedule().chunks] == [reserved]
+    assert list(scheduler.waiting) == [first]
+    assert reserved.table is not None
+    reserved.table.release()
+    assert [chunk.sequence for chunk in scheduler.schedule().chunks] == [reserved, first]
