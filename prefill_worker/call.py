@@ -12,6 +12,7 @@ from typing import Any
 from kv_transfer.base import Sender, Source, Target, Transport
 from kv_transfer.layout import KVLayout
 from tandem import wire
+from tandem.engine.engine import Engine
 from tandem.engine.sequence import ChunkDone, EngineEvent, Failed, NewToken, Sequence, Started
 from tandem.errors import TandemError, TransferFailed
 from tandem.v1 import worker_pb2
@@ -80,7 +81,7 @@ class PrefillCall:
         finally:
             if not handed_over:
                 # Between steps: the engine may be writing into the blocks this very moment.
-                thread.post(lambda: _leave_engine(engine, sequence))
+                thread.post(lambda: leave_engine(engine, sequence))
                 if self._promise is not None:
                     # At once; a lent reservation's lease, which the router renews, is only the backstop.
                     self._promise.failed(TransferFailed("the prefill ended before the handoff"))
@@ -161,7 +162,8 @@ class PrefillCall:
         await self._context.write(worker_pb2.PrefillEvent(**event))
 
 
-def _leave_engine(engine: Any, sequence: Sequence) -> None:
+def leave_engine(engine: Engine, sequence: Sequence) -> None:
+    """Between steps: ends a sequence that only prefills, in whatever state, and frees its blocks."""
     engine.abort(sequence)
     if sequence.table is not None:
         sequence.table.release()

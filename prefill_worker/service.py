@@ -10,6 +10,7 @@ import grpc
 
 from kv_transfer.base import Target, Transport
 from prefill_worker.call import PrefillCall
+from prefill_worker.embedding import embed
 from tandem import wire
 from tandem.engine.sequence import EngineEvent, Failed, NewToken, Sequence
 from tandem.errors import Refused, TransferFailed
@@ -51,6 +52,14 @@ class PrefillRoom(worker_pb2_grpc.PrefillWorkerServicer):
         try:
             prefill = await self._prepare(message, context)
             await prefill.run()
+        finally:
+            self._live -= 1
+
+    async def Embed(self, message: worker_pb2.EmbedPromptRequest, _context: Any) -> worker_pb2.EmbedPromptResponse:
+        self._host.require(Role.PREFILL)
+        self._live += 1
+        try:
+            return await embed(self._host, message)
         finally:
             self._live -= 1
 

@@ -16,14 +16,17 @@ from tandem.config import RouterConfig
 from tandem.errors import InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from tandem.types import (
     MAX_CHOICES,
+    MAX_EMBED_INPUTS,
     MAX_STOP_STRING_CHARS,
     MAX_STOP_STRINGS,
+    EmbedParams,
     EngineRequest,
     ModelInfo,
+    Pooling,
     SamplingParams,
 )
 from tandem.v1 import generation_pb2
-from tandem.wire import sampling_from_wire
+from tandem.wire import embed_params_from_wire, sampling_from_wire
 
 MAX_LABEL_CHARS = 256
 # A house that is full empties at the pace of whole requests: sooner makes no sense.
@@ -56,6 +59,28 @@ class Admitted:
             attempt=attempt,
             cache_salt=self.cache_salt,
         )
+
+
+@dataclass(frozen=True)
+class EmbedPrompt:
+    prompt_ids: tuple[int, ...]
+    # Of the prompt's full blocks; none where the prefix cache is of no use.
+    block_names: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class AdmittedEmbed:
+    """A valid Embed request: tokenized once, with the router's own id."""
+
+    request_id: str
+    prompts: tuple[EmbedPrompt, ...]
+    params: EmbedParams
+    cache_salt: str
+    user_tag: str
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.prompt_ids) for prompt in self.prompts)
 
 
 def choice_seed(seed: int, index: int) -> int:
@@ -120,6 +145,31 @@ class Admission:
             user_tag=request.user_tag,
         )
 
+    async def admit_embed(self, request: generation_pb2.EmbedRequest) -> AdmittedEmbed:
+        """Raises as `admit` does; what is wrong with one input names that input."""
+        _check_labels(request)
+        count = len(request.inputs)
+        _require(1 <= count <= MAX_EMBED_INPUTS, "inputs", f"inputs must hold 1 to {MAX_EMBED_INPUTS}, not {count}")
+        params = embed_params_from_wire(request.pooling, not request.HasField("normalize") or request.normalize)
+        model = self._model(request.model)
+        prompts = []
+        for index, each in enumerate(request.inputs):
+            try:
+                prompts.append(await self._embed_prompt(each, params, model, request.cache_salt))
+            except InvalidRequest as error:
+                raise InvalidRequest(f"inputs[{index}]: {error.message}", field="inputs") from None
+        return AdmittedEmbed(secrets.token_hex(16), tuple(prompts), params, request.cache_salt, request.user_tag)
+
+    async def _embed_prompt(
+        self, message: generation_pb2.EmbedInput, params: EmbedParams, model: ModelInfo, salt: str
+    ) -> EmbedPrompt:
+        ids = await self._prompt_ids(message, model)
+        limit = model.max_model_len
+        _require(len(ids) <= limit, "prompt", f"the prompt has {len(ids)} tokens; the model's limit is {limit}")
+        if params.pooling is Pooling.MEAN:
+            return EmbedPrompt(ids, ())
+        return EmbedPrompt(ids, await name_blocks(ids, model.fingerprint.block_size, salt))
+
     def _model(self, name: str) -> ModelInfo:
         model = self._served()
         if model is None:
@@ -138,7 +188,9 @@ class Admission:
         _require(not stop or self.tokenizer is not None, "stop", "stop strings need a tokenizer; the model has none")
         return stop
 
-    async def _prompt_ids(self, request: generation_pb2.GenerateRequest, model: ModelInfo) -> tuple[int, ...]:
+    async def _prompt_ids(
+        self, request: generation_pb2.GenerateRequest | generation_pb2.EmbedInput, model: ModelInfo
+    ) -> tuple[int, ...]:
         match request.WhichOneof("prompt"):
             case "text":
                 ids = await self._encode(request.text)
@@ -166,7 +218,7 @@ def _require(ok: bool, field: str, message: str) -> None:
         raise InvalidRequest(message, field=field)
 
 
-def _check_labels(request: generation_pb2.GenerateRequest) -> None:
+def _check_labels(request: generation_pb2.GenerateRequest | generation_pb2.EmbedRequest) -> None:
     for name in ("model", "user_tag", "cache_salt"):
         length = len(getattr(request, name))
         limit = f"{name} must have at most {MAX_LABEL_CHARS} characters, not {length}"

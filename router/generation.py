@@ -38,6 +38,9 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
 
         await self._orchestrator.generate(request, context.time_remaining(), emit)
 
+    async def Embed(self, request: generation_pb2.EmbedRequest, context: Any) -> generation_pb2.EmbedResponse:
+        return await self._orchestrator.embed(request, context.time_remaining())
+
     async def ListModels(
         self, _request: generation_pb2.ListModelsRequest, _context: Any
     ) -> generation_pb2.ListModelsResponse:
@@ -82,11 +85,11 @@ def _worker_status(worker: Worker, check: registry_pb2.Integrity | None) -> gene
 
 def _live_request(live: Live) -> generation_pb2.LiveRequest:
     """Of n choices, the first stands for the request."""
-    choice = live.choices[0]
+    job = live.jobs[0]
     return generation_pb2.LiveRequest(
         request_id=live.request_id,
-        phase=choice.timeline.phase,
+        phase=job.timeline.phase,
         age_ms=live.timeline.now_ms(),
-        prefill_worker=choice.prefill_worker,
-        decode_worker=choice.decode_worker,
+        prefill_worker=job.prefill_worker,
+        decode_worker=job.decode_worker,
     )

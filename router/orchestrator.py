@@ -1,4 +1,4 @@
-"""One request from the door to its end, whatever the door: n choices at once, one deadline, one outcome."""
+"""One request from the door to its end, whatever the door: all of its parts at once, one deadline, one outcome."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from router.admission import Admission, Admitted, Gate, deadline_s
 from router.aio import first_error
 from router.choice import Brief, Choice, Emit
 from router.detokenizer import Detokenizer
+from router.embedding import EmbedJob
 from router.output import ChoiceOutput
 from router.registry import Registry
 from tandem import errors
@@ -23,13 +25,25 @@ from tandem.v1 import generation_pb2
 log = logging.getLogger(__name__)
 
 
+class Job(Protocol):
+    """A part of a request: one of n choices, or all inputs of an Embed call."""
+
+    timeline: Timeline
+    # Ids, for reports; empty until placed.
+    prefill_worker: str
+    decode_worker: str
+
+    def fail(self, error: errors.TandemError) -> None:
+        """Ends it from outside."""
+
+
 @dataclass(frozen=True)
 class Live:
     """An accepted request that has not ended."""
 
     request_id: str
     timeline: Timeline
-    choices: tuple[Choice, ...]
+    jobs: tuple[Job, ...]
 
 
 class Orchestrator:
@@ -62,13 +76,44 @@ class Orchestrator:
         down, not the workers. Cancelling the call releases everything.
         """
         timeline = Timeline()
+        async with self._let_in(remaining_s) as deadline:
+            admitted = await self._admission.admit(request)
+            timeline.mark(Phase.ADMITTED)
+            self._check_open()
+            await self._run(admitted, timeline, deadline, _one_at_a_time(emit))
+
+    async def embed(
+        self, request: generation_pb2.EmbedRequest, remaining_s: float | None
+    ) -> generation_pb2.EmbedResponse:
+        """Raises a TandemError. Cancelling the call releases everything."""
+        timeline = Timeline()
+        async with self._let_in(remaining_s) as deadline:
+            admitted = await self._admission.admit_embed(request)
+            timeline.mark(Phase.ADMITTED)
+            self._check_open()
+            job = EmbedJob(admitted, deadline, timeline, self._registry)
+            note = (
+                f"{len(admitted.prompts)} inputs to embed, {admitted.prompt_tokens} tokens, tag {admitted.user_tag!r}"
+            )
+            async with self._counted(Live(admitted.request_id, timeline, (job,)), note):
+                return self._sendable(await job.run())
+
+    @asynccontextmanager
+    async def _let_in(self, remaining_s: float | None) -> AsyncIterator[float]:
+        """Yields the deadline on the event loop's clock. Raises Overloaded, Unavailable or DeadlineExceeded."""
         self._check_open()
         with self._gate.enter():
             async with _deadline(deadline_s(remaining_s, self._config)) as deadline:
-                admitted = await self._admission.admit(request)
-                timeline.mark(Phase.ADMITTED)
-                self._check_open()
-                await self._run(admitted, timeline, deadline, _one_at_a_time(emit))
+                yield deadline
+
+    def _sendable(self, response: generation_pb2.EmbedResponse) -> generation_pb2.EmbedResponse:
+        size, limit = response.ByteSize(), self._config.max_message_bytes
+        if size > limit:
+            raise errors.InvalidRequest(
+                f"the vectors take {size} bytes; router.max_message_bytes is {limit}: embed fewer inputs at once",
+                field="inputs",
+            )
+        return response
 
     async def close(self, grace_s: float) -> None:
         """Refuses new requests, lets live ones finish for a while, then fails them. Returns when none is live."""
@@ -79,8 +124,8 @@ class Orchestrator:
         except TimeoutError:
             log.warning("%d requests are still live: ending them", len(self._live))
         for live in self._live.values():
-            for choice in live.choices:
-                choice.fail(errors.Unavailable("the router stopped before the request had ended"))
+            for job in live.jobs:
+                job.fail(errors.Unavailable("the router stopped before the request had ended"))
         await self._idle.wait()
 
     def _check_open(self) -> None:
@@ -89,7 +134,8 @@ class Orchestrator:
 
     async def _run(self, admitted: Admitted, timeline: Timeline, deadline: float, emit: Emit) -> None:
         choices = tuple(self._choice(admitted, index, timeline, deadline, emit) for index in range(admitted.n))
-        async with self._counted(admitted, Live(admitted.request_id, timeline, choices)):
+        note = f"{len(admitted.prompt_ids)} prompt tokens, n={admitted.n}, tag {admitted.user_tag!r}"
+        async with self._counted(Live(admitted.request_id, timeline, choices), note):
             await emit(Accepted(admitted.request_id, len(admitted.prompt_ids)))
             with first_error():
                 async with asyncio.TaskGroup() as tasks:
@@ -107,12 +153,10 @@ class Orchestrator:
         return Choice(brief, output, self._registry, emit)
 
     @asynccontextmanager
-    async def _counted(self, admitted: Admitted, live: Live) -> AsyncIterator[None]:
+    async def _counted(self, live: Live, note: str) -> AsyncIterator[None]:
         """The one place where an accepted request begins and ends (law 2)."""
         adapter = logging.LoggerAdapter(log, {"request_id": live.request_id})
-        adapter.info(
-            "accepted: %d prompt tokens, n=%d, tag %r", len(admitted.prompt_ids), admitted.n, admitted.user_tag
-        )
+        adapter.info("accepted: %s", note)
         self._live[live.request_id] = live
         self._idle.clear()
         try:

@@ -57,21 +57,26 @@ class Placement:
 
 def choose(workers: Sequence[WorkerView], demand: Demand) -> Placement:
     """Raises Unavailable when a role has no worker now, InvalidRequest when no joined worker could ever hold it."""
-    prefills = _filter(workers, Role.PREFILL, demand.prompt_tokens)
+    prefill = choose_prefill(workers, demand.prompt_tokens)
     decodes = _filter(workers, Role.DECODE, demand.kv_tokens)
-    prefill = min(prefills, key=lambda worker: _prefill_cost(worker, demand))
     decode = prefill if prefill in decodes else min(decodes, key=_decode_cost)
     return Placement(prefill.worker_id, decode.worker_id)
+
+
+def choose_prefill(workers: Sequence[WorkerView], prompt_tokens: int) -> WorkerView:
+    """Where a prompt is computed, whoever decodes, if anybody does. Raises as `choose` does."""
+    prefills = _filter(workers, Role.PREFILL, prompt_tokens)
+    return min(prefills, key=lambda worker: _prefill_cost(worker, prompt_tokens))
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def _prefill_cost(worker: WorkerView, demand: Demand) -> tuple[int, int, int, str]:
+def _prefill_cost(worker: WorkerView, prompt_tokens: int) -> tuple[int, int, int, str]:
     """Tokens to compute until the first token: a cached prefix is worth exactly the queue that it makes up for, so
     prompts that share one meet on a worker until it is busier than that. Among equals, the emptier cache."""
-    tokens = worker.queued_prompt_tokens + worker.to_compute(demand.prompt_tokens)
+    tokens = worker.queued_prompt_tokens + worker.to_compute(prompt_tokens)
     return tokens, worker.live_requests, worker.cache_size, worker.worker_id
 
 

@@ -252,6 +252,10 @@ class Worker:
         )
         return self._prefill.Prefill(message, timeout=timeout_s)
 
+    def embed(self, message: worker_pb2.EmbedPromptRequest, timeout_s: float) -> Any:
+        """The Embed call; await it inside `calling`."""
+        return self._prefill.Embed(message, timeout=timeout_s)
+
     def abort(self, request_id: str, attempt: int) -> asyncio.Task[None]:
         """Starts Abort. The task ends in bounded time, never fails, and goes on when its waiter is cancelled."""
         task = asyncio.create_task(self._abort(request_id, attempt))

@@ -17,6 +17,7 @@ _REASONS = {
     types.FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
 }
 _REASONS_BACK = {value: key for key, value in _REASONS.items()}
+_POOLINGS = {types.Pooling.LAST: common_pb2.POOLING_LAST, types.Pooling.MEAN: common_pb2.POOLING_MEAN}
 
 
 def roles_to_wire(roles: frozenset[types.Role]) -> list[registry_pb2.Role]:
@@ -140,6 +141,21 @@ def model_from_wire(message: registry_pb2.ModelInfo) -> types.ModelInfo:
         eos_token_ids=tuple(message.eos_token_ids),
         fingerprint=fingerprint_from_wire(message.fingerprint),
     )
+
+
+def embed_params_to_wire(params: types.EmbedParams) -> tuple[common_pb2.Pooling, bool]:
+    """The fields pooling and normalize."""
+    return _POOLINGS[params.pooling], params.normalize
+
+
+def embed_params_from_wire(pooling: common_pb2.Pooling, normalize: bool) -> types.EmbedParams:
+    """Raises InvalidRequest for a pooling that this version does not know."""
+    if pooling == common_pb2.POOLING_UNSPECIFIED:
+        return types.EmbedParams(normalize=normalize)
+    for known, value in _POOLINGS.items():
+        if value == pooling:
+            return types.EmbedParams(known, normalize)
+    raise errors.InvalidRequest(f"pooling must be last or mean, not {pooling}", field="pooling")
 
 
 def cache_changes_to_wire(changes: prefix.CacheChanges) -> registry_pb2.PrefixCacheChanges:

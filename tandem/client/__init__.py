@@ -2,6 +2,7 @@
 
 from tandem.client.aio import AsyncClient, AsyncGeneration
 from tandem.client.completion import Choice, Completion
+from tandem.client.embedding import Embeddings
 from tandem.client.request import SamplingFields
 from tandem.client.status import Integrity, LiveRequest, Load, ServiceStatus, WorkerState
 from tandem.client.sync import Client, Generation
@@ -12,6 +13,7 @@ __all__ = [
     "Choice",
     "Client",
     "Completion",
+    "Embeddings",
     "Generation",
     "Integrity",
     "LiveRequest",

@@ -5,25 +5,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import grpc
 
 from tandem import errors, rpc, wire
 from tandem.client.completion import Collector, Completion, EventReader
+from tandem.client.embedding import Embeddings, embeddings_from_wire
 from tandem.client.failure import explain
 from tandem.client.request import (
     ADMIN_TIMEOUT_S,
     DEFAULT_ADDRESS,
     MAX_MESSAGE_BYTES,
+    EmbedOptions,
     Prompt,
     RequestOptions,
     SamplingFields,
+    build_embed_request,
     build_request,
     check_timeout,
 )
 from tandem.client.status import ServiceStatus, status_from_wire
-from tandem.types import Event, ModelInfo, SamplingParams
+from tandem.types import Event, ModelInfo, Pooling, SamplingParams
 from tandem.v1 import generation_pb2, generation_pb2_grpc
 
 
@@ -172,6 +175,26 @@ class AsyncClient:
             collector.add(event)
         return collector.completion()
 
+    async def embed(
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        pooling: Pooling | Literal["last", "mean"] = Pooling.LAST,
+        normalize: bool = True,
+        model: str = "",
+        cache_salt: str = "",
+        user_tag: str = "",
+        timeout_s: float | None = None,
+    ) -> Embeddings:
+        """One vector for each input: the model's final hidden states, of the last token or their mean.
+
+        inputs: up to 64 prompts, each text or token ids; one text may stand alone. Vectors have length 1 unless
+        `normalize` is false.
+        """
+        request = build_embed_request(inputs, EmbedOptions(pooling, normalize, model, cache_salt, user_tag))
+        deadline_s = self._timeout_s if timeout_s is None else timeout_s
+        return embeddings_from_wire(await self._unary(self._open_stub().Embed, request, deadline_s))
+
     async def status(self, check_integrity: bool = False, *, timeout_s: float = ADMIN_TIMEOUT_S) -> ServiceStatus:
         """Pools, load and live requests; with `check_integrity` every worker checks its block pool."""
         request = generation_pb2.StatusRequest(check_integrity=check_integrity)
@@ -182,7 +205,7 @@ class AsyncClient:
         answer = await self._unary(self._open_stub().ListModels, generation_pb2.ListModelsRequest(), timeout_s)
         return tuple(map(wire.model_from_wire, answer.models))
 
-    async def _unary(self, method: Any, request: Any, timeout_s: float) -> Any:
+    async def _unary(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         try:
             return await method(request, timeout=check_timeout(timeout_s))
         except grpc.RpcError as error:

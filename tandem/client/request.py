@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from tandem import wire
 from tandem.errors import InvalidRequest
-from tandem.types import MAX_CHOICES, SamplingParams
+from tandem.types import MAX_CHOICES, MAX_EMBED_INPUTS, EmbedParams, Pooling, SamplingParams
 from tandem.v1 import common_pb2, generation_pb2
 
 Prompt = str | Sequence[int]
@@ -65,11 +65,57 @@ def build_request(
         cache_salt=_text("cache_salt", options.cache_salt),
         keep_special_tokens=options.keep_special_tokens,
     )
-    if isinstance(prompt, str):
-        request.text = _text("prompt", prompt).encode()
-    else:
-        request.token_ids.CopyFrom(_token_ids(prompt))
+    _set_prompt(request, prompt)
     return request
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """What is asked beside the inputs."""
+
+    pooling: Pooling | Literal["last", "mean"] = Pooling.LAST
+    normalize: bool = True
+    model: str = ""
+    cache_salt: str = ""
+    user_tag: str = ""
+
+
+def build_embed_request(inputs: str | Sequence[Prompt], options: EmbedOptions) -> generation_pb2.EmbedRequest:
+    """Raises InvalidRequest, naming the field, for what no server could accept; the rest is the server's to judge."""
+    pooling, normalize = wire.embed_params_to_wire(EmbedParams(_pooling(options.pooling), bool(options.normalize)))
+    request = generation_pb2.EmbedRequest(
+        pooling=pooling,
+        normalize=normalize,
+        model=_text("model", options.model),
+        user_tag=_text("user_tag", options.user_tag),
+        cache_salt=_text("cache_salt", options.cache_salt),
+    )
+    each_input = [inputs] if isinstance(inputs, str) else _listed(inputs)
+    if not 1 <= len(each_input) <= MAX_EMBED_INPUTS:
+        raise InvalidRequest(f"inputs must hold 1 to {MAX_EMBED_INPUTS}, not {len(each_input)}", field="inputs")
+    for prompt in each_input:
+        _set_prompt(request.inputs.add(), prompt)
+    return request
+
+
+def _listed(inputs: Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(inputs, Sequence) and not isinstance(inputs, bytes | bytearray):
+        return list(inputs)
+    raise InvalidRequest(f"inputs must be a list of prompts, not {type(inputs).__name__}", field="inputs")
+
+
+def _pooling(value: str) -> Pooling:
+    try:
+        return Pooling(value)
+    except ValueError:
+        raise InvalidRequest(f"pooling must be last or mean, not {value!r}", field="pooling") from None
+
+
+def _set_prompt(message: generation_pb2.GenerateRequest | generation_pb2.EmbedInput, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        message.text = _text("prompt", prompt).encode()
+    else:
+        message.token_ids.CopyFrom(_token_ids(prompt))
 
 
 # A year: gRPC's own arithmetic overflows somewhere above, and then the deadline has passed at once.

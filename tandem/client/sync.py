@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import grpc
 
 from tandem import rpc, wire
 from tandem.client.completion import Completion, EventReader, collect
+from tandem.client.embedding import Embeddings, embeddings_from_wire
 from tandem.client.failure import explain
 from tandem.client.request import (
     ADMIN_TIMEOUT_S,
     DEFAULT_ADDRESS,
     MAX_MESSAGE_BYTES,
+    EmbedOptions,
     Prompt,
     RequestOptions,
     SamplingFields,
+    build_embed_request,
     build_request,
     check_timeout,
 )
 from tandem.client.status import ServiceStatus, status_from_wire
-from tandem.types import Event, ModelInfo, SamplingParams
+from tandem.types import Event, ModelInfo, Pooling, SamplingParams
 from tandem.v1 import generation_pb2, generation_pb2_grpc
 
 
@@ -130,6 +133,22 @@ class Client:
         options = RequestOptions(n, stop, model, cache_salt, user_tag, keep_special_tokens)
         return collect(self.generate(prompt, sampling=sampling, timeout_s=timeout_s, **vars(options), **fields))
 
+    def embed(
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        pooling: Pooling | Literal["last", "mean"] = Pooling.LAST,
+        normalize: bool = True,
+        model: str = "",
+        cache_salt: str = "",
+        user_tag: str = "",
+        timeout_s: float | None = None,
+    ) -> Embeddings:
+        """One vector for each input. See AsyncClient.embed."""
+        request = build_embed_request(inputs, EmbedOptions(pooling, normalize, model, cache_salt, user_tag))
+        deadline_s = self._timeout_s if timeout_s is None else timeout_s
+        return embeddings_from_wire(self._unary(self._open_stub().Embed, request, deadline_s))
+
     def status(self, check_integrity: bool = False, *, timeout_s: float = ADMIN_TIMEOUT_S) -> ServiceStatus:
         """Pools, load and live requests; with `check_integrity` every worker checks its block pool."""
         request = generation_pb2.StatusRequest(check_integrity=check_integrity)
@@ -145,7 +164,7 @@ class Client:
             raise RuntimeError("the client is closed")
         return self._stub
 
-    def _unary(self, method: Any, request: Any, timeout_s: float) -> Any:
+    def _unary(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         try:
             return method(request, timeout=check_timeout(timeout_s))
         except grpc.RpcError as error:

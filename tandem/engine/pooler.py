@@ -22,7 +22,7 @@ class Pooler:
     def pool(self, hidden_ExD: Tensor, chunks: Rows[Chunk]) -> list[tuple[Sequence, Embedded]]:
         """The embeddings that are whole now. hidden: one row for each position in `pooled` of each chunk, in order."""
         whole = []
-        rows = hidden_ExD.double().split([len(chunk.pooled) for chunk in chunks])
+        rows = torch.split_with_sizes(hidden_ExD.double(), [len(chunk.pooled) for chunk in chunks])
         for chunk, hidden in zip(chunks, rows, strict=True):
             sequence = chunk.sequence
             total_D = hidden.sum(dim=0) + self._sums.pop(sequence, 0.0)

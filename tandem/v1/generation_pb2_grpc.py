@@ -39,6 +39,11 @@ class GenerationStub:
                 request_serializer=tandem_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_generation__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/tandem.v1.Generation/Embed',
+                request_serializer=tandem_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/tandem.v1.Generation/ListModels',
                 request_serializer=tandem_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
@@ -56,6 +61,13 @@ class GenerationServicer:
 
     def Generate(self, request, context):
         """Generates from a prompt. The deadline is gRPC's own; cancelling the call frees everything it holds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """One vector for each input: the model's final hidden states, pooled. Deadline and cancel as above.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -82,6 +94,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=tandem_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_generation__pb2.GenerateEvent.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=tandem_dot_v1_dot_generation__pb2.EmbedRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_generation__pb2.EmbedResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -121,6 +138,33 @@ class Generation:
             '/tandem.v1.Generation/Generate',
             tandem_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             tandem_dot_v1_dot_generation__pb2.GenerateEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Generation/Embed',
+            tandem_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+            tandem_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,30 @@ class PrefillEvent(_message.Message):
     sealed: Sealed
     def __init__(self, started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., sealed: _Optional[_Union[Sealed, _Mapping]] = ...) -> None: ...
 
+class EmbedPromptRequest(_message.Message):
+    __slots__ = ("request_id", "prompt_ids", "cache_salt", "pooling", "normalize", "fingerprint")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZE_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    prompt_ids: _containers.RepeatedScalarFieldContainer[int]
+    cache_salt: str
+    pooling: _common_pb2.Pooling
+    normalize: bool
+    fingerprint: _registry_pb2.Fingerprint
+    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[str] = ..., pooling: _Optional[_Union[_common_pb2.Pooling, str]] = ..., normalize: _Optional[bool] = ..., fingerprint: _Optional[_Union[_registry_pb2.Fingerprint, _Mapping]] = ...) -> None: ...
+
+class EmbedPromptResponse(_message.Message):
+    __slots__ = ("values", "cached_tokens")
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    values: bytes
+    cached_tokens: int
+    def __init__(self, values: _Optional[bytes] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+
 class PrefillStarted(_message.Message):
     __slots__ = ("queued_ms", "cached_tokens")
     QUEUED_MS_FIELD_NUMBER: _ClassVar[int]

@@ -40,6 +40,11 @@ class PrefillWorkerStub:
                 request_serializer=tandem_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_worker__pb2.PrefillEvent.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/tandem.v1.PrefillWorker/Embed',
+                request_serializer=tandem_dot_v1_dot_worker__pb2.EmbedPromptRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_worker__pb2.EmbedPromptResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillWorkerServicer:
@@ -53,6 +58,13 @@ class PrefillWorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Computes a prompt and pools its final hidden states; nothing is handed off. Cancel frees everything.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillWorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=tandem_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_worker__pb2.PrefillEvent.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=tandem_dot_v1_dot_worker__pb2.EmbedPromptRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_worker__pb2.EmbedPromptResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -89,6 +106,33 @@ class PrefillWorker:
             '/tandem.v1.PrefillWorker/Prefill',
             tandem_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
             tandem_dot_v1_dot_worker__pb2.PrefillEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.PrefillWorker/Embed',
+            tandem_dot_v1_dot_worker__pb2.EmbedPromptRequest.SerializeToString,
+            tandem_dot_v1_dot_worker__pb2.EmbedPromptResponse.FromString,
             options,
             channel_credentials,
             insecure,

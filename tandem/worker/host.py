@@ -19,7 +19,7 @@ from tandem.config import TandemConfig
 from tandem.engine.block_pool import BlockTable
 from tandem.engine.sequence import EngineEvent, Sequence
 from tandem.errors import ConfigError, Refused, TandemError
-from tandem.types import EngineRequest, ModelInfo, Role
+from tandem.types import EngineRequest, ModelInfo, Role, SamplingParams
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.engine_thread import EngineThread
 
@@ -118,6 +118,16 @@ class WorkerHost:
     def _read(self, message: worker_pb2.EngineRequest) -> EngineRequest:
         request = wire.request_from_wire(message)
         self.engine.validate(request)
+        return request
+
+    async def read_prompt(self, message: worker_pb2.EmbedPromptRequest) -> EngineRequest:
+        """A prompt that is to be embedded and breaks no step; nothing is sampled. Raises InvalidRequest."""
+        return await _off_the_loop(self._read_prompt, message, len(message.prompt_ids))
+
+    def _read_prompt(self, message: worker_pb2.EmbedPromptRequest) -> EngineRequest:
+        prompt = tuple(message.prompt_ids)
+        request = EngineRequest(message.request_id, prompt, SamplingParams(max_tokens=1), cache_salt=message.cache_salt)
+        self.engine.validate_prompt(request)
         return request
 
     async def name_blocks(self, request: EngineRequest) -> list[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ from tandem.v1 import common_pb2, registry_pb2, registry_pb2_grpc, worker_pb2, w
 FINGERPRINT = Fingerprint("config", "weights", "float32", 16, 2, 2, 8, 1)
 MODEL = ModelInfo("tiny", 4096, 512, (0,), FINGERPRINT)
 # Where a test can hold a request or make it fail.
-PHASES = ("reserve", "start", "first", "seal", "decode")
+PHASES = ("reserve", "start", "first", "seal", "decode", "embed")
 
 
 async def eventually(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
@@ -99,6 +100,7 @@ class ScriptedWorker(
         self.errors: dict[str, TandemError] = {}
         self.reserve_requests: list[worker_pb2.ReserveRequest] = []
         self.prefill_requests: list[worker_pb2.PrefillRequest] = []
+        self.embed_requests: list[worker_pb2.EmbedPromptRequest] = []
         self.renewed: list[list[str]] = []
         self.directives: list[registry_pb2.Directive] = []
         self.join_error: grpc.aio.AioRpcError | None = None
@@ -108,6 +110,7 @@ class ScriptedWorker(
         self.silent = self.draining = False
         self.beats = 0
         self.steps_per_batch = 1
+        self.vector_width = 2
         self.integrity = registry_pb2.Integrity(ok=True)
         self._queues: dict[str, asyncio.Queue[worker_pb2.TokenBatch | None]] = {}
         self._reservations: dict[str, worker_pb2.ReserveRequest] = {}
@@ -278,6 +281,19 @@ class ScriptedWorker(
         summary = worker_pb2.TransferSummary(bytes=1000, frames=3, transfer_ms=0.5)
         sealed = worker_pb2.Sealed(summary=summary, after_first_token_ms=0.25)
         await context.write(worker_pb2.PrefillEvent(sealed=sealed))
+
+    async def Embed(self, request: worker_pb2.EmbedPromptRequest, context: Any) -> worker_pb2.EmbedPromptResponse:
+        """The vector of a prompt is its first token and its length, and zeros up to the width."""
+        self.embed_requests.append(request)
+        try:
+            await self.reach("embed", request.request_id)
+        except asyncio.CancelledError:
+            self.note("embed_cancelled", request.request_id)
+            raise
+        self.note("embed_done", request.request_id)
+        zeros = [0] * (self.vector_width - 2)
+        vector = struct.pack(f"<{self.vector_width}f", request.prompt_ids[0], len(request.prompt_ids), *zeros)
+        return worker_pb2.EmbedPromptResponse(values=vector, cached_tokens=1)
 
     # Decoding.
 
