@@ -214,9 +214,11 @@ class Choice:
                 self.timeline.mark(Phase.PREFILL_STARTED)
             case "first_token":
                 self.timeline.mark(Phase.FIRST_TOKEN)
+                self._prefill_on.prefixes.expect(self._brief.block_names)
                 return self._note_first_token(event.first_token)
             case "sealed":
                 self._sealed = event.sealed
+                self._decode_on.prefixes.expect(self._brief.block_names)
                 return True
         return False
 

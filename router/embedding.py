@@ -72,7 +72,8 @@ class EmbedJob:
             try:
                 with worker.calling(Role.PREFILL):
                     answer: worker_pb2.EmbedPromptResponse = await call
-                    return answer
+                worker.prefixes.expect(prompt.block_names)
+                return answer
             finally:
                 worker.queued.drop(key)
                 worker.detach(key, Role.PREFILL)

@@ -12,19 +12,29 @@ SLICE_BLOCKS = 256
 
 
 class PrefixIndex:
-    """The names of the blocks that a worker has cached. At most half a heartbeat old, and only a hint: a worker
-    looks into its own cache when the request comes.
+    """The names of the blocks that a worker has cached, as of its last heartbeat, and of those that it must have
+    cached since. Only a hint: a worker looks into its own cache when the request comes.
     """
 
     def __init__(self, limit: int) -> None:
         """limit: blocks in the worker's pool; names over that are ignored, so the index is bounded by it."""
         self._limit = limit
         self._names: set[bytes] = set()
+        # Until the next heartbeat, which knows better.
+        self._expected: set[bytes] = set()
 
     def __len__(self) -> int:
+        """Blocks that it has told of."""
         return len(self._names)
 
+    def expect(self, names: Sequence[bytes]) -> None:
+        """A prompt has just been computed there, or has arrived: the next one finds it without waiting for a
+        heartbeat to tell."""
+        self._expected.update(names[: self._limit - len(self._expected)])
+
     def apply(self, changes: CacheChanges) -> None:
+        """A heartbeat's."""
+        self._expected.clear()
         if changes.reset:
             self._names.clear()
         self._names.difference_update(changes.lost)
@@ -32,7 +42,8 @@ class PrefixIndex:
 
     def leading(self, names: Sequence[bytes]) -> int:
         """How many of a prompt's first blocks are cached."""
-        return next((index for index, name in enumerate(names) if name not in self._names), len(names))
+        cached = (name in self._names or name in self._expected for name in names)
+        return next((index for index, found in enumerate(cached) if not found), len(names))
 
 
 async def name_blocks(prompt_ids: Sequence[int], block_size: int, salt: str) -> tuple[bytes, ...]:

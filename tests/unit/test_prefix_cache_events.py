@@ -110,6 +110,18 @@ def test_only_leading_blocks_count() -> None:
     assert len(index) == 0
 
 
+def test_a_prompt_computed_just_now_is_found_until_the_next_heartbeat_knows_better() -> None:
+    names = chain_hashes(None, [1] * 12, 4)
+    index = PrefixIndex(8)
+    index.apply(CacheChanges(gained=(names[0],)))
+    index.expect(names)
+    assert (index.leading(names), len(index)) == (3, 1)
+    index.apply(CacheChanges(gained=(names[1],)))
+    assert (index.leading(names), len(index)) == (2, 2)
+    index.expect(chain_hashes(None, [2] * 400, 4))
+    assert len(index._expected) == 8
+
+
 def test_a_worker_that_tells_more_than_its_pool_holds_fills_no_memory() -> None:
     index = PrefixIndex(2)
     index.apply(CacheChanges(gained=tuple(chain_hashes(None, [1] * 40, 4))))
