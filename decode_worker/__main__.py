@@ -2,8 +2,12 @@
 
 import sys
 
-from decode_worker.run import run
-from tandem.worker.main import parse_arguments
+from tandem.entry import starting
 
 if __name__ == "__main__":
-    sys.exit(run(*parse_arguments(__doc__)))
+    with starting():
+        from tandem.worker.arguments import parse_arguments
+    arguments = parse_arguments("python -m decode_worker", "A decode worker.")
+    with starting():  # torch: seconds
+        from decode_worker.run import run
+    sys.exit(run(*arguments))

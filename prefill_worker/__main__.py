@@ -2,8 +2,12 @@
 
 import sys
 
-from prefill_worker.run import run
-from tandem.worker.main import parse_arguments
+from tandem.entry import starting
 
 if __name__ == "__main__":
-    sys.exit(run(*parse_arguments(__doc__)))
+    with starting():
+        from tandem.worker.arguments import parse_arguments
+    arguments = parse_arguments("python -m prefill_worker", "A prefill worker.")
+    with starting():  # torch: seconds
+        from prefill_worker.run import run
+    sys.exit(run(*arguments))

@@ -7,20 +7,22 @@ import logging
 import sys
 from pathlib import Path
 
-from router.app import run
-from tandem.config import load_config
-from tandem.errors import ConfigError
+from tandem.entry import starting
 
 _LINE = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="router", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m router", description="The router as a process.")
     parser.add_argument("--config", type=Path, help="YAML file; tandem/config.py lists its keys")
     parser.add_argument("--host", help="address to listen on; overrides router.host")
     parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one; overrides router.port")
     parser.add_argument("--model", help="directory or hub id of the served model; overrides model.path")
     options = parser.parse_args(arguments)
+    with starting():
+        from router.app import run
+        from tandem.config import load_config
+        from tandem.errors import ConfigError
     _configure_logging()
     try:
         router = {"host": options.host, "port": options.port}

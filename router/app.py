@@ -16,6 +16,7 @@ from router.orchestrator import Orchestrator
 from router.registry import Registry
 from router.tokenizer import load_tokenizer
 from tandem import rpc
+from tandem.addresses import check_listening, join_address
 from tandem.config import TandemConfig
 from tandem.errors import ConfigError
 from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2, registry_pb2_grpc
@@ -57,6 +58,7 @@ async def serve(config: TandemConfig, ready: Callable[[str], None]) -> None:
 @asynccontextmanager
 async def open_router(config: TandemConfig) -> AsyncIterator[str]:
     """A serving router; yields its host:port, and stops gracefully on the way out. Raises ConfigError."""
+    check_listening("router", config.router.host, config.router.port)  # before a tokenizer is fetched
     registry = Registry(config.router, config.model.served_name)
     admission = Admission(load_tokenizer(config.model), lambda: registry.model)
     orchestrator = Orchestrator(config.router, registry, admission)
@@ -68,7 +70,7 @@ async def open_router(config: TandemConfig) -> AsyncIterator[str]:
     port = rpc.bind(server, config.router.host, config.router.port)
     await server.start()
     try:
-        yield rpc.join_address(config.router.host, port)
+        yield join_address(config.router.host, port)
     finally:
         await health_service.enter_graceful_shutdown()
         await orchestrator.close(STOP_GRACE_S)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from tandem.addresses import dialable
 from tandem.errors import ConfigError
 
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
@@ -86,6 +87,11 @@ class WorkerConfig(Section):
     frames_in_flight: int = Field(8, ge=1, le=256)
     # A stopping worker waits this long for live requests.
     drain_timeout_s: float = Field(30.0, ge=0)
+
+    @field_validator("advertise")
+    @classmethod
+    def _dialable(cls, advertise: str) -> str:
+        return advertise and dialable(advertise)
 
 
 class RouterConfig(Section):

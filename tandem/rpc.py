@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tandem import errors
+from tandem.addresses import check_listening, join_address
 
 log = logging.getLogger(__name__)
 
@@ -91,13 +92,9 @@ def make_server(max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
     return grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes))
 
 
-def join_address(host: str, port: int) -> str:
-    """host:port, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    """Binds and returns the port. Raises ConfigError when the address is in use or not ours."""
+def bind(server: grpc.aio.Server, host: str, port: int, section: str = "router") -> int:
+    """Binds and returns the port. Raises ConfigError, naming the configuration section's key, when it cannot."""
+    check_listening(section, host, port)
     address = join_address(host, port)
     try:
         bound = int(server.add_insecure_port(address))
@@ -105,7 +102,7 @@ def bind(server: grpc.aio.Server, host: str, port: int) -> int:
         bound = 0
     if bound == 0:
         raise errors.ConfigError(
-            f"cannot listen on {address}: the port is in use or the address is not ours", field="port"
+            f"{section}.port: cannot listen on {address}; it was taken this moment", field=f"{section}.port"
         )
     return bound
 

@@ -16,9 +16,11 @@ TOP = ("tandem", "router", "prefill_worker", "decode_worker", "kv_transfer", "lo
 HEAVY = frozenset({"torch", "transformers", "ray", "numba", "safetensors"})
 WEB = frozenset({"grpc", "grpc_health", "grpc_reflection", "http", "socketserver", "aiohttp", "fastapi", "requests"})
 
-VALUES = frozenset({"tandem.types", "tandem.errors", "tandem.config", "tandem.timeline", "tandem.prefix"})
+VALUES = frozenset(
+    {"tandem.types", "tandem.errors", "tandem.config", "tandem.timeline", "tandem.prefix", "tandem.addresses"}
+)
 # Values and the wire: what every process shares.
-SHARED = VALUES | {"tandem.rpc", "tandem.wire", "tandem.v1"}
+SHARED = VALUES | {"tandem.entry", "tandem.rpc", "tandem.wire", "tandem.v1"}
 WORKER = SHARED | {"tandem.engine", "tandem.worker", "kv_transfer"}
 
 
@@ -38,9 +40,11 @@ ROOMS = {
     "tandem": Room(VALUES | {"tandem.client"}, HEAVY),
     "tandem.types": Room(VALUES, HEAVY | WEB),
     "tandem.errors": Room(frozenset(), HEAVY | WEB),
+    "tandem.addresses": Room(VALUES, HEAVY | WEB),
     "tandem.timeline": Room(frozenset(), HEAVY | WEB),
     "tandem.prefix": Room(frozenset(), HEAVY | WEB),
     "tandem.config": Room(VALUES, HEAVY | WEB),
+    "tandem.entry": Room(frozenset(), HEAVY | WEB),
     "tandem.rpc": Room(SHARED, HEAVY),
     "tandem.wire": Room(SHARED, HEAVY),
     "tandem.v1": Room(frozenset(), HEAVY),
@@ -193,6 +197,6 @@ def test_importing_it_pulls_no_torch(module: str) -> None:
 
 
 def test_the_cli_starts_without_torch() -> None:
-    code = f"import sys, tandem.cli.main; print(sorted({set(HEAVY)!r} & set(sys.modules)))"
+    code = f"import sys, tandem.cli.app; print(sorted({set(HEAVY)!r} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert ran.stdout.strip() == "[]"

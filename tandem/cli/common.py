@@ -12,18 +12,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tandem.addresses import dialable
 from tandem.errors import ConfigError, InvalidRequest, TandemError
 
 
-def _address(value: str) -> str:
-    host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise typer.BadParameter(f"{value!r} is not HOST:PORT with a port in [1, 65535]")
-    return value
+def _address(value: str | None) -> str | None:
+    try:
+        return value and dialable(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 RouterOption = Annotated[
     str, typer.Option("--router", metavar="HOST:PORT", callback=_address, help="The router's address.")
+]
+AdvertiseOption = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", callback=_address, help="How others reach it.")
 ]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML or JSON; tandem/config.py lists its keys.")

@@ -12,14 +12,13 @@ from rich.live import Live
 from rich.text import Text
 
 from tandem.cli.common import RouterOption, make_console, printable, reported
+from tandem.cli.logprobs import show_logprobs
 from tandem.cli.timeline_table import timeline_table, transfer_line
 from tandem.client import Client, Generation, SamplingFields
 from tandem.client.request import DEFAULT_ADDRESS
+from tandem.entry import INTERRUPTED
 from tandem.errors import InvalidRequest
 from tandem.types import ChoiceFinished, Completed, Delta, Usage
-
-# What a shell reports for a program that Ctrl-C ended.
-INTERRUPTED = 130
 
 
 class Writer(Protocol):
@@ -76,6 +75,7 @@ class ManyChoices:
 
 @dataclass
 class Outcome:
+    deltas: list[Delta] = field(default_factory=list)
     finished: list[ChoiceFinished] = field(default_factory=list)
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
 
@@ -87,6 +87,7 @@ def show(answer: Generation, writer: Writer) -> Outcome:
         for event in answer:
             match event:
                 case Delta():
+                    outcome.deltas.append(event)
                     writer.add(event)
                 case ChoiceFinished():
                     outcome.finished.append(event)
@@ -139,6 +140,9 @@ def generate(
     model: Annotated[str, typer.Option(help="Must be the served model's name, if given.")] = "",
     cache_salt: Annotated[str, typer.Option(help="Share cached prefixes only with the same salt.")] = "",
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="The deadline.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(metavar="K", help="Show log probabilities, and of the K best tokens, on stderr.")
+    ] = None,
     timeline: Annotated[bool, typer.Option(help="Show where the time went, on stderr.")] = False,
 ) -> None:
     """Generate from a prompt and print the text as it arrives. Ctrl-C cancels."""
@@ -157,6 +161,7 @@ def generate(
             seed=seed,
             stop_token_ids=tuple(stop_token_id or ()),
             ignore_eos=ignore_eos,
+            logprobs=logprobs,
         )
         answer = client.generate(
             _from_stdin() if prompt == "-" else prompt,
@@ -175,10 +180,16 @@ def generate(
         except KeyboardInterrupt:
             typer.echo("tandem: cancelled", err=True)
             raise typer.Exit(INTERRUPTED) from None
+        if logprobs is not None:
+            show_logprobs(make_console(stderr=True), outcome.deltas)
         if timeline:
             show_timelines(make_console(stderr=True), outcome)
 
 
 def _from_stdin() -> str:
     """Without the newline that `echo` ends its text with: a model would answer to it."""
-    return sys.stdin.read().removesuffix("\n")
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not valid UTF-8"
+        raise InvalidRequest(f"cannot read the prompt from standard input: {reason}", field="prompt") from None

@@ -1,45 +1,39 @@
-"""`tandem`: the command line. Exit codes: 0 done, 1 it failed, 2 the command line or configuration is wrong."""
+"""The `tandem` command as a process; its commands are in tandem/cli/app.py."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import sys
 
-import typer
-
-import tandem
-from tandem.cli.demo import demo
-from tandem.cli.generate import generate
-from tandem.cli.serve import serve
-from tandem.cli.status import status
-from tandem.cli.worker import worker
-
-# Tracebacks stay plain: one that a user sees is a bug, and its text belongs into a report.
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Tandem serves language models with prefill and decode split across two pools of workers.",
-)
-for command in (serve, generate, status, worker, demo):
-    app.command()(command)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"tandem {tandem.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
-) -> None:
-    """Options that stand before a command; --version acts by itself."""
+from tandem.entry import starting
 
 
 def main() -> None:
-    app()
+    with starting():
+        from tandem.cli.app import app
+    try:
+        app()
+    except OSError as error:
+        if not _stdout_fails():
+            raise
+        _drop_stdout()
+        print(f"tandem: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _stdout_fails() -> bool:
+    """Whether it does now: unbuffered, it keeps nothing that a flush could fail on."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _drop_stdout() -> None:
+    """Python flushes once more on its way out, and would report the same failure in its own way."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

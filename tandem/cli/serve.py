@@ -49,8 +49,8 @@ def serve(
                 "serve": pool_sizes(prefill, decode, colocated),
             },
         )
+        supervisor = Supervisor(settings, output=_pass_on)  # refuses pools that cannot serve
         typer.echo(f"starting {settings.model.served_name} …", err=True)
-        supervisor = Supervisor(settings, output=_pass_on)
         asyncio.run(run_until_signal(supervisor, lambda status: typer.echo(ready_line(supervisor.address, status))))
         typer.echo("stopped", err=True)
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.common import ConfigOption, Device, LoadFormat, ModelOption, reported
+from tandem.cli.common import AdvertiseOption, ConfigOption, Device, LoadFormat, ModelOption, RouterOption, reported
 from tandem.config import TandemConfig, load_config
+from tandem.entry import starting
 from tandem.errors import ConfigError
 from tandem.launch.cores import pin, usable_cores
 from tandem.types import Role
@@ -39,7 +40,7 @@ def parse_cpus(text: str) -> list[int]:
 
 def worker(
     role: Annotated[WorkerRole, typer.Option(help="What it plays; both is a colocated worker.")],
-    router: Annotated[str, typer.Option(metavar="HOST:PORT", help="The router to join.")],
+    router: RouterOption,
     config: ConfigOption = None,
     model: ModelOption = None,
     load_format: Annotated[LoadFormat | None, typer.Option(help="dummy: random weights, for load tests.")] = None,
@@ -47,7 +48,7 @@ def worker(
     threads: Annotated[int | None, typer.Option(help="Torch threads; 0: one per core it may use.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one.")] = None,
-    advertise: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="How others reach it.")] = None,
+    advertise: AdvertiseOption = None,
     cpus: Annotated[str | None, typer.Option(metavar="0,1", help="Keep to these cores.")] = None,
 ) -> None:
     """Run one worker and join it to a router. `tandem serve` does this for you on one machine."""
@@ -63,6 +64,7 @@ def worker(
         if cpus is not None:
             pin(parse_cpus(cpus))
         # Not before the pinning: it imports torch, which counts the cores it may use.
-        from tandem.launch.worker import run_worker
+        with starting():
+            from tandem.launch.worker import run_worker
 
         raise typer.Exit(run_worker(settings, role.roles, router))

@@ -240,6 +240,11 @@ def _check_pools(config: TandemConfig) -> None:
     if not serve.colocated and not (serve.prefill and serve.decode):
         missing = "decode" if serve.prefill else "prefill"
         raise ConfigError(f"nobody would play {missing}: serve.{missing} is 0", field=f"serve.{missing}")
+    for key in ("port", "advertise"):
+        if getattr(config.worker, key) and serve.prefill + serve.decode + serve.colocated > 1:
+            raise ConfigError(
+                f"worker.{key} can belong to one worker only, and this starts more", field=f"worker.{key}"
+            )
 
 
 def _early_exit(child: ChildProcess) -> TandemError:

@@ -15,10 +15,11 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from tandem import __version__, rpc, wire
+from tandem.addresses import join_address
 from tandem.config import TandemConfig
 from tandem.engine.block_pool import BlockTable
 from tandem.engine.sequence import EngineEvent, Sequence
-from tandem.errors import ConfigError, Refused, TandemError
+from tandem.errors import Refused, TandemError
 from tandem.types import EngineRequest, ModelInfo, Role, SamplingParams
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.engine_thread import EngineThread
@@ -31,8 +32,6 @@ Result = TypeVar("Result")
 ON_THE_WAY_S = 0.2
 # Reading and hashing a prompt takes about 0.2 µs a token.
 LONG_PROMPT_TOKENS = 4096
-# Listening here means on every interface.
-_ANY_ADDRESS = {"0.0.0.0", "::"}
 
 
 class Promise(Protocol):
@@ -250,11 +249,6 @@ async def make_worker_server(host: WorkerHost, rooms: list[Room], max_message_by
     worker_pb2_grpc.add_WorkerAdminServicer_to_server(AdminService(host), server)
     await rpc.add_health(server, (*(room.service for room in rooms), "tandem.v1.WorkerAdmin"))
     worker = host.config.worker
-    if worker.host in _ANY_ADDRESS and not worker.advertise:
-        raise ConfigError(
-            f"worker.host {worker.host} is no address that others can dial: say worker.advertise too",
-            field="worker.advertise",
-        )
-    port = rpc.bind(server, worker.host, worker.port)
-    host.address = worker.advertise or rpc.join_address(worker.host, port)
+    port = rpc.bind(server, worker.host, worker.port, "worker")
+    host.address = worker.advertise or join_address(worker.host, port)
     return server

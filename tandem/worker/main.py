@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import grpc
 
-from tandem.config import TandemConfig, load_config
+from tandem.addresses import ANY_ADDRESS, check_listening
+from tandem.config import TandemConfig, WorkerConfig
 from tandem.engine.process import tune_process
-from tandem.errors import TandemError
+from tandem.entry import INTERRUPTED
+from tandem.errors import ConfigError, TandemError
 from tandem.types import Role
 from tandem.worker.engine_thread import EngineThread
 from tandem.worker.host import Room, WorkerHost, make_worker_server
@@ -38,13 +38,27 @@ def run_rooms(
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     try:
+        check_address(config.worker)  # before the minutes that a model may take to load
         tune_process(config.engine)
         thread = EngineThread(config)
         asyncio.run(_serve(config, roles, router, thread, make_rooms, max_message_bytes))
     except TandemError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while the model loads; later SIGINT drains
+        return INTERRUPTED
     return 0
+
+
+def check_address(worker: WorkerConfig) -> None:
+    """Raises ConfigError when the worker could not listen where it should, or nobody could dial it there."""
+    if worker.host in ANY_ADDRESS and not worker.advertise:
+        raise ConfigError(
+            f"worker.host {worker.host} is no address that others can dial: "
+            "say worker.advertise (tandem worker --advertise) too",
+            field="worker.advertise",
+        )
+    check_listening("worker", worker.host, worker.port)
 
 
 async def _serve(
@@ -109,25 +123,3 @@ async def _leave(host: WorkerHost, server: grpc.aio.Server) -> None:
         log.warning("worker %s leaves with live requests", host.worker_id)
     host.hang_up()
     await server.stop(HANG_UP_S)
-
-
-def parse_arguments(description: str | None) -> tuple[TandemConfig, str]:
-    """The command line of `python -m prefill_worker` and `python -m decode_worker`: configuration and router."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--router", required=True, metavar="HOST:PORT", help="the router to join")
-    parser.add_argument("--config", type=Path, help="YAML file with sections model, engine, worker")
-    parser.add_argument("--model", help="directory or hub id")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port to listen on (default: any free one)")
-    parser.add_argument("--advertise", metavar="HOST:PORT", help="how others reach this worker")
-    given = parser.parse_args()
-    overrides = {
-        "model": {"path": given.model},
-        "engine": {"device": given.device},
-        "worker": {"host": given.host, "port": given.port, "advertise": given.advertise},
-    }
-    try:
-        return load_config(given.config, overrides), given.router
-    except TandemError as error:
-        parser.exit(2, f"error: {error.message}\n")

@@ -16,15 +16,15 @@ import pytest
 from scripted_router import REPORT, ScriptedRouter, serving
 from typer.testing import CliRunner, Result
 
+from tandem.cli.app import app
 from tandem.cli.common import human_bytes, printable
-from tandem.cli.main import app
 from tandem.cli.serve import pool_sizes, ready_line
 from tandem.cli.timeline_table import spans, transfer_line
 from tandem.cli.worker import parse_cpus
 from tandem.client.status import status_from_wire
 from tandem.errors import ConfigError, Overloaded
 from tandem.timeline import Timeline
-from tandem.types import Accepted, Delta, RequestReport, Token
+from tandem.types import Accepted, Completed, Delta, RequestReport, Token, Usage
 from tandem.v1 import generation_pb2, registry_pb2
 
 NOBODY = "127.0.0.1:1"
@@ -81,13 +81,16 @@ def test_generate_shows_where_the_time_went_on_stderr(router: ScriptedRouter) ->
 def test_generate_sends_every_flag(router: ScriptedRouter) -> None:
     flags = "--max-tokens 9 --min-tokens 2 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --seed 4 --n 2"
     more = "--repetition-penalty 1.5 --presence-penalty 1 --frequency-penalty -1 --logit-bias 5:-2 --logit-bias 6:1"
-    rest = "--stop a --stop b --stop-token-id 8 --ignore-eos --keep-special-tokens --model tiny --timeout 20"
+    rest = (
+        "--logprobs 3 --stop a --stop b --stop-token-id 8 --ignore-eos --keep-special-tokens --model tiny --timeout 20"
+    )
     words = f"{flags} {more} {rest} --cache-salt s".split()
     assert tandem("generate", "p", *words, "--router", router.address).exit_code == 0
     sent = router.requests[0]
     assert (sent.n, list(sent.stop), sent.model, sent.cache_salt) == (2, ["a", "b"], "tiny", "s")
     assert (sent.sampling.max_tokens, sent.sampling.seed, dict(sent.sampling.logit_bias)) == (9, 4, {5: -2.0, 6: 1.0})
     assert (list(sent.sampling.stop_token_ids), sent.sampling.ignore_eos) == ([8], True)
+    assert sent.sampling.logprobs == 3
     assert 15 < (router.time_left_s[0] or 0) < 21
 
 
@@ -150,6 +153,56 @@ def test_ctrl_c_cancels_the_call(router: ScriptedRouter) -> None:
             ran.kill()  # the end of the block would wait for one that did not listen
     assert router.cancelled.wait(5)
     assert (ran.returncode, out.strip(), err.decode().strip()) == (130, b"", "tandem: cancelled")
+
+
+def test_generate_shows_log_probabilities_on_stderr(router: ScriptedRouter) -> None:
+    async def two(request: Any, emit: Any) -> None:
+        await emit(Accepted("request-1", 1))
+        await emit(Delta(0, (Token(7, -0.5, ((7, -0.5), (3, -1.25))), Token(8, -2.0)), " can"))
+        await emit(Delta(0, (Token(1, 0.0),), ""))
+        await emit(Completed(Usage(1, 3)))
+
+    router.script = two
+    result = tandem("generate", "p", "--logprobs", "2", "--router", router.address)
+    assert (result.exit_code, result.stdout) == (0, " can\n")
+    rows = [line.split() for line in result.stderr.splitlines()[2:]]
+    assert rows[0] == ["0", "7", "-0.5000", "60.65", "%", "7", "-0.5000,", "3", "-1.2500"]
+    assert rows[1] == ["1", "8", "-2.0000", "13.53", "%", "'", "can'"]
+    assert rows[2] == ["2", "1", "0.0000", "100.00", "%"]
+
+
+def test_ctrl_c_during_the_imports_is_quiet() -> None:
+    """They take half a second, and a traceback through somebody's import would say nothing."""
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from tandem.cli.main import main\n"
+        "main()\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, b"", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_cannot_be_written_is_one_line(router: ScriptedRouter) -> None:
+    command = [sys.executable, "-m", "tandem.cli.main", "generate", "p", "--router", router.address]
+    said = "tandem: cannot write to standard output: No space left on device\n"
+    for unbuffered in ("", "1"):
+        with Path("/dev/full").open("wb") as full:
+            environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+            ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, timeout=30, check=False)
+        assert (ran.returncode, ran.stderr.decode()) == (1, said)
+
+
+def test_a_prompt_that_cannot_be_read_is_one_line() -> None:
+    command = [sys.executable, "-m", "tandem.cli.main", "generate", "-", "--router", NOBODY]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most people's locales
+    ran = subprocess.run(command, input=b"\xff", capture_output=True, env=strict, timeout=30, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.decode() == "tandem: cannot read the prompt from standard input: it is not valid UTF-8\n"
 
 
 def status_of(live: int = 0, **integrity: Any) -> generation_pb2.StatusResponse:
@@ -222,10 +275,10 @@ def test_an_unknown_config_key_is_a_config_error(command: list[str], tmp_path: P
         (["--prefill", "1000"], "config key serve.prefill"),
     ],
 )
-def test_serve_refuses_pools_that_cannot_serve(args: list[str], words: str) -> None:
+def test_serve_refuses_pools_that_cannot_serve_before_it_starts(args: list[str], words: str) -> None:
     result = tandem("serve", *args)
     assert result.exit_code == 2
-    assert words in result.stderr
+    assert words in one_line(result)
 
 
 @pytest.mark.parametrize(

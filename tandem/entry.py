@@ -1,0 +1,29 @@
+"""What an entry point does around its imports, the first half second of its life. Imports nothing of weight itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# What a shell reports for a program that Ctrl-C ended.
+INTERRUPTED = 130
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Around the imports: Ctrl-C ends the process at once and quietly, and gRPC's C++ core keeps its log to itself.
+
+    What the core logs repeats, in its own words, errors that we report; GRPC_VERBOSITY brings it back.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when grpc is imported
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # ignored, or somebody else's: not ours to change
+        return
+    # Not an exception: raised amid somebody's import, it would surface as any other error or be swallowed.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
