@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         router = {"host": options.host, "port": options.port}
         config = load_config(options.config, {"router": router, "model": {"path": options.model}})
     except ConfigError as error:
-        print(f"router: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return run(config)
 

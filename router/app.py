@@ -39,7 +39,7 @@ def run(config: TandemConfig) -> int:
     try:
         asyncio.run(serve(config, lambda address: print(f"ready {address}", flush=True)))
     except ConfigError as error:
-        print(f"router: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -41,7 +41,7 @@ async def _demo(console: Console, config: TandemConfig) -> None:
         "\n[bold]Tandem[/bold]: prefill on one worker, decode on another, their KV cache handed over in between.\n"
     )
     started_s = time.monotonic()
-    supervisor = Supervisor(config, output=lambda name, line: None)  # an early exit is reported with its last lines
+    supervisor = Supervisor(config, output=None)
     try:
         with _waiting(console, "starting a router, a prefill worker and a decode worker …"):
             status = await supervisor.start()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ Output = Callable[[str, str], None]
 # Longer lines are passed on in pieces, and so many last lines are kept for an error report.
 MAX_LINE_BYTES, TAIL_LINES = 1 << 14, 20
 READY = "ready "
+# How our processes begin the line that says why they cannot go on.
+ERROR = "error: "
 LAST_WORDS_S = 2.0
 
 
@@ -47,36 +50,52 @@ class Backoff:
 
 
 class ChildProcess:
-    """A running child. It ends with this process, whatever happens to this process (tandem/launch/parent.py)."""
+    """A running child. It ends with this process, whatever happens to this process (tandem/launch/parent.py).
 
-    def __init__(self, spec: ProcessSpec, process: asyncio.subprocess.Process, output: Output) -> None:
+    All that it prints goes to `output`, save two lines: the one that says it is ready, and its very last if that says
+    why it failed; `report` has that one, and nobody reads it twice.
+    """
+
+    def __init__(self, spec: ProcessSpec, process: asyncio.subprocess.Process, output: Output | None) -> None:
         self.spec = spec
         self._process = process
         self._output = output
         self._started_s = time.monotonic()
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._error = ""
         # The address in the child's "ready HOST:PORT" line; empty if its output ended without one.
         self.ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._pump = asyncio.create_task(self._read_output())
 
     @classmethod
     async def start(
-        cls, spec: ProcessSpec, output: Output, environment: Mapping[str, str] | None = None
+        cls,
+        spec: ProcessSpec,
+        output: Output | None,
+        environment: Mapping[str, str] | None = None,
+        config: str | None = None,
     ) -> ChildProcess:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-u",  # its last words must not be lost in a buffer
-            *_path_flags(),
-            "-m",
-            "tandem.launch.child",
-            spec.module,
-            *spec.args,
-            stdin=asyncio.subprocess.PIPE,  # nothing is written: the child exits when it closes
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=None if environment is None else {**os.environ, **environment},
-            start_new_session=True,  # Ctrl-C reaches the supervisor alone, which ends the children in order
-        )
+        """`config` becomes the child's `--config`. Raises OSError when the system has no room for a process."""
+        # A file without a name, open here and in the child only: however we end, nothing of it stays behind.
+        with tempfile.TemporaryFile() as file:
+            file.write((config or "").encode())
+            file.seek(0)
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-u",  # its last words must not be lost in a buffer
+                *_path_flags(),
+                "-m",
+                "tandem.launch.child",
+                spec.module,
+                *spec.args,
+                *([] if config is None else ["--config", f"/dev/fd/{file.fileno()}"]),
+                pass_fds=[file.fileno()],
+                stdin=asyncio.subprocess.PIPE,  # nothing is written: the child exits when it closes
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env=None if environment is None else {**os.environ, **environment},
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone, which ends the children in order
+            )
         return cls(spec, process, output)
 
     @property
@@ -104,9 +123,15 @@ class ChildProcess:
                 self._process.send_signal(number)
 
     def report(self) -> str:
-        """How it ended and its last lines, for an error message."""
-        lines = "".join(f"\n    {line}" for line in self._tail) or " (it said nothing)"
-        return f"{self.spec.name} {describe_exit(self._process.returncode)}; its last lines:{lines}"
+        """How it ended and why, for an error message; its last lines if they are all there is, and nobody saw them."""
+        ended = f"{self.spec.name} {describe_exit(self._process.returncode)}"
+        if self._error:
+            return f"{ended}: {self._error}"
+        if not self._tail:
+            return f"{ended} and said nothing"
+        if self._output is not None:
+            return f"{ended}; what it said last is above"
+        return f"{ended}; its last lines:" + "".join(f"\n    {line}" for line in self._tail)
 
     async def _read_output(self) -> None:
         assert self._process.stdout is not None
@@ -127,8 +152,16 @@ class ChildProcess:
         if line.startswith(READY) and not self.ready.done():
             self.ready.set_result(line.removeprefix(READY).strip())
             return
+        if self._error:
+            self._pass_on(ERROR + self._error)  # it was not the last
+        self._error = line.removeprefix(ERROR) if line.startswith(ERROR) else ""
+        if not self._error:
+            self._pass_on(line)
+
+    def _pass_on(self, line: str) -> None:
         self._tail.append(line)
-        self._output(self.spec.name, line)
+        if self._output is not None:
+            self._output(self.spec.name, line)
 
 
 def describe_exit(code: int | None) -> str:

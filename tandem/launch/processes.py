@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import signal
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Self
 
 from tandem.client import AsyncClient, ServiceStatus
 from tandem.config import TandemConfig
 from tandem.errors import ConfigError, DeadlineExceeded, TandemError, Unavailable
-from tandem.launch.child_process import Backoff, ChildProcess, Output, ProcessSpec, describe_exit
+from tandem.launch.child_process import Backoff, ChildProcess, Output, ProcessSpec
 from tandem.launch.cores import share_cores, usable_cores
 
 log = logging.getLogger(__name__)
@@ -38,27 +35,26 @@ class Supervisor:
            │           └─ a child exits with code 2 (configuration): failed, wait() raises
            └─ a child exits before the service is ready, or it is not ready in time: raises, nothing is left behind
 
-    Owns the children and one private file with the effective configuration; both are gone after stop().
+    Owns the children, all of which are gone after stop(); each gets the effective configuration in a file of its own.
     """
 
     def __init__(
         self,
         config: TandemConfig,
         *,
-        output: Output,
+        output: Output | None,
         start_timeout_s: float = 300.0,
         environment: Mapping[str, str] | None = None,
         router_module: str = "router",
         worker_module: str = "tandem.cli.main",
     ) -> None:
-        """`output` receives (child's name, line) for all that children print."""
+        """`output` receives (child's name, line) for what children print; with None, errors quote their last lines."""
         _check_pools(config)
         self._config = config
         self._output = output
         self._start_timeout_s = start_timeout_s
         self._environment = environment
         self._modules = (router_module, worker_module)
-        self._config_path: Path | None = None
         self._children: dict[str, ChildProcess] = {}
         self._watchers: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -79,12 +75,14 @@ class Supervisor:
             names = ", ".join(self._children)
             await self.stop()
             raise Unavailable(f"the service was not ready within {self._start_timeout_s:g} s ({names})") from None
+        except OSError as error:
+            await self.stop()
+            raise Unavailable(f"cannot start a process: {error.strerror}") from None
         except BaseException:
             await self.stop()
             raise
 
     async def _start(self) -> ServiceStatus:
-        self._write_config()
         await self._start_router()
         for spec in self._worker_specs():
             await self._launch(spec)
@@ -93,7 +91,7 @@ class Supervisor:
         return status
 
     async def _start_router(self) -> None:
-        router = await self._launch(ProcessSpec("router", self._modules[0], ["--config", str(self._config_path)]))
+        router = await self._launch(ProcessSpec("router", self._modules[0], []))
         listening = await router.ready
         if not listening:
             await router.wait()
@@ -105,7 +103,6 @@ class Supervisor:
         self._config = self._config.model_copy(
             update={"router": self._config.router.model_copy(update={"port": port})},
         )
-        self._write_config()
 
     def _worker_specs(self) -> list[ProcessSpec]:
         serve = self._config.serve
@@ -122,7 +119,7 @@ class Supervisor:
         ]
 
     def _worker_args(self, role: str, cores: list[int]) -> list[str]:
-        args = ["worker", "--role", role, "--router", self.address, "--config", str(self._config_path)]
+        args = ["worker", "--role", role, "--router", self.address]
         if self._config.engine.threads:
             return args  # the user has chosen; cores that do not match would only hurt
         return [*args, "--cpus", ",".join(map(str, cores)), "--threads", str(len(cores))]
@@ -143,7 +140,8 @@ class Supervisor:
                 await asyncio.sleep(POLL_S)
 
     async def _launch(self, spec: ProcessSpec) -> ChildProcess:
-        child = await ChildProcess.start(spec, self._output, self._environment)
+        config = json.dumps(self._config.model_dump())
+        child = await ChildProcess.start(spec, self._output, self._environment, config)
         self._children[spec.name] = child
         log.debug("started %s, pid %d", spec.name, child.pid)
         return child
@@ -162,15 +160,19 @@ class Supervisor:
                 self._fail(_early_exit(child))
                 return
             delay_s = backoff.after(child.lived_s)
-            log.warning(
-                "%s (pid %d) %s; starting it again in %.1f s",
-                child.spec.name,
-                child.pid,
-                describe_exit(code),
-                delay_s,
-            )
+            log.warning("%s (pid %d); starting it again in %.1f s", child.report(), child.pid, delay_s)
             await asyncio.sleep(delay_s)
-            child = await self._launch(child.spec)
+            child = await self._relaunch(child.spec, backoff)
+
+    async def _relaunch(self, spec: ProcessSpec, backoff: Backoff) -> ChildProcess:
+        """Tries until the system has room for a process."""
+        while True:
+            try:
+                return await self._launch(spec)
+            except OSError as error:
+                delay_s = backoff.after(0)
+                log.warning("cannot start %s: %s; trying again in %.1f s", spec.name, error.strerror, delay_s)
+                await asyncio.sleep(delay_s)
 
     def _fail(self, error: TandemError) -> None:
         if self._failure is not None and not self._failure.done():
@@ -199,7 +201,6 @@ class Supervisor:
                 log.warning("%d children did not stop in time; killing them", len(left))
                 self.kill()
             await asyncio.gather(*waits)
-        self._remove_config()
         if self._failure is not None and not self._failure.cancel() and not self._failure.cancelled():
             self._failure.exception()  # seen, whether or not anybody waited
 
@@ -210,20 +211,6 @@ class Supervisor:
     def _signal_all(self, number: signal.Signals) -> None:
         for child in self._children.values():
             child.signal(number)
-
-    def _write_config(self) -> None:
-        """Every child reads the same file; only this user can (its folder is private), and stop() removes it."""
-        if self._config_path is None:
-            self._config_path = Path(tempfile.mkdtemp(prefix="tandem-")) / "config.json"
-        draft = self._config_path.with_suffix(".new")
-        draft.write_text(json.dumps(self._config.model_dump()), encoding="utf-8")
-        os.replace(draft, self._config_path)  # a restarting child never reads half a file
-
-    def _remove_config(self) -> None:
-        if self._config_path is not None:
-            self._config_path.unlink(missing_ok=True)
-            self._config_path.parent.rmdir()
-            self._config_path = None
 
     async def __aenter__(self) -> Self:
         await self.start()

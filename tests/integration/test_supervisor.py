@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -95,10 +96,7 @@ async def test_starts_names_and_stops_everything() -> None:
         assert sorted(pids) == ["decode-0", "decode-1", "prefill-0", "router", "worker-0"]
         assert await joined_pids(service.supervisor.address) == workers_of(service)
         assert "both" in service.args_of("worker-0")
-        config = Path(service.args_of("prefill-0")[service.args_of("prefill-0").index("--config") + 1])
-        assert config.parent.stat().st_mode & 0o077 == 0
-        assert json.loads(config.read_text())["serve"]["decode"] == 2
-    assert not config.parent.exists()
+        assert ("prefill-0", 'config {"prefill":1,"decode":2,"colocated":1}') in service.lines
 
 
 async def test_a_killed_worker_comes_back() -> None:
@@ -110,6 +108,33 @@ async def test_a_killed_worker_comes_back() -> None:
         after = service.supervisor.pids()
         assert after["decode-0"] not in before.values()
         assert after["prefill-0"] == before["prefill-0"]
+
+
+async def test_a_restart_that_the_system_refuses_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = iter([errno.ENOMEM, errno.EAGAIN])
+    start = ChildProcess.start
+
+    async def refused_twice(*args: Any) -> ChildProcess:
+        if (number := next(refusals, None)) is not None:
+            raise OSError(number, os.strerror(number))
+        return await start(*args)
+
+    monkeypatch.setattr(Backoff, "FIRST_S", 0.01)
+    async with running() as service:
+        before = service.supervisor.pids()["decode-0"]
+        monkeypatch.setattr(ChildProcess, "start", refused_twice)
+        os.kill(before, signal.SIGKILL)
+        await eventually(lambda: service.supervisor.pids().get("decode-0", before) != before)
+        assert next(refusals, None) is None
+
+
+async def test_a_start_that_the_system_refuses_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refused(*_: Any) -> ChildProcess:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(ChildProcess, "start", refused)
+    with pytest.raises(Unavailable, match="cannot start a process: Cannot allocate memory"):
+        await Service().supervisor.start()
 
 
 async def test_a_killed_router_comes_back_at_the_same_address() -> None:
@@ -125,27 +150,47 @@ async def test_a_killed_router_comes_back_at_the_same_address() -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "words"),
     [
-        ("refuse", ConfigError, r"exited with code 2.*\n +config key engine\.device: no such device"),
-        ("crash", Unavailable, r"exited with code 3.*\n +out of luck"),
+        ("refuse", ConfigError, r"^(prefill|decode)-0 exited with code 2: config key engine\.device: no such device$"),
+        ("crash", Unavailable, r"^(prefill|decode)-0 exited with code 3; what it said last is above$"),
     ],
 )
-async def test_a_child_that_exits_early_is_reported_with_its_last_words(
-    name: str, kind: type[TandemError], words: str
-) -> None:
+async def test_a_child_that_exits_early_is_reported_once(name: str, kind: type[TandemError], words: str) -> None:
     service = Service(model={"name": name})
     with pytest.raises(kind) as caught:
         await service.supervisor.start()
     await service.supervisor.stop()  # once more does no harm
     assert re.search(words, caught.value.message)
     assert service.supervisor.pids() == {}
+    assert not any("config key" in line for _, line in service.lines)
+    assert name != "crash" or any(line == "out of luck" for _, line in service.lines)
+
+
+async def test_last_words_that_nobody_saw_are_quoted() -> None:
+    service = Service(model={"name": "crash"})
+    service.supervisor._output = None
+    with pytest.raises(Unavailable, match=r"exited with code 3; its last lines:\n    out of luck"):
+        await service.supervisor.start()
+
+
+async def test_an_error_that_was_not_the_last_word_is_passed_on(tmp_path: Path) -> None:
+    (tmp_path / "chatty.py").write_text("print('error: not so bad'); print('on it goes'); print('error: the end')")
+    lines: list[str] = []
+    path = f"{tmp_path}{os.pathsep}{SUPPORT.parents[1]}"
+    child = await ChildProcess.start(
+        ProcessSpec("chatty", "chatty", []), lambda _, line: lines.append(line), {"PYTHONPATH": path}
+    )
+    await asyncio.wait_for(child.wait(), BOUND_S)
+    assert lines == ["error: not so bad", "on it goes"]
+    assert child.report() == "chatty exited with code 0: the end"
 
 
 async def test_a_router_that_cannot_start_is_reported() -> None:
     async with running() as first:
         port = int(first.supervisor.address.rpartition(":")[2])
         second = Service(router={"port": port})
-        with pytest.raises(TandemError, match=r"(?s)router .*port is in use"):
+        with pytest.raises(TandemError, match=r"router exited with code 1"):
             await asyncio.wait_for(second.supervisor.start(), BOUND_S)
+        assert any("port is in use" in line for _, line in second.lines)
         assert second.supervisor.pids() == {}
 
 
@@ -195,7 +240,7 @@ def test_children_end_with_a_killed_supervisor(tmp_path: Path) -> None:
         "asyncio.run(main())\n"
     )
     path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)}  # it cannot remove its file either
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)}
     supervisor = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     with supervisor:
         assert supervisor.stdout is not None
@@ -204,6 +249,7 @@ def test_children_end_with_a_killed_supervisor(tmp_path: Path) -> None:
     assert len(children) == 3
     _, alive = psutil.wait_procs(children, timeout=BOUND_S)
     assert alive == []
+    assert list(tmp_path.iterdir()) == []  # nor does a file stay behind
 
 
 @pytest.mark.parametrize("flood", [1, 1 << 20])
@@ -260,3 +306,9 @@ async def test_workers_get_cores_and_as_many_threads_unless_told_otherwise() -> 
 def test_pools_that_cannot_serve_are_refused(serve: dict[str, int], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Service(serve=serve)
+
+
+@pytest.mark.parametrize("worker", [{"port": 9000}, {"advertise": "10.0.0.1:9000"}])
+def test_an_address_for_one_worker_is_refused_for_two(worker: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"worker.{min(worker)} can belong to one worker only"):
+        Supervisor(load_config(overrides={"worker": worker}), output=None)

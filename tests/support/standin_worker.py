@@ -29,13 +29,13 @@ def argument(name: str) -> str:
 def exit_now(config: TandemConfig) -> int | None:
     match config.model.name:
         case "refuse":
-            print("config key engine.device: no such device", flush=True)
+            print("error: config key engine.device: no such device", flush=True)
             return 2
         case "crash":
             print("out of luck", flush=True)
             return 3
         case "crash-later" if (Path(config.model.path) / "mark").exists():
-            print("the model is gone", flush=True)
+            print("error: the model is gone", flush=True)
             return 2
     return None
 
@@ -57,6 +57,7 @@ async def join(router: str) -> None:
 
 async def main(config: TandemConfig) -> None:
     print("args", *sys.argv[1:], flush=True)
+    print("config", config.serve.model_dump_json(), flush=True)
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     if config.model.name == "deaf":
