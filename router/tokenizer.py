@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from tandem.config import ModelConfig
 from tandem.errors import ConfigError
+from tandem.hub import source_of
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +19,11 @@ INLINE_CHARS = 10_000
 
 
 def load_tokenizer(model: ModelConfig) -> Tokenizer | None:
-    """None when the model has no tokenizer. Raises ConfigError for a file that cannot be read."""
-    directory = Path(model.path)
+    """None when the model has no tokenizer. Raises ConfigError for a model that is not there, or cannot be read."""
+    source = source_of(model.path)
+    directory = Path(source)
     if not directory.is_dir():
-        return _from_hub(model.path)
+        return _from_hub(source)
     file = directory / "tokenizer.json"
     if not file.exists():
         log.warning("no tokenizer.json in %s: prompts must be token ids, and answers carry no text", directory)

@@ -20,7 +20,7 @@ VALUES = frozenset(
     {"tandem.types", "tandem.errors", "tandem.config", "tandem.timeline", "tandem.prefix", "tandem.addresses"}
 )
 # Values and the wire: what every process shares.
-SHARED = VALUES | {"tandem.entry", "tandem.rpc", "tandem.wire", "tandem.v1"}
+SHARED = VALUES | {"tandem.entry", "tandem.hub", "tandem.rpc", "tandem.wire", "tandem.v1"}
 WORKER = SHARED | {"tandem.engine", "tandem.worker", "kv_transfer"}
 
 
@@ -45,11 +45,12 @@ ROOMS = {
     "tandem.prefix": Room(frozenset(), HEAVY | WEB),
     "tandem.config": Room(VALUES, HEAVY | WEB),
     "tandem.entry": Room(frozenset(), HEAVY | WEB),
+    "tandem.hub": Room(VALUES, HEAVY | WEB),
     "tandem.rpc": Room(SHARED, HEAVY),
     "tandem.wire": Room(SHARED, HEAVY),
     "tandem.v1": Room(frozenset(), HEAVY),
     "tandem.client": Room(SHARED, HEAVY),
-    "tandem.engine": Room(VALUES, WEB | {"ray"}),
+    "tandem.engine": Room(VALUES | {"tandem.hub"}, WEB | {"ray"}),
     "tandem.worker": Room(SHARED | {"tandem", "tandem.engine"}, frozenset({"ray"})),
     "tandem.cli": Room(EVERYTHING),
     "tandem.launch": Room(EVERYTHING),

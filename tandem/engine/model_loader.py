@@ -18,6 +18,7 @@ from tandem.engine import attention
 from tandem.engine.batch import AttentionOptions
 from tandem.engine.kv_cache import LAYOUT_VERSION
 from tandem.errors import ModelRefused, TandemError
+from tandem.hub import source_of
 from tandem.types import Fingerprint, ModelInfo
 
 log = logging.getLogger(__name__)
@@ -41,18 +42,20 @@ def load_model(config: TandemConfig) -> LoadedModel:
     # A worker's output is a log, not a terminal.
     disable_progress_bar()
     try:
-        model_config = AutoConfig.from_pretrained(config.model.path)
-        model = _instantiate(config, model_config)
+        source = source_of(config.model.path)
+        model_config = AutoConfig.from_pretrained(source)
+        model = _instantiate(config, source, model_config)
+        eos_token_ids = _eos_token_ids(config, source, model.config)
     except TandemError:
         raise
     except Exception as error:
         raise ModelRefused(
             f"cannot load the model {config.model.path}: {_first_line(error)}", field="model.path"
         ) from error
-    return _examine(config, model.eval().requires_grad_(False))
+    return _examine(config, model.eval().requires_grad_(False), eos_token_ids)
 
 
-def _instantiate(config: TandemConfig, model_config: Any) -> nn.Module:
+def _instantiate(config: TandemConfig, source: str, model_config: Any) -> nn.Module:
     device, dtype = config.engine.device, _dtype(config)
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelRefused("engine.device is cuda, but torch sees no CUDA device here", field="engine.device")
@@ -64,7 +67,7 @@ def _instantiate(config: TandemConfig, model_config: Any) -> nn.Module:
     else:
         # safetensors only: a pickled checkpoint could run code.
         model = AutoModelForCausalLM.from_pretrained(
-            config.model.path, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True
+            source, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True
         )
     loaded: nn.Module = model.to(device)
     return loaded
@@ -76,7 +79,7 @@ def _dtype(config: TandemConfig) -> Any:
     return torch.float32 if config.engine.device == "cpu" else "auto"
 
 
-def _examine(config: TandemConfig, model: Any) -> LoadedModel:
+def _examine(config: TandemConfig, model: Any, eos_token_ids: tuple[int, ...]) -> LoadedModel:
     name = config.model.served_name
     try:
         probe = _probe(model, config.engine.device)
@@ -100,7 +103,7 @@ def _examine(config: TandemConfig, model: Any) -> LoadedModel:
         name=name,
         vocab_size=model.config.get_text_config().vocab_size,
         max_model_len=min(limit, config.model.max_model_len or limit),
-        eos_token_ids=_eos_token_ids(config, model.config),
+        eos_token_ids=eos_token_ids,
         fingerprint=fingerprint,
     )
     return LoadedModel(model, info, probe.options)
@@ -143,13 +146,13 @@ def _length_limit(config: Any) -> int:
     return min([limit, *(int(original) for original in originals)])
 
 
-def _eos_token_ids(config: TandemConfig, model_config: Any) -> tuple[int, ...]:
+def _eos_token_ids(config: TandemConfig, source: str, model_config: Any) -> tuple[int, ...]:
     eos = getattr(model_config.get_text_config(), "eos_token_id", None)
     if config.model.load_format != "dummy":
         try:
-            eos = GenerationConfig.from_pretrained(config.model.path).eos_token_id or eos
+            eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
         except OSError:
-            log.debug("%s has no generation_config.json", config.model.path)
+            log.debug("%s has no generation_config.json", source)
     ids = eos if isinstance(eos, list) else [eos]
     # A shrunk configuration may keep the end of its elder, which is no token here; banning it would break a step.
     vocab_size = model_config.get_text_config().vocab_size
