@@ -41,6 +41,8 @@ class Probe:
 
     options: dict[int, AttentionOptions] = field(default_factory=dict)
     shapes: dict[int, LayerShape] = field(default_factory=dict)
+    # The module that called most recently.
+    last: Any = None
 
     def run(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, asked: dict[str, Any]) -> Tensor:
         layer = getattr(module, "layer_idx", None)
@@ -51,6 +53,7 @@ class Probe:
         if key.shape != value.shape:
             raise ModelRefused("its keys and values differ in shape")
         _refuse_unknown(asked)
+        self.last = module
         self.options[layer] = _options(query, asked)
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], key.dtype)
         return query.transpose(1, 2)

@@ -1,7 +1,9 @@
-"""Attention over the paged KV pool on CPU: a numba kernel for decode rows, tiled SDPA for prefill chunks.
+"""Attention over the paged KV pool on CPU: numba kernels in fp32 (decode rows; prefill chunks where there is AVX-512),
+torch for the rest. The kernels' modules are imported late: importing is compiling (4 s, or 0.5 s from numba's cache).
 
 Shape letters as in `tandem.engine.batch`; for one sequence, C is its context length and Q its rows in this step.
-A decode row's result depends on that row and its own context only (bitwise): not on the batch, not on the threads.
+A kernel's result for a row depends on that row and its own context only (bitwise): not on the batch, on where a prompt
+was cut, or on the threads.
 """
 
 import torch
@@ -19,7 +21,7 @@ def write_kv(
 ) -> None:
     """Put the step's keys and values into their slots of the pool (in place; the pools are contiguous). Any device."""
     if all(map(_kernel_reads, (key_TxKxD[0], value_TxKxD[0], k_pool_NxPxKxD, v_pool_NxPxKxD))):
-        from tandem.engine.cpu_kernels import store_rows  # late, for the reason in `warm_up`
+        from tandem.engine.cpu_kernels import store_rows
 
         store_rows(key_TxKxD, value_TxKxD, k_pool_NxPxKxD, v_pool_NxPxKxD, batch.slots_T)
         return
@@ -63,28 +65,27 @@ def paged_attention_cpu(
     out_TxHxD = torch.empty(query_TxHxD.shape, dtype=query_TxHxD.dtype, device=query_TxHxD.device)
     if batch.num_decodes:
         _decode_rows(query_TxHxD, k_pool_NxPxKxD, v_pool_NxPxKxD, batch, options, out_TxHxD)
+    tiles = _tiles_take(query_TxHxD, k_pool_NxPxKxD, v_pool_NxPxKxD)
     for sequence in range(batch.num_decodes, len(batch.context_lens)):
         rows = slice(batch.query_starts[sequence], batch.query_starts[sequence + 1])
-        context_len = batch.context_lens[sequence]
-        if context_len == rows.stop - rows.start:
-            key_CxKxD, value_CxKxD = key_TxKxD[rows], value_TxKxD[rows]
+        query, out = query_TxHxD[rows], out_TxHxD[rows]
+        if tiles:
+            from tandem.engine.cpu_prefill import chunk_attention
+
+            chunk_attention(query, k_pool_NxPxKxD, v_pool_NxPxKxD, batch, sequence, options, out)
+        elif batch.context_lens[sequence] == len(query):
+            _chunk(query, key_TxKxD[rows], value_TxKxD[rows], options, out)
         else:
-            key_CxKxD = _gather(k_pool_NxPxKxD, batch, sequence)
-            value_CxKxD = _gather(v_pool_NxPxKxD, batch, sequence)
-        _chunk(query_TxHxD[rows], key_CxKxD, value_CxKxD, options, out_TxHxD[rows])
+            keys, values = (_gather(pool, batch, sequence) for pool in (k_pool_NxPxKxD, v_pool_NxPxKxD))
+            _chunk(query, keys, values, options, out)
     return out_TxHxD
-
-
-def warm_up() -> None:
-    """Compile the decode kernel (4 s), or load it from numba's cache (0.5 s), before the first request does."""
-    from tandem.engine import cpu_kernels  # noqa: F401  importing is compiling; a GPU worker never pays for it
 
 
 def _decode_rows(
     query_TxHxD: Tensor, k_pool: Tensor, v_pool: Tensor, batch: PagedBatch, options: AttentionOptions, out: Tensor
 ) -> None:
     if _kernel_reads(k_pool) and _kernel_reads(v_pool) and query_TxHxD.dtype == torch.float32:
-        from tandem.engine.cpu_kernels import decode_attention  # late, for the reason in `warm_up`
+        from tandem.engine.cpu_kernels import decode_attention
 
         decode_attention(query_TxHxD[: batch.num_decodes], k_pool, v_pool, batch, options, out)
         return
@@ -96,6 +97,14 @@ def _decode_rows(
 
 def _kernel_reads(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _tiles_take(query_TxHxD: Tensor, k_pool: Tensor, v_pool: Tensor) -> bool:
+    if not (_kernel_reads(k_pool) and _kernel_reads(v_pool) and query_TxHxD.dtype == torch.float32):
+        return False
+    from tandem.engine.cpu_tile import registers_suffice
+
+    return query_TxHxD.stride(2) == 1 and registers_suffice()
 
 
 def _gather(pool_NxPxKxD: Tensor, batch: PagedBatch, sequence: int) -> Tensor:

@@ -1,6 +1,6 @@
 """numba kernels over the paged KV pool (fp32): writing the step's keys and values, and decode attention.
 
-Importing this module compiles the kernels, or loads them from numba's cache: import it late (`cpu_attention.warm_up`).
+Importing this module compiles the kernels, or loads them from numba's cache: import it late (see `cpu_attention`).
 """
 
 from typing import Any

@@ -1,8 +1,10 @@
-"""The innermost loop of `cpu_matmul`, written out in LLVM's language: numba has no vector registers to hold sums in.
+"""The innermost loop of `cpu_matmul` and `cpu_prefill`, written out in LLVM's language, because numba has no vector
+registers to hold sums in.
 
 A register tile is sums[rows, 64] += x[rows, depth] @ weights[depth, 64] with all sums in AVX-512 registers.
 """
 
+import functools
 from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
@@ -21,6 +23,7 @@ _WORD, _INT, _BYTE, _FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.F
 _VECTOR_TYPE = ir.VectorType(_FLOAT, _VECTOR)
 
 
+@functools.cache
 def registers_suffice() -> bool:
     """Whether this processor has the registers that the tiles are cut for."""
     return bool(binding.get_host_cpu_features().get("avx512f", False))

@@ -35,6 +35,8 @@ class LoadedModel:
     info: ModelInfo
     # What each layer's attention asks for, by layer index.
     options: dict[int, AttentionOptions]
+    # The attention module that a forward calls last.
+    last_attention: nn.Module
 
 
 def load_model(config: TandemConfig) -> LoadedModel:
@@ -106,7 +108,7 @@ def _examine(config: TandemConfig, model: Any, eos_token_ids: tuple[int, ...]) -
         eos_token_ids=eos_token_ids,
         fingerprint=fingerprint,
     )
-    return LoadedModel(model, info, probe.options)
+    return LoadedModel(model, info, probe.options, probe.last)
 
 
 def _probe(model: Any, device: str) -> attention.Probe:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tandem.engine.attention import PagedAttention, Step
 from tandem.engine.batch import PagedBatch
 from tandem.engine.kv_cache import KVCache
+from tandem.engine.last_layer import LastLayer
 from tandem.engine.model_loader import LoadedModel
 from tandem.engine.scheduler import StepPlan
 
@@ -29,7 +30,9 @@ class ModelRunner:
     """Turns a StepPlan into one flattened row of tokens, and that into logits and hidden states."""
 
     def __init__(self, loaded: LoadedModel, cache: KVCache, device: str) -> None:
+        """Changes the model's last layer in place: after fusing, and once."""
         self._model: Any = loaded.model
+        self._last_layer = LastLayer(loaded.model, loaded.last_attention)
         self._options = loaded.options
         self._cache = cache
         self._device = torch.device(device)
@@ -53,14 +56,15 @@ class ModelRunner:
     def _forward(self, ids: list[int], positions: list[int], batch: PagedBatch, sampled: list[int]) -> Tensor:
         step = Step(batch, self._cache, self._options, self._attention, self._write)
         # The head always gets a row: kernels need not cope with none.
-        keep = sampled or [len(ids) - 1]
-        output = self._model(
-            input_ids=self._tensor(ids, torch.long).unsqueeze(0),
-            position_ids=self._tensor(positions, torch.long).unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=self._tensor(keep, torch.long),
-            paged=step,
-        )
+        keep = self._tensor(sampled or [len(ids) - 1], torch.long)
+        with self._last_layer.only(keep if len(keep) < len(ids) else None):
+            output = self._model(
+                input_ids=self._tensor(ids, torch.long).unsqueeze(0),
+                position_ids=self._tensor(positions, torch.long).unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=keep,
+                paged=step,
+            )
         logits: Tensor = output.logits[0, : len(sampled)]
         return logits
 

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tandem.engine import cpu_attention
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.engine.cpu_attention import paged_attention_cpu, reference_attention, warm_up, write_kv
+from tandem.engine.cpu_attention import paged_attention_cpu, reference_attention, write_kv
+from tandem.engine.cpu_tile import registers_suffice
 
 
 @dataclass(frozen=True)
@@ -173,15 +175,39 @@ def test_a_decode_row_does_not_depend_on_its_batch_or_threads(options: Attention
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_large_scores_and_nan() -> None:
-    s = make_sequence(200, 1, 2, 2, 16)
-    hot = Sequence(s.query_CxHxD * 100, s.key_CxKxD, s.value_CxKxD, 1)
+@pytest.mark.skipif(not registers_suffice(), reason="the tiles of the chunk kernel need AVX-512")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_a_row_of_a_chunk_does_not_depend_on_the_cut_or_threads(options: AttentionOptions) -> None:
+    whole = make_sequence(333, 333, 4, 2, 80)
+    want = make_step([whole], 0, 16).run(options)
+    threads = torch.get_num_threads()
+    for count, page, context, rows in ((1, 16, 333, 1), (2, 5, 333, 100), (3, 64, 200, 150), (2, 16, 65, 65)):
+        cut = Sequence(*(t[:context] for t in (whole.query_CxHxD, whole.key_CxKxD, whole.value_CxKxD)), rows)
+        torch.set_num_threads(count)
+        try:
+            got = make_step([make_sequence(70, 70, 4, 2, 80), cut], 0, page).run(options)[70:]
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(got, want[context - rows : context])
+
+
+@pytest.mark.parametrize("rows", [1, 150])
+def test_large_scores_and_nan(rows: int) -> None:
+    s = make_sequence(200, rows, 2, 2, 16)
+    hot = Sequence(s.query_CxHxD * 100, s.key_CxKxD, s.value_CxKxD, rows)
     options = OPTIONS["plain"]
-    out = make_step([hot], 1, 16).run(options)
+    out = make_step([hot], rows == 1, 16).run(options)
     torch.testing.assert_close(out.double(), textbook(hot, options), rtol=1e-4, atol=1e-4)
-    poisoned = make_step([s], 1, 16)
-    poisoned.value[0, 0, 0] = float("nan")
-    assert poisoned.run(options).isnan().any(), "a NaN in the cache must surface, not vanish"
+    for poison in ("query", "key", "value"):
+        poisoned = make_step([s], rows == 1, 16)
+        getattr(poisoned, poison)[0, 0, 0] = float("nan")
+        assert poisoned.run(options).isnan().any(), f"a NaN in the {poison} must surface, not vanish"
+
+
+def test_without_tiles_chunks_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "_tiles_take", lambda *_: False)
+    test_mixed_batch_equals_the_textbook(OPTIONS["window"], 6, 2, 24, 5, torch.float32)
+    test_mixed_batch_equals_the_textbook(OPTIONS["plain"], 4, 4, 16, 16, torch.float32)
 
 
 def test_two_engines_on_two_threads() -> None:
@@ -225,9 +251,8 @@ def test_scale_is_the_callers() -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_warm_up_works_where_no_cache_can_be_written(tmp_path: Path) -> None:
+def test_kernels_compile_where_no_cache_can_be_written(tmp_path: Path) -> None:
     """A read-only install and a home that is not there: compile without a cache rather than fail."""
-    warm_up()
     code = (
         "import numba.core.caching as c\n"
         "for impl in (c.CompileResultCacheImpl,): impl._locator_classes = []\n"

@@ -1,0 +1,239 @@
+"""Attention of prompt chunks over the paged KV pool in fp32: FlashAttention's online softmax (Dao et al., 2022) on the
+register tiles of `cpu_tile`.
+
+Keys are taken in blocks of 64 that start at multiples of 64 of the sequence, whatever the chunk: so a row's result
+depends (bitwise) on that row and its own context only, not on where the prompt was cut, the batch, or the threads.
+
+Importing this module compiles the kernels, or loads them from numba's cache.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from tandem.engine.batch import AttentionOptions, PagedBatch
+from tandem.engine.cpu_kernels import exp_nonpositive
+from tandem.engine.cpu_parallel import FAST, atomic_add, bits_of_float, float_of_bits, floats, kernel, launch, pointer
+from tandem.engine.cpu_tile import COLUMNS, TILE_ROWS, register_tile
+
+# Rows of a work item: whole register tiles, and scores and sums (12 KiB each) that stay in the second-level cache.
+_ROWS = 8 * TILE_ROWS
+_LOWEST = np.float32(-np.inf)
+
+_TILE_1, _TILE_2, _TILE_3, _TILE_4, _TILE_5, _TILE_6 = (register_tile(rows, 0) for rows in range(1, 7))
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _add_product(rows: int, x: int, stride: int, weights: int, depth: int, sums: int) -> None:
+    """sums[rows, 64] += x[rows, depth] @ weights[depth, 64]."""
+    row = 0
+    while row + TILE_ROWS <= rows:
+        _TILE_6(x + stride * row, stride, weights, depth, sums + 4 * COLUMNS * row, 0)
+        row += TILE_ROWS
+    x, sums, rest = x + stride * row, sums + 4 * COLUMNS * row, rows - row
+    if rest == 1:
+        _TILE_1(x, stride, weights, depth, sums, 0)
+    elif rest == 2:
+        _TILE_2(x, stride, weights, depth, sums, 0)
+    elif rest == 3:
+        _TILE_3(x, stride, weights, depth, sums, 0)
+    elif rest == 4:
+        _TILE_4(x, stride, weights, depth, sums, 0)
+    elif rest == 5:
+        _TILE_5(x, stride, weights, depth, sums, 0)
+
+
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _cap(scores: Any, scale: Any, softcap: Any) -> None:
+    """The soft cap, as scores that are yet to be multiplied by `scale`."""
+    for t in range(COLUMNS):
+        scores[t] = softcap / scale * np.float32(np.tanh(scores[t] * scale / softcap))
+
+
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _weigh(scores: Any, scale: Any, top: Any, spare: Any) -> Any:
+    """64 scores become exp(scale * score - maximum); returns the new maximum and their sum. `spare`: 32 floats."""
+    # Halving, since a running maximum is one long chain: LLVM may not reorder it as long as NaN has a meaning.
+    for t in range(COLUMNS // 2):
+        low, high = scores[t] * scale, scores[t + COLUMNS // 2] * scale
+        scores[t], scores[t + COLUMNS // 2] = low, high
+        spare[t] = max(low, high)
+    for t in range(COLUMNS // 4):
+        spare[t] = max(spare[t], spare[t + COLUMNS // 4])
+    for t in range(COLUMNS // 8):
+        top = max(top, max(spare[t], spare[t + COLUMNS // 8]))
+    total = np.float32(0.0)
+    for t in range(COLUMNS):
+        e = exp_nonpositive(scores[t] - top)
+        scores[t] = e
+        total += e
+    return top, total
+
+
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _scale_row(out: int, parts: int, factor: Any) -> None:
+    for part in range(parts):
+        row = floats(out + 4 * COLUMNS * _ROWS * part, COLUMNS)
+        for d in range(COLUMNS):
+            row[d] *= factor
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _softmax_block(words: Any, rows: int, ahead: int, scores: int, stats: int, out: int, spare_address: int) -> None:
+    """Scores of 64 keys become weights, and sums so far follow the new maximum; row i is `ahead + i` past key 0."""
+    window, parts = words[11], (words[10] + COLUMNS - 1) // COLUMNS
+    scale, softcap = float_of_bits(np.int32(words[12])), float_of_bits(np.int32(words[13]))
+    spare = floats(spare_address, COLUMNS // 2)
+    for row in range(rows):
+        last = min(ahead + row + 1, COLUMNS)
+        first = max(ahead + row + 1 - window, 0) if window > 0 else 0
+        score, stat = floats(scores + 4 * COLUMNS * row, COLUMNS), floats(stats + 8 * row, 2)
+        if last <= first:
+            score[:] = np.float32(0.0)
+            continue
+        old = stat[0]
+        if softcap > np.float32(0.0):
+            _cap(score, scale, softcap)
+        whole = last - first == COLUMNS
+        if not whole:
+            score[:first], score[last:] = _LOWEST, _LOWEST
+        top, total = _weigh(score, scale, old, spare)
+        if not whole:
+            score[:first], score[last:] = np.float32(0.0), np.float32(0.0)
+        if top > old:
+            factor = exp_nonpositive(old - top) if old > _LOWEST else np.float32(0.0)
+            stat[0], stat[1] = top, stat[1] * factor
+            _scale_row(out + 4 * COLUMNS * row, parts, factor)
+        stat[1] += total
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _attend(words: Any, head: int, first_row: int, rows: int, scratch: int) -> None:
+    """One work item: `rows` rows of one head against all keys that they see."""
+    heads, dim, window = words[8], words[10], words[11]
+    parts = (dim + COLUMNS - 1) // COLUMNS
+    scores, stats = scratch, scratch + 4 * COLUMNS * _ROWS
+    spare = stats + 8 * _ROWS
+    out = spare + 4 * COLUMNS
+    floats(out, parts * _ROWS * COLUMNS)[:] = np.float32(0.0)
+    state = floats(stats, 2 * _ROWS)
+    state[0::2] = _LOWEST
+    state[1::2] = np.float32(0.0)
+    position = words[7] + first_row
+    query = words[2] + words[16] * first_row + words[19] * head
+    kv_head = head // (heads // words[9])
+    oldest = max(position + 1 - window, 0) // COLUMNS if window > 0 else 0
+    for block in range(oldest, (position + rows - 1) // COLUMNS + 1):
+        place = kv_head * words[15] + block - words[14]
+        # Rows before the block's first key see none of it.
+        skip = max(block * COLUMNS - position, 0)
+        count, offset = rows - skip, 4 * COLUMNS * skip
+        floats(scores, count * COLUMNS)[:] = np.float32(0.0)
+        _add_product(count, query + words[16] * skip, words[16], words[3] + 4 * COLUMNS * dim * place, dim, scores)
+        ahead = position + skip - block * COLUMNS
+        _softmax_block(words, count, ahead, scores, stats + 8 * skip, out + offset, spare)
+        for part in range(parts):
+            values = words[4] + 4 * COLUMNS * COLUMNS * (place * parts + part)
+            _add_product(count, scores, 4 * COLUMNS, values, COLUMNS, out + offset + 4 * COLUMNS * _ROWS * part)
+    for row in range(rows):
+        _scale_row(out + 4 * COLUMNS * row, parts, np.float32(1.0) / state[2 * row + 1])
+        target = floats(words[5] + 4 * dim * (heads * (first_row + row) + head), dim)
+        for part in range(parts):
+            size = min(dim - COLUMNS * part, COLUMNS)
+            target[COLUMNS * part : COLUMNS * part + size] = floats(out + 4 * COLUMNS * (_ROWS * part + row), size)
+
+
+def _chunk(words_pointer: Any) -> None:
+    """words: 0 ticket, 1 thread ticket, 2 q, 3 packed k, 4 packed v, 5 out, 6 rows, 7 first position, 8 heads,
+    9 kv heads, 10 dim, 11 window, 12 scale, 13 softcap, 14 first key block, 15 key blocks, 16 bytes of a row of q,
+    17 scratch, 18 its bytes for a thread, 19 bytes from a head of q to the next.
+    """
+    words = carray(words_pointer, (20,))
+    shared = np.int64(words.ctypes.data)
+    scratch = words[17] + words[18] * atomic_add(shared + 8, 1)
+    heads, tiles = words[8], (words[6] + _ROWS - 1) // _ROWS
+    while True:
+        item = atomic_add(shared, 1)
+        if item >= heads * tiles:
+            return
+        # The last rows see most keys: they go first, so that no thread starts a long item when the others end.
+        first_row = (tiles - 1 - item // heads) * _ROWS
+        _attend(words, item % heads, first_row, min(_ROWS, words[6] - first_row), scratch)
+
+
+def _pack(words_pointer: Any) -> None:
+    """Keys as [kv head, block, dim, 64], values as [kv head, block, part, 64, 64 of dim]; zeros fill up.
+
+    words: 0 ticket, 2 k pool, 3 v pool, 4 block table, 5 context, 6 kv heads, 7 dim, 8 page, 9 packed k, 10 packed v,
+    11 first key block, 12 key blocks.
+    """
+    words = carray(words_pointer, (13,))
+    context, kv_heads, dim, page, blocks = words[5], words[6], words[7], words[8], words[12]
+    parts = (dim + COLUMNS - 1) // COLUMNS
+    table = carray(pointer(words[4]), ((context + page - 1) // page,), np.int32)
+    while True:
+        item = atomic_add(np.int64(words.ctypes.data), 1)
+        if item >= kv_heads * blocks:
+            return
+        first = (words[11] + item % blocks) * COLUMNS
+        keys = floats(words[9] + 4 * COLUMNS * dim * item, COLUMNS * dim)
+        values = floats(words[10] + 4 * COLUMNS * COLUMNS * parts * item, COLUMNS * COLUMNS * parts)
+        keys[:] = np.float32(0.0)
+        values[:] = np.float32(0.0)
+        for t in range(min(COLUMNS, context - first)):
+            slot = np.int64(table[(first + t) // page]) * page + (first + t) % page
+            offset = 4 * dim * (slot * kv_heads + item // blocks)
+            key, value = floats(words[2] + offset, dim), floats(words[3] + offset, dim)
+            for d in range(dim):
+                keys[COLUMNS * d + t] = key[d]
+            for part in range(parts):
+                size, start = min(dim - COLUMNS * part, COLUMNS), COLUMNS * (COLUMNS * part + t)
+                values[start : start + size] = value[COLUMNS * part : COLUMNS * part + size]
+
+
+_CHUNK = kernel(_chunk)
+_PACK = kernel(_pack)
+
+
+def chunk_attention(
+    query_QxHxD: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    batch: PagedBatch,
+    sequence: int,
+    options: AttentionOptions,
+    out_QxHxD: Tensor,
+) -> None:
+    """Attention of a sequence's last Q rows over all of its C keys, written to `out`, which is contiguous.
+
+    fp32, contiguous pools, a query whose heads are dense. Memory: the keys and values that the rows see, once more.
+    """
+    rows, heads, dim = query_QxHxD.shape
+    page, kv_heads = k_pool.shape[1:3]
+    context, threads = batch.context_lens[sequence], torch.get_num_threads()
+    first_key = max(context - rows + 1 - options.window, 0) if options.window else 0
+    first_block = first_key // COLUMNS
+    blocks = (context - 1) // COLUMNS - first_block + 1
+    parts = -(-dim // COLUMNS)
+    keys = torch.empty(kv_heads * blocks * dim * COLUMNS)
+    values = torch.empty(kv_heads * blocks * parts * COLUMNS * COLUMNS)
+    table = batch.block_table_BxM[sequence]
+    launch(
+        _PACK,
+        *(k_pool.data_ptr(), v_pool.data_ptr(), table.data_ptr(), context, kv_heads, dim, page),
+        *(keys.data_ptr(), values.data_ptr(), first_block, blocks),
+        threads=threads,
+    )
+    scratch = torch.empty(threads, _ROWS * (COLUMNS * (1 + parts) + 2) + COLUMNS)
+    row_bytes, head_bytes = 4 * query_QxHxD.stride(0), 4 * query_QxHxD.stride(1)
+    launch(
+        _CHUNK,
+        *(query_QxHxD.data_ptr(), keys.data_ptr(), values.data_ptr(), out_QxHxD.data_ptr()),
+        *(rows, context - rows, heads, kv_heads, dim, options.window),
+        *(bits_of_float(options.scale), bits_of_float(options.softcap)),
+        *(first_block, blocks, row_bytes, scratch.data_ptr(), 4 * scratch.stride(0), head_bytes),
+        threads=threads,
+    )
