@@ -44,8 +44,8 @@ class ModelRunner:
         positions = [position for _, start, end in rows for position in range(start, end)]
         ids = [token for sequence, start, end in rows for token in sequence.token_ids(start, end)]
         batch = self._batch(rows)
-        with torch.inference_mode():
-            sampled, pooled = _sampled_rows(plan, batch), _pooled_rows(plan, batch)
+        sampled, pooled = _sampled_rows(plan, batch), _pooled_rows(plan, batch)
+        with torch.inference_mode(), self._last_layer.only(self._needed(sampled, pooled, len(ids))):
             if not pooled:
                 logits = self._forward(ids, positions, batch, sampled)
                 return StepOutput(logits, logits.new_empty(0, 0))
@@ -53,18 +53,23 @@ class ModelRunner:
                 logits = self._forward(ids, positions, batch, sampled)
             return StepOutput(logits, seen[0][0, pooled])
 
+    def _needed(self, sampled: list[int], pooled: list[int], num_rows: int) -> Tensor | None:
+        """Rows whose final hidden state is read, or None for all."""
+        rows = sorted({*sampled, *pooled})
+        # One at least, as for the head.
+        return None if len(rows) == num_rows else self._tensor(rows or [0], torch.long)
+
     def _forward(self, ids: list[int], positions: list[int], batch: PagedBatch, sampled: list[int]) -> Tensor:
         step = Step(batch, self._cache, self._options, self._attention, self._write)
         # The head always gets a row: kernels need not cope with none.
-        keep = self._tensor(sampled or [len(ids) - 1], torch.long)
-        with self._last_layer.only(keep if len(keep) < len(ids) else None):
-            output = self._model(
-                input_ids=self._tensor(ids, torch.long).unsqueeze(0),
-                position_ids=self._tensor(positions, torch.long).unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=keep,
-                paged=step,
-            )
+        keep = sampled or [len(ids) - 1]
+        output = self._model(
+            input_ids=self._tensor(ids, torch.long).unsqueeze(0),
+            position_ids=self._tensor(positions, torch.long).unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=self._tensor(keep, torch.long),
+            paged=step,
+        )
         logits: Tensor = output.logits[0, : len(sampled)]
         return logits
 
