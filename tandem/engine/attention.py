@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tandem.engine.batch import AttentionOptions, PagedBatch
@@ -60,6 +60,16 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """The rows of a step that are read after the last layer: its attention is computed for these alone."""
+
+    rows: Tensor
+    # In which each of the rows is a sequence of its own.
+    batch: PagedBatch
+    last_attention: nn.Module
+
+
+@dataclass(frozen=True)
 class Step:
     """What one step's attention calls need; travels through the forward as the keyword argument `paged`."""
 
@@ -68,14 +78,31 @@ class Step:
     options: dict[int, AttentionOptions]
     attention: PagedAttention
     write: Callable[[Tensor, Tensor, Tensor, Tensor, PagedBatch], None]
+    # None where every row is read.
+    tail: Tail | None
 
     def run(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         k_pool, v_pool = self.cache.layer(module.layer_idx)
         query_TxHxD, key_TxKxD, value_TxKxD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         self.write(key_TxKxD, value_TxKxD, k_pool, v_pool, self.batch)
-        options = self.options[module.layer_idx]
-        out = self.attention(query_TxHxD, key_TxKxD, value_TxKxD, k_pool, v_pool, self.batch, options)
-        return out.unsqueeze(0)
+        tail = self.tail if self.tail is not None and self.tail.last_attention is module else None
+        out = self.attention(
+            query_TxHxD if tail is None else query_TxHxD[tail.rows],
+            *(key_TxKxD, value_TxKxD, k_pool, v_pool),
+            self.batch if tail is None else tail.batch,
+            self.options[module.layer_idx],
+        ).unsqueeze(0)
+        return out if tail is None else spread(out, tail.rows, query_TxHxD.shape[0])
+
+
+def spread(part: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """[1, R, ...] to [1, num_rows, ...], with the part's rows in their places.
+
+    The others are zero, not memory as it was found: they go on through norms, where a NaN would be a false alarm.
+    """
+    whole = part.new_zeros(1, num_rows, *part.shape[2:])
+    whole[:, rows] = part
+    return whole
 
 
 def paged_attention(

@@ -4,8 +4,12 @@ Shape letters used in the engine: T tokens of the step, B sequences of the step,
 N blocks of the pool, P tokens a block (block_size), H query heads, K key/value heads, D head_dim.
 """
 
+from __future__ import annotations
+
+from bisect import bisect_right
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +34,22 @@ class PagedBatch:
     slots_T: Tensor
     # int32 [B + 1] on the device: the same as query_starts.
     query_starts_B1: Tensor
+
+    def rows_alone(self, rows: list[int]) -> PagedBatch:
+        """The same pages as these rows see them, each row a sequence of its own."""
+        owners = [bisect_right(self.query_starts, row) - 1 for row in rows]
+        after = [self.query_starts[owner + 1] - 1 - row for owner, row in zip(owners, rows, strict=True)]
+        context_lens = [self.context_lens[owner] - left for owner, left in zip(owners, after, strict=True)]
+        starts, device = list(range(len(rows) + 1)), self.slots_T.device
+        return PagedBatch(
+            num_decodes=len(rows),
+            query_starts=starts,
+            context_lens=context_lens,
+            block_table_BxM=self.block_table_BxM[owners],
+            context_lens_B=torch.tensor(context_lens, dtype=torch.int32, device=device),
+            slots_T=self.slots_T[rows],
+            query_starts_B1=torch.tensor(starts, dtype=torch.int32, device=device),
+        )
 
 
 @dataclass(frozen=True)

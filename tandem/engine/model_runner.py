@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.engine.attention import PagedAttention, Step
+from tandem.engine.attention import PagedAttention, Step, Tail
 from tandem.engine.batch import PagedBatch
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.last_layer import LastLayer
@@ -45,22 +45,16 @@ class ModelRunner:
         ids = [token for sequence, start, end in rows for token in sequence.token_ids(start, end)]
         batch = self._batch(rows)
         sampled, pooled = _sampled_rows(plan, batch), _pooled_rows(plan, batch)
-        with torch.inference_mode(), self._last_layer.only(self._needed(sampled, pooled, len(ids))):
-            if not pooled:
-                logits = self._forward(ids, positions, batch, sampled)
-                return StepOutput(logits, logits.new_empty(0, 0))
-            with _last_hidden_state(self._model) as seen:
-                logits = self._forward(ids, positions, batch, sampled)
-            return StepOutput(logits, seen[0][0, pooled])
+        with torch.inference_mode():
+            tail = self._last_layer.tail(sorted({*sampled, *pooled}), batch)
+            with self._last_layer.only(tail), _last_hidden_state(self._model) as seen:
+                logits = self._forward(ids, positions, batch, tail, sampled)
+            return StepOutput(logits, seen[0][0, pooled] if pooled else logits.new_empty(0, 0))
 
-    def _needed(self, sampled: list[int], pooled: list[int], num_rows: int) -> Tensor | None:
-        """Rows whose final hidden state is read, or None for all."""
-        rows = sorted({*sampled, *pooled})
-        # One at least, as for the head.
-        return None if len(rows) == num_rows else self._tensor(rows or [0], torch.long)
-
-    def _forward(self, ids: list[int], positions: list[int], batch: PagedBatch, sampled: list[int]) -> Tensor:
-        step = Step(batch, self._cache, self._options, self._attention, self._write)
+    def _forward(
+        self, ids: list[int], positions: list[int], batch: PagedBatch, tail: Tail | None, sampled: list[int]
+    ) -> Tensor:
+        step = Step(batch, self._cache, self._options, self._attention, self._write, tail)
         # The head always gets a row: kernels need not cope with none.
         keep = sampled or [len(ids) - 1]
         output = self._model(

@@ -1,65 +1,78 @@
-"""The last layer's cut: rows that are read stay as they were, others cost nothing, mixing rows is noticed."""
+"""The last layer's cut: the logits stay transformers' own, unread rows cost nothing, mixing rows is noticed."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from model_zoo import save_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
+from tandem.config import parse_config
+from tandem.engine.block_pool import BlockPool
+from tandem.engine.kv_cache import KVCache
 from tandem.engine.last_layer import LastLayer
-from tests.support.model_zoo import save_model
+from tandem.engine.model_loader import LoadedModel, load_model
+from tandem.engine.model_runner import ModelRunner
+from tandem.engine.self_check import check_exactness
 
-ROWS = torch.tensor([2, 9])
+HIDDEN = 64
 
 
-class CountRows(nn.Module):
-    """A module with parts that notes how many rows it was given."""
+def load(architecture: str, folder: Path) -> LoadedModel:
+    return load_model(parse_config({"model": {"path": str(save_model(architecture, folder))}}))
+
+
+def last_layer(loaded: LoadedModel) -> Any:
+    model: Any = loaded.model
+    return model.transformer.h[-1] if hasattr(model, "transformer") else model.base_model.layers[-1]
+
+
+def count_rows(module: nn.Module) -> list[int]:
+    """The number of rows of each call to come."""
+    rows: list[int] = []
+    module.register_forward_pre_hook(lambda _module, inputs: rows.append(inputs[0].numel() // HIDDEN))
+    return rows
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "phi3", "mixtral"])
+def test_unread_rows_are_not_computed(architecture: str, tmp_path: Path) -> None:
+    loaded = load(architecture, tmp_path)
+    layer = last_layer(loaded)
+    within_mlp = count_rows(next(layer.mlp.children()))
+    fingerprint = loaded.info.fingerprint
+    pool = BlockPool(8, fingerprint.block_size, prefix_cache=False)
+    runner = ModelRunner(loaded, KVCache(fingerprint, 8, "cpu"), "cpu")
+    within_mlp.clear()  # what the runner tried out
+    check_exactness(loaded, runner, pool)
+    # Two chunks of 12 tokens, a decode step, and transformers' own forward over all 25.
+    assert within_mlp == [1, 1, 1, 25]
+
+
+def test_what_the_cut_leaves_is_written_to_the_cache_by_all_rows(tmp_path: Path) -> None:
+    loaded = load("llama", tmp_path)
+    attention = last_layer(loaded).self_attn
+    keys = count_rows(attention.k_proj)
+    fingerprint = loaded.info.fingerprint
+    runner = ModelRunner(loaded, KVCache(fingerprint, 8, "cpu"), "cpu")
+    check_exactness(loaded, runner, BlockPool(8, fingerprint.block_size, prefix_cache=False))
+    assert keys == [12, 12, 1, 25]
+
+
+class Shifted(nn.Module):
+    """Every row also depends on the one before it."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.rows = inner, 0
+        self.inner = inner
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.rows = x.shape[1]
-        out: Tensor = self.inner(x)
-        return out
-
-
-class Shifted(CountRows):
-    """Every row also depends on the one before it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + x.roll(1, dims=1))
-
-
-def build(architecture: str, folder: Path, wrap: type[CountRows]) -> tuple[Any, CountRows, nn.Module]:
-    """A tiny model, the module in place of its last layer's MLP, and its last layer's attention."""
-    model: Any = AutoModelForCausalLM.from_pretrained(save_model(architecture, folder)).eval()
-    layer = model.transformer.h[-1] if architecture == "gpt2" else model.base_model.layers[-1]
-    layer.mlp = wrap(layer.mlp)
-    attention = next(child for name, child in layer.named_children() if "attn" in name or name == "attention")
-    return model, layer.mlp, attention
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "mixtral"])
-def test_needed_rows_stay_and_the_others_are_not_computed(architecture: str, tmp_path: Path) -> None:
-    model, mlp, attention = build(architecture, tmp_path, CountRows)
-    ids = torch.randint(0, 100, (1, 12), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        want = model(ids).logits[0, ROWS]
-        last = LastLayer(model, attention)
-        with last.only(ROWS):
-            got = model(ids, logits_to_keep=ROWS).logits[0]
-        assert mlp.rows == len(ROWS)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(model(ids).logits[0, ROWS], want)
-    assert mlp.rows == 12
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x + x.roll(1, dims=1))
 
 
 def test_a_module_that_mixes_rows_is_left_whole(tmp_path: Path) -> None:
-    model, mlp, attention = build("llama", tmp_path, Shifted)
-    with LastLayer(model, attention).only(ROWS), torch.inference_mode():
-        model(torch.zeros(1, 12, dtype=torch.long))
-    assert mlp.rows == 12
+    loaded = load("llama", tmp_path)
+    layer = last_layer(loaded)
+    layer.mlp = Shifted(layer.mlp)
+    LastLayer(loaded.model, loaded.last_attention)
+    assert "forward" not in vars(layer.mlp)
+    assert "forward" in vars(layer.self_attn.o_proj)
