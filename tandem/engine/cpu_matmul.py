@@ -16,8 +16,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from tandem.engine.cpu_kernels import exp_nonpositive
 from tandem.engine.cpu_parallel import FAST, atomic_add, floats, kernel, launch
+from tandem.engine.cpu_rowwise import silu_multiply
 from tandem.engine.cpu_tile import COLUMNS, TILE_ROWS, register_tile, registers_suffice
 
 # Above this many rows oneDNN is as fast: the product is then bound by arithmetic.
@@ -93,16 +93,6 @@ def _add_bias(sums: int, rows: int, bias: int) -> None:
                 y[i] += b[i]
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def _silu_product(gate: int, up: int, size: int) -> None:
-    """gate = gate * sigmoid(gate) * up."""
-    g, u = floats(gate, size), floats(up, size)
-    for i in range(size):
-        e = exp_nonpositive(-abs(g[i]))
-        above = np.float32(1.0) if g[i] >= np.float32(0.0) else e
-        g[i] = g[i] * (above / (np.float32(1.0) + e)) * u[i]
-
-
 def _product(words_pointer: Any) -> None:
     """words: 0 ticket, 2 x, 3 its row stride, 4 rows, 5 inputs, 6 weights, 7 bias, 8 column blocks, 9 out,
     10 its row stride, 11 scratch, 12 threads, 13 weights of a second factor or 0, 14 its bias; strides in bytes.
@@ -124,7 +114,7 @@ def _product(words_pointer: Any) -> None:
                 second = sums + scratch_bytes
                 _block(words[2], words[3], rows, words[13] + block_bytes * i, inputs, second)
                 _add_bias(second, rows, words[14] + bias_offset if words[14] != 0 else 0)
-                _silu_product(sums, second, rows * COLUMNS)
+                silu_multiply(sums, second, rows * COLUMNS)
             for row in range(rows):
                 out = floats(words[9] + words[10] * row + bias_offset, COLUMNS)
                 out[:] = floats(sums + 4 * COLUMNS * row, COLUMNS)

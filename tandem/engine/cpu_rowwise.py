@@ -1,4 +1,4 @@
-"""numba kernels of what a decoder layer does row by row, each in one pass over memory (fp32): RMSNorm and rotary.
+"""numba kernels of what a decoder layer does row by row, each in one pass over memory (fp32): RMSNorm, rotary, SwiGLU.
 
 Importing this module compiles the kernels, or loads them from numba's cache.
 """
@@ -10,6 +10,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from tandem.engine.cpu_kernels import exp_nonpositive
 from tandem.engine.cpu_parallel import (
     FAST,
     atomic_add,
@@ -79,7 +80,30 @@ def _rotary(words_pointer: Any) -> None:
                 _rotate(source, words[at + 2], heads, half, cos, sin, words[at + 4] + 8 * half * heads * t)
 
 
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def silu_multiply(gate: int, up: int, size: int) -> None:
+    """gate = gate * sigmoid(gate) * up, for numba code."""
+    g, u = floats(gate, size), floats(up, size)
+    for i in range(size):
+        e = exp_nonpositive(-abs(g[i]))
+        above = np.float32(1.0) if g[i] >= np.float32(0.0) else e
+        g[i] = g[i] * (above / (np.float32(1.0) + e)) * u[i]
+
+
+def _silu_product(words_pointer: Any) -> None:
+    """words: 0 ticket, 2 gate, 3 up, 4 rows, 5 row size."""
+    words = carray(words_pointer, (6,))
+    rows, size = words[4], words[5]
+    while True:
+        first = atomic_add(np.int64(words.ctypes.data), 1) * _ROWS_A_TICKET
+        if first >= rows:
+            return
+        offset = 4 * first * size
+        silu_multiply(words[2] + offset, words[3] + offset, (min(first + _ROWS_A_TICKET, rows) - first) * size)
+
+
 _RMS_NORM = kernel(_rms_norm)
+_SILU_PRODUCT = kernel(_silu_product)
 _ROTARY = kernel(_rotary)
 
 
@@ -112,3 +136,11 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
         outs.append(out.transpose(1, 2))
     launch(_ROTARY, *words, threads=_threads_for(query.numel()))
     return outs[0], outs[1]
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, written to `gate`; both contiguous, fp32 and of one shape."""
+    size = gate.shape[-1]
+    words = (gate.data_ptr(), up.data_ptr(), gate.numel() // size, size)
+    launch(_SILU_PRODUCT, *words, threads=_threads_for(gate.numel()))
+    return gate
