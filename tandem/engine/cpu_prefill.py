@@ -159,9 +159,10 @@ def _chunk(words_pointer: Any) -> None:
         item = atomic_add(shared, 1)
         if item >= heads * tiles:
             return
-        # The last rows see most keys: they go first, so that no thread starts a long item when the others end.
-        first_row = (tiles - 1 - item // heads) * _ROWS
-        _attend(words, item % heads, first_row, min(_ROWS, words[6] - first_row), scratch)
+        # Head by head, whose keys and values stay in the second-level cache. The last rows see most keys and go first,
+        # so that no thread starts a long item when the others end.
+        first_row = (tiles - 1 - item % tiles) * _ROWS
+        _attend(words, item // tiles, first_row, min(_ROWS, words[6] - first_row), scratch)
 
 
 def _pack(words_pointer: Any) -> None:
@@ -181,9 +182,11 @@ def _pack(words_pointer: Any) -> None:
         first = (words[11] + item % blocks) * COLUMNS
         keys = floats(words[9] + 4 * COLUMNS * dim * item, COLUMNS * dim)
         values = floats(words[10] + 4 * COLUMNS * COLUMNS * parts * item, COLUMNS * COLUMNS * parts)
-        keys[:] = np.float32(0.0)
-        values[:] = np.float32(0.0)
-        for t in range(min(COLUMNS, context - first)):
+        count = min(COLUMNS, context - first)
+        if count < COLUMNS or dim % COLUMNS:
+            keys[:] = np.float32(0.0)
+            values[:] = np.float32(0.0)
+        for t in range(count):
             slot = np.int64(table[(first + t) // page]) * page + (first + t) % page
             offset = 4 * dim * (slot * kv_heads + item // blocks)
             key, value = floats(words[2] + offset, dim), floats(words[3] + offset, dim)
