@@ -10,7 +10,7 @@ from typing import Any
 
 from router.aio import first_error
 from router.output import ChoiceOutput, Step
-from router.placement import Demand, blocks_for, choose
+from router.placement import Demand, WorkerView, blocks_for, choose, choose_prefill
 from router.registry import Registry
 from router.subscriptions import Mailbox
 from router.worker import Worker
@@ -65,12 +65,13 @@ class Choice:
         self._registry = registry
         self._emit = emit
         self.timeline = brief.timeline
-        self._box = Mailbox(brief.request.sampling.max_tokens, self.timeline.now_ms)
+        self._box = Mailbox(brief.request.sampling.max_tokens, self.timeline.now_ms, self._decode_over)
         self._log = logging.LoggerAdapter(logging.getLogger(__name__), {"request_id": brief.request.request_id})
         self._started = worker_pb2.PrefillStarted()
         self._sealed: worker_pb2.Sealed | None = None
         # The prefill worker's token ended the request: nobody decodes.
         self._first_was_last = False
+        self._abort: asyncio.Task[None] | None = None
         self._reservation = worker_pb2.Reservation()
         self._transport = ""
         # Ids, for reports; empty until placed.
@@ -104,29 +105,54 @@ class Choice:
 
     # Placing and releasing.
 
+    @property
+    def _demand(self) -> Demand:
+        return Demand(len(self._request.prompt_ids), self._request.sampling.max_tokens)
+
     def _place(self) -> None:
-        request = self._request
-        demand = Demand(len(request.prompt_ids), request.sampling.max_tokens)
+        request, demand = self._request, self._demand
         views = {view.worker_id: view for view in self._registry.snapshot(self._brief.block_names)}
         placement = choose(tuple(views.values()), demand)
-        self._prefill_on, self._decode_on = self._registry[placement.prefill], self._registry[placement.decode]
+        self._decode_on, self.decode_worker = self._registry[placement.decode], placement.decode
+        self._place_prefill(views[placement.prefill])
         self._transport = _transport(self._prefill_on, self._decode_on)
-        self.prefill_worker, self.decode_worker = placement.prefill, placement.decode
-        to_compute = views[placement.prefill].to_compute(demand.prompt_tokens)
-        self._prefill_on.queued.place(request.request_id, to_compute)
         block_size = self._decode_on.model.fingerprint.block_size
         self._decode_on.promised.place(request.request_id, blocks_for(demand.kv_tokens, block_size))
         self._decode_on.subscription.register(request.request_id, request.attempt, self._box)
-        self._prefill_on.attach(request.request_id, Role.PREFILL, self._prefill_lost)
         self._decode_on.attach(request.request_id, Role.DECODE, self._decode_lost)
         self._log.info("placed on %s and %s by %s", placement.prefill, placement.decode, self._transport)
+
+    def _place_prefill_again(self) -> None:
+        """While the request waited for blocks, its prefill worker may have begun to drain, or gone: then it moves.
+
+        When nobody else is there, a draining worker that has not left yet takes it: it refuses nothing. Raises as
+        choose.
+        """
+        former = self._prefill_on
+        if former is self._decode_on or former.takes(Role.PREFILL):
+            return
+        try:
+            chosen = choose_prefill(self._registry.snapshot(self._brief.block_names), self._demand.prompt_tokens)
+        except Unavailable:
+            if former.loss is None and Role.PREFILL in former.roles:
+                return
+            raise
+        former.queued.drop(self._request.request_id)
+        self._place_prefill(chosen)
+        self._log.info("moved from %s to %s before its prefill", former.id, chosen.worker_id)
+
+    def _place_prefill(self, view: WorkerView) -> None:
+        self._prefill_on, self.prefill_worker = self._registry[view.worker_id], view.worker_id
+        to_compute = view.to_compute(self._demand.prompt_tokens)
+        self._prefill_on.queued.place(self._request.request_id, to_compute)
 
     def _prefill_lost(self, error: TandemError) -> None:
         if not self._handed_off:
             self._box.fail(error)
 
     def _decode_lost(self, error: TandemError) -> None:
-        if not (self._box.decode_ended or self._first_was_last):
+        """Not called any more once the worker has told its last token."""
+        if not self._first_was_last:
             self._box.fail(error)
 
     @property
@@ -140,17 +166,27 @@ class Choice:
         self._prefill_on.queued.drop(self._request.request_id)
         self._prefill_on.detach(self._request.request_id, Role.PREFILL)
 
+    def _decode_over(self) -> None:
+        """Nothing depends on the decode worker: it may leave, however slowly the client reads."""
+        self._decode_on.leases.discard(self._reservation.reservation_id)
+        self._decode_on.detach(self._request.request_id, Role.DECODE)
+
     async def _release(self) -> None:
         """The Prefill call is over already: its task is."""
         request = self._request
         self._prefill_over()
         self._decode_on.promised.drop(request.request_id)
-        self._decode_on.leases.discard(self._reservation.reservation_id)
-        self._decode_on.detach(request.request_id, Role.DECODE)
+        self._decode_over()
         self._decode_on.subscription.forget(request.request_id, request.attempt)
         if not self._box.decode_ended:
             # Shielded: a client that leaves while we wait cannot stop the release.
-            await asyncio.shield(self._decode_on.abort(request.request_id, request.attempt))
+            await asyncio.shield(self._aborting())
+
+    def _aborting(self) -> asyncio.Task[None]:
+        """The decode worker's Abort, from the first call on."""
+        if self._abort is None:
+            self._abort = self._decode_on.abort(self._request.request_id, self._request.attempt)
+        return self._abort
 
     # Serving.
 
@@ -176,6 +212,8 @@ class Choice:
         self.timeline.mark(Phase.RESERVED)
 
     async def _prefill(self) -> None:
+        self._place_prefill_again()
+        self._prefill_on.attach(self._request.request_id, Role.PREFILL, self._prefill_lost)
         call = self._prefill_on.prefill(self._request, self._target(), self._remaining_s())
         self._prefill_on.queued.sent(self._request.request_id)
         try:
@@ -228,6 +266,9 @@ class Choice:
             raise Unavailable(f"prefill worker {self.prefill_worker} ended the request ({reason}) and gave no cause")
         self._box.put_first(Step((token_from_wire(first.token),), reason))
         self._first_was_last = reason is not None
+        if self._request.sampling.max_tokens == 1:
+            # No transfer began, whose abandoning would free the blocks: the client may take its time to read.
+            self._aborting()
         return self._first_was_last
 
     # Reporting.

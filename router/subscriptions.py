@@ -24,8 +24,12 @@ class Mailbox:
     the first token. Bounded by max_tokens: a worker that sends more fails the choice.
     """
 
-    def __init__(self, max_tokens: int, clock_ms: Callable[[], float]) -> None:
+    def __init__(
+        self, max_tokens: int, clock_ms: Callable[[], float], on_decode_end: Callable[[], object] = lambda: None
+    ) -> None:
+        """on_decode_end is called once, when the decode worker has said that it is done."""
         self._max_tokens = max_tokens
+        self._on_decode_end = on_decode_end
         self._clock_ms = clock_ms
         # The prefill worker told its token: nobody else can.
         self.first_arrived = False
@@ -45,7 +49,9 @@ class Mailbox:
         self._arrival.set()
 
     def put_decoded(self, message: worker_pb2.RequestTokens) -> None:
-        self.decode_ended |= bool(message.finish_reason or message.HasField("failure"))
+        if not self.decode_ended and (message.finish_reason or message.HasField("failure")):
+            self.decode_ended = True
+            self._on_decode_end()
         error = self._problem(message)
         if error is not None:
             self.fail(error)

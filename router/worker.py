@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -34,7 +34,7 @@ _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 class Worker:
     """A worker from its Join to its loss.
 
-    joined ──dialled back, Subscribe accepted──▶ routable ──draining──▶ routable for live requests only
+    joined ──dialled back, Subscribe accepted──▶ routable ──draining──▶ live requests only ──the last──▶ dismissed
        └───────────────┬───────────────────────────┴──────────────────────┘
                        ▼ a stream ended, heartbeats are silent, or the same worker_id joined again
                      lost: no new work; live requests fail with WorkerLost; the channel is closed
@@ -59,7 +59,7 @@ class Worker:
         self.loss: errors.TandemError | None = None
         self._lost = asyncio.Event()
         self._config = config
-        self._drain_asked, self._drain_said = False, first.draining
+        self._drain_asked, self._drain_said, self._dismissed = False, first.draining, False
         self._live: dict[tuple[str, Role], Callable[[errors.TandemError], None]] = {}
         self._decode_wanted = asyncio.Event()
         self._aborts: set[asyncio.Task[None]] = set()
@@ -74,6 +74,10 @@ class Worker:
     @property
     def draining(self) -> bool:
         return self._drain_asked or self._drain_said
+
+    def takes(self, role: Role) -> bool:
+        """Whether new work of the role may be placed on it."""
+        return self.routable and not self.draining and role in self.roles
 
     def view(self, block_names: Sequence[bytes] = ()) -> WorkerView:
         """block_names: of the prompt that is to be placed. A worker decodes only while its token stream is open."""
@@ -105,6 +109,7 @@ class Worker:
             self.hello = heartbeat.hello
             self.roles = wire.roles_from_wire(list(heartbeat.hello.roles))
             self._note_roles()
+        self._dismiss_if_done()
 
     def _note_roles(self) -> None:
         if Role.DECODE in self.roles:
@@ -120,6 +125,13 @@ class Worker:
         """A dropped role gets no new work from now on; a new one counts once the worker's hello names it."""
         self._tell(registry_pb2.Directive(set_roles=registry_pb2.SetRoles(roles=wire.roles_to_wire(roles))))
         self.roles &= roles
+
+    def _dismiss_if_done(self) -> None:
+        """A draining worker may leave once nothing depends on it: what was placed before it drained may come late."""
+        if self._drain_said and not self._live and not self._dismissed:
+            with contextlib.suppress(errors.Overloaded):  # the next heartbeat tries again
+                self._tell(registry_pb2.Directive(dismiss=registry_pb2.Dismiss()))
+                self._dismissed = True
 
     def _tell(self, directive: registry_pb2.Directive) -> None:
         try:
@@ -196,15 +208,16 @@ class Worker:
     # Live requests.
 
     def attach(self, request_id: str, role: Role, fail: Callable[[errors.TandemError], None]) -> None:
-        """fail is called when the worker is lost before detach."""
+        """fail is called when the worker is lost before detach; until then a draining worker is not dismissed."""
         self._live[request_id, role] = fail
 
     def detach(self, request_id: str, role: Role) -> None:
         self._live.pop((request_id, role), None)
+        self._dismiss_if_done()
 
     # Calls.
 
-    @contextmanager
+    @contextlib.contextmanager
     def calling(self, role: Role) -> Iterator[None]:
         """Around calls: what gRPC raises becomes a TandemError that names the worker in its role."""
         try:

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import secrets
-import time
 from collections import abc
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -28,8 +27,6 @@ log = logging.getLogger(__name__)
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 
-# What the router placed on a worker before it heard that the worker drains arrives within this time.
-ON_THE_WAY_S = 0.2
 # Reading and hashing a prompt takes about 0.2 µs a token.
 LONG_PROMPT_TOKENS = 4096
 
@@ -95,6 +92,9 @@ class WorkerHost:
         self.news = asyncio.Event()
         # Set once a router has taken this worker in.
         self.joined = asyncio.Event()
+        # Whether a router has this worker in its routing now, and whether it has said that nothing comes any more.
+        self.linked = False
+        self.dismissed = False
         # Set when the worker should finish what is live and leave.
         self.leaving = asyncio.Event()
         self._blocks_freed: list[Callable[[], None]] = []
@@ -169,17 +169,14 @@ class WorkerHost:
             callback()
 
     async def until_idle(self) -> None:
-        """Until nothing is live and nothing has come for ON_THE_WAY_S."""
+        """Until nothing is live, and the router, if there is one, says that nothing of what it placed is on its way."""
         freed = asyncio.Event()
         self.when_blocks_free(freed.set)
-        idle_since_s = time.monotonic()
-        while self.busy or time.monotonic() - idle_since_s < ON_THE_WAY_S:
+        while self.busy or (self.linked and not self.dismissed):
             # A request's last blocks may come back a moment before its bookkeeping ends: look again soon.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(freed.wait(), 0.05)
             freed.clear()
-            if self.busy:
-                idle_since_s = time.monotonic()
 
     @property
     def busy(self) -> bool:

@@ -63,13 +63,14 @@ class _Link:
         except grpc.aio.AioRpcError as error:
             raise rpc.error_from_rpc(error) from None
         finally:
+            self._host.linked = self._host.dismissed = False
             self._call.cancel()
 
     async def _welcome(self) -> float:
         directive = await rpc.read(self._call)
         if directive is None:
             raise await rpc.ended(self._call)
-        self.welcomed = True
+        self.welcomed = self._host.linked = True
         self._host.joined.set()
         return float(directive.welcome.heartbeat_interval_ms) / 1000
 
@@ -91,6 +92,8 @@ class _Link:
             log.info("directive from the router: %s", kind)
             if kind == "drain":
                 self._host.drain()
+            elif kind == "dismiss":
+                self._host.dismissed = True
             elif kind == "set_roles":
                 self._set_roles(directive.set_roles)
         raise await rpc.ended(self._call)

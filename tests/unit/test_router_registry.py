@@ -53,6 +53,24 @@ async def test_drain_sends_the_directive_and_places_nothing_more(registry: Regis
     assert worker.view().draining, "a heartbeat that left before the directive came changes nothing"
 
 
+async def test_a_draining_worker_is_dismissed_once_nothing_depends_on_it(worker: Worker) -> None:
+    """What was placed before it drained may still be on its way: its own pools cannot tell."""
+    worker.attach("live", Role.DECODE, lambda error: None)
+    worker.hear(registry_pb2.Heartbeat(draining=True))
+    assert worker.directives.empty()
+    worker.detach("live", Role.DECODE)
+    worker.hear(registry_pb2.Heartbeat(draining=True))
+    assert worker.directives.get_nowait().HasField("dismiss")
+    assert worker.directives.empty(), "said once"
+
+
+async def test_a_worker_that_does_not_drain_is_not_dismissed(worker: Worker) -> None:
+    worker.attach("live", Role.DECODE, lambda error: None)
+    worker.detach("live", Role.DECODE)
+    worker.hear(registry_pb2.Heartbeat())
+    assert worker.directives.empty()
+
+
 async def test_set_roles_drops_at_once_and_adds_when_the_worker_says_so(registry: Registry) -> None:
     worker = registry.admit(heartbeat(roles=ONLY_PREFILL))
     registry.set_roles("w", frozenset({Role.DECODE}))
