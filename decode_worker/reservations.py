@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -12,15 +11,13 @@ from enum import StrEnum
 
 from decode_worker.order import Order
 from kv_transfer.base import TransferSummary
-from tandem import wire
+from tandem import logs, wire
 from tandem.engine.block_pool import BlockTable
 from tandem.engine.sequence import EngineEvent, Failed, NewToken, Sequence
 from tandem.errors import DeadlineExceeded, TandemError, TransferFailed, Unavailable
 from tandem.types import FinishReason
 from tandem.v1 import common_pb2, worker_pb2
 from tandem.worker.host import WorkerHost
-
-log = logging.getLogger(__name__)
 
 
 class State(StrEnum):
@@ -59,6 +56,7 @@ class Reservation:
         self.state = State.PROMISED
         self.pool = host.engine.cache.pool
         self._host = host
+        self._log = logs.of_request(__name__, self.request_id)
         self._emit = emit
         self._on_end = on_end
         self._sequence: Sequence | None = None
@@ -129,7 +127,7 @@ class Reservation:
 
     def failed(self, error: TandemError) -> None:
         """The transfer broke. The prefill side tells the router; here the blocks are freed."""
-        log.info("request %s: transfer failed: %s", self.request_id, error.message)
+        self._log.info("transfer failed: %s", error.message)
         self.end()
 
     # Promise
@@ -204,7 +202,7 @@ class Reservation:
         self._on_end(self)
 
     def _expire(self) -> None:
-        log.warning("request %s: its lease ended while it was %s", self.request_id, self.state)
+        self._log.warning("its lease ended while it was %s", self.state)
         self._fail(Unavailable(f"the router did not renew the request's lease for {self._lease_s:g} s"))
 
     def _deadline_passed(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from typing import Any
 
@@ -16,12 +15,11 @@ from decode_worker.reserve_queue import ReserveQueue
 from decode_worker.subscriptions import Subscription
 from kv_transfer.admission import Claims
 from kv_transfer.grpc_transport import KVService
+from tandem import logs
 from tandem.errors import Cancelled, Refused, TransferFailed
 from tandem.types import EngineRequest, Fingerprint, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.host import WorkerHost
-
-log = logging.getLogger(__name__)
 
 
 class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
@@ -80,6 +78,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def Reserve(self, message: worker_pb2.ReserveRequest, context: Any) -> worker_pb2.Reservation:
         self._host.require(Role.DECODE)
+        logs.about(message.request.request_id)
         order = await self._order(message)
         self._aborted.check(order.request)
         self._end_older(order.request)
@@ -121,6 +120,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         return worker_pb2.RenewResponse()
 
     async def Abort(self, message: worker_pb2.AbortRequest, context: Any) -> worker_pb2.AbortResponse:
+        logs.about(message.request_id)
         self._aborted.note(message.request_id, message.attempt)
         self._queue.turn_away(message.request_id, message.attempt, Cancelled("the request was aborted"))
         reservation = self._by_request.get(message.request_id)
@@ -158,9 +158,8 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _end_all_of(self, subscriber_id: str) -> None:
         gone = [r for r in self._by_id.values() if r.subscriber_id == subscriber_id]
-        if gone:
-            log.warning("a router's subscription ended: %d of its requests are aborted", len(gone))
         for reservation in gone:
+            logs.of_request(__name__, reservation.request_id).warning("aborted: its router's token stream ended")
             reservation.end()
 
     def _forget(self, reservation: Reservation) -> None:

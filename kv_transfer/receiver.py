@@ -14,6 +14,7 @@ from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout
 from kv_transfer.pool_io import scatter
 from kv_transfer.threads import finish
+from tandem import logs
 from tandem.errors import InternalError, TandemError, TransferFailed
 
 
@@ -46,6 +47,7 @@ class Receiver:
         started = time.monotonic()
         try:
             opening = await _opening(frames)
+            logs.about(opening.request_id)
             landing = self._admission.claim(opening)
             try:
                 filling = _Filling(self._admission.check(landing, opening), self._admission.layout, landing)

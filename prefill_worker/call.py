@@ -125,7 +125,7 @@ class PrefillCall:
         try:
             await sender.abandon()
         except TandemError as error:
-            log.info("request %s: its transfer was not abandoned cleanly: %s", self._target.request_id, error)
+            log.info("its transfer was not abandoned cleanly: %s", error)
         await sending
 
     async def _send(self, sender: Sender) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from prefill_worker.call import leave_engine
-from tandem import wire
+from tandem import logs, wire
 from tandem.engine.sequence import Embedded, EngineEvent, Failed, Sequence, Started
 from tandem.errors import Refused
 from tandem.v1 import worker_pb2
@@ -14,6 +14,7 @@ from tandem.worker.host import WorkerHost
 
 async def embed(host: WorkerHost, message: worker_pb2.EmbedPromptRequest) -> worker_pb2.EmbedPromptResponse:
     """One Embed call. Ending it in any way, also by cancel or deadline, frees the prompt's blocks."""
+    logs.about(message.request_id)
     fingerprint = wire.fingerprint_from_wire(message.fingerprint)
     difference = host.engine.fingerprint.difference(fingerprint)
     if difference is not None:

@@ -11,7 +11,7 @@ import grpc
 from kv_transfer.base import Target, Transport
 from prefill_worker.call import PrefillCall
 from prefill_worker.embedding import embed
-from tandem import wire
+from tandem import logs, wire
 from tandem.engine.sequence import EngineEvent, Failed, NewToken, Sequence
 from tandem.errors import Refused, TransferFailed
 from tandem.types import EngineRequest, Role
@@ -48,6 +48,7 @@ class PrefillRoom(worker_pb2_grpc.PrefillWorkerServicer):
 
     async def Prefill(self, message: worker_pb2.PrefillRequest, context: Any) -> None:
         self._host.require(Role.PREFILL)
+        logs.about(message.request.request_id)
         self._live += 1
         try:
             prefill = await self._prepare(message, context)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 from tandem.entry import starting
-
-_LINE = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,9 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with starting():
         from router.app import run
+        from tandem import logs
         from tandem.config import load_config
         from tandem.errors import ConfigError
-    _configure_logging()
+    logs.configure()
     try:
         router = {"host": options.host, "port": options.port}
         config = load_config(options.config, {"router": router, "model": {"path": options.model}})
@@ -31,13 +29,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return run(config)
-
-
-def _configure_logging() -> None:
-    """To stderr, with the request id on every line; '-' on lines of no request."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(_LINE, defaults={"request_id": "-"}))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from router.placement import Demand, WorkerView, blocks_for, choose, choose_pref
 from router.registry import Registry
 from router.subscriptions import Mailbox
 from router.worker import Worker
-from tandem import rpc
+from tandem import logs, rpc
 from tandem.errors import InternalError, TandemError, Unavailable
 from tandem.timeline import Phase, Timeline
 from tandem.types import ChoiceFinished, Delta, EngineRequest, Event, FinishReason, RequestReport, Role
@@ -66,7 +65,7 @@ class Choice:
         self._emit = emit
         self.timeline = brief.timeline
         self._box = Mailbox(brief.request.sampling.max_tokens, self.timeline.now_ms, self._decode_over)
-        self._log = logging.LoggerAdapter(logging.getLogger(__name__), {"request_id": brief.request.request_id})
+        self._log = logs.of_request(__name__, brief.request.request_id)
         self._started = worker_pb2.PrefillStarted()
         self._sealed: worker_pb2.Sealed | None = None
         # The prefill worker's token ended the request: nobody decodes.

@@ -16,7 +16,7 @@ from router.detokenizer import Detokenizer
 from router.embedding import EmbedJob
 from router.output import ChoiceOutput
 from router.registry import Registry
-from tandem import errors
+from tandem import errors, logs
 from tandem.config import RouterConfig
 from tandem.timeline import Phase, Timeline
 from tandem.types import Accepted, Completed, Event, Usage
@@ -155,7 +155,8 @@ class Orchestrator:
     @asynccontextmanager
     async def _counted(self, live: Live, note: str) -> AsyncIterator[None]:
         """The one place where an accepted request begins and ends (law 2)."""
-        adapter = logging.LoggerAdapter(log, {"request_id": live.request_id})
+        logs.about(live.request_id)
+        adapter = logs.of_request(__name__, live.request_id)
         adapter.info("accepted: %s", note)
         self._live[live.request_id] = live
         self._idle.clear()

@@ -187,7 +187,8 @@ class Engine:
         try:
             tokens, embedded = self._run(plan)
         except Exception:
-            log.exception("a step of %d sequences failed", len(plan.sequences))
+            ids = ",".join(sequence.request.request_id for sequence in plan.sequences)
+            log.exception("a step of %d sequences failed", len(plan.sequences), extra={"request_id": ids})
             self._fail(plan)
         else:
             self._emit(plan, tokens, embedded)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
+from tandem import logs
 from tandem.config import TandemConfig
 from tandem.engine.engine import Emission, Engine
 
@@ -104,7 +105,7 @@ class EngineThread:
                 sequence.listener(event)
             except Exception:
                 # A bug, of this request alone: the others of the step get their events.
-                log.exception("request %s: its listener failed", sequence.request.request_id)
+                logs.of_request(__name__, sequence.request.request_id).exception("its listener failed")
                 self.post(partial(self.engine.abort, sequence))
 
     def _tell(self, callback: Callable[..., None], *arguments: object) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import grpc
 
+from tandem import logs
 from tandem.addresses import ANY_ADDRESS, check_listening
 from tandem.config import TandemConfig, WorkerConfig
 from tandem.engine.process import tune_process
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 MakeRooms = Callable[[WorkerHost], list[Room]]
 # Last words have this long to reach their readers.
 HANG_UP_S = 1.0
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def run_rooms(
@@ -36,7 +36,7 @@ def run_rooms(
 
     2 means that trying again would not help: bad configuration, a refused model, an unwelcome worker.
     """
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    logs.configure()
     try:
         check_address(config.worker)  # before the minutes that a model may take to load
         tune_process(config.engine)

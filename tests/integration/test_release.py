@@ -185,8 +185,8 @@ def test_a_first_token_that_ends_the_request_abandons_its_transfer(service: Serv
     assert (done.choices[0].reason, done.usage.output_tokens) == (FinishReason.STOP, 1)
     wait_until(service.idle, AT_ONCE_S, "both pools free")
     output = "".join(process.output for process in service.processes.values())
-    assert f"{done.request_id}: transfer failed" not in output
-    assert f"{done.request_id}: its transfer" not in output
+    assert f"[{done.request_id}] transfer failed" not in output
+    assert f"[{done.request_id}] its transfer" not in output
 
 
 # The decode worker by itself: what a router or a prefill worker that went wrong leaves behind.
