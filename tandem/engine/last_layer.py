@@ -41,7 +41,10 @@ class LastLayer:
             module.forward = partial(self._forward, module.forward)
 
     def tail(self, rows: list[int], batch: PagedBatch) -> Tail | None:
-        """For a step of which `rows` are read; None where cutting the others saves little or nothing."""
+        """For a step of which `rows` are read; None where cutting the others saves little or nothing.
+
+        More rows than sequences are a mean over a prompt: attention row by row would cost more than it saves.
+        """
         if len(rows) > len(batch.context_lens) or len(rows) == batch.query_starts[-1]:
             return None
         # One at least: kernels need not cope with none.
@@ -79,8 +82,12 @@ def _is_rowwise(model: Any, module: nn.Module) -> bool:
     x = torch.randn(1, 8, model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(0))
     x = x.to(weight)
     rows = torch.tensor([1, 6], device=weight.device)
-    with torch.inference_mode():
-        among_others, alone = module(x), module(x[:, rows])
+    try:
+        with torch.inference_mode():
+            among_others, alone = module(x), module(x[:, rows])
+    except Exception as error:  # the module is the model's: it may want other arguments, and say so in any way
+        log.debug("a module of the last layer takes more than rows: %s", error)
+        return False
     if not isinstance(among_others, Tensor) or among_others.shape != x.shape:
         return False
     difference = (among_others[:, rows] - alone).float().norm() / alone.float().norm()

@@ -47,9 +47,13 @@ class ModelRunner:
         sampled, pooled = _sampled_rows(plan, batch), _pooled_rows(plan, batch)
         with torch.inference_mode():
             tail = self._last_layer.tail(sorted({*sampled, *pooled}), batch)
-            with self._last_layer.only(tail), _last_hidden_state(self._model) as seen:
-                logits = self._forward(ids, positions, batch, tail, sampled)
-            return StepOutput(logits, seen[0][0, pooled] if pooled else logits.new_empty(0, 0))
+            with self._last_layer.only(tail):
+                if not pooled:
+                    logits = self._forward(ids, positions, batch, tail, sampled)
+                    return StepOutput(logits, logits.new_empty(0, 0))
+                with _last_hidden_state(self._model) as seen:
+                    logits = self._forward(ids, positions, batch, tail, sampled)
+                return StepOutput(logits, seen[0][0, pooled])
 
     def _forward(
         self, ids: list[int], positions: list[int], batch: PagedBatch, tail: Tail | None, sampled: list[int]

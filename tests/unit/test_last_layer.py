@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 from model_zoo import save_model
 from torch import Tensor, nn
+from transformers import BertGenerationConfig, BertGenerationDecoder
 
 from tandem.config import parse_config
 from tandem.engine.block_pool import BlockPool
+from tandem.engine.engine import Engine
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.last_layer import LastLayer
 from tandem.engine.model_loader import LoadedModel, load_model
@@ -76,3 +78,13 @@ def test_a_module_that_mixes_rows_is_left_whole(tmp_path: Path) -> None:
     LastLayer(loaded.model, loaded.last_attention)
     assert "forward" not in vars(layer.mlp)
     assert "forward" in vars(layer.self_attn.o_proj)
+
+
+def test_a_module_that_wants_more_than_rows_is_left_whole(tmp_path: Path) -> None:
+    """As in BERT's layers, whose output takes the residual too."""
+    settings = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    config = BertGenerationConfig(vocab_size=128, is_decoder=True, max_position_embeddings=64, **settings)
+    BertGenerationDecoder(config).save_pretrained(tmp_path)
+    model = {"path": str(tmp_path)}
+    engine = Engine(parse_config({"model": model, "engine": {"kv_memory_mib": 4}}), lambda emissions: None)
+    assert engine.fingerprint.num_layers == 2
