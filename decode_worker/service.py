@@ -36,6 +36,8 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         self._by_request: dict[str, Reservation] = {}
         self._aborted = Aborted()
         self._subscriptions: dict[str, Subscription] = {}
+        # Reserve calls that are being read, or wait for blocks.
+        self._reserving = 0
         self._kv = KVService(self, host.config, claims)
         host.transports.append("grpc")
         host.when_idle_for_good(self._hang_up)
@@ -53,7 +55,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
 
     @property
     def busy(self) -> bool:
-        return bool(self._by_id) or len(self._queue) > 0
+        return bool(self._by_id) or self._reserving > 0
 
     async def aclose(self) -> None:
         for reservation in list(self._by_id.values()):
@@ -79,6 +81,13 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
     async def Reserve(self, message: worker_pb2.ReserveRequest, context: Any) -> worker_pb2.Reservation:
         self._host.require(Role.DECODE)
         logs.about(message.request.request_id)
+        self._reserving += 1
+        try:
+            return await self._reserve(message, context)
+        finally:
+            self._reserving -= 1
+
+    async def _reserve(self, message: worker_pb2.ReserveRequest, context: Any) -> worker_pb2.Reservation:
         order = await self._order(message)
         self._aborted.check(order.request)
         self._end_older(order.request)

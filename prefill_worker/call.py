@@ -52,6 +52,7 @@ class PrefillCall:
         self._promise = promise
         # Ranges of prompt tokens whose KV is final, for the sending task; None ends it.
         self._ranges: asyncio.Queue[range | None] = asyncio.Queue()
+        self._abandoned = False
 
     async def run(self) -> None:
         async with self._in_engine():
@@ -122,6 +123,7 @@ class PrefillCall:
         while not self._ranges.empty():
             self._ranges.get_nowait()
         self._ranges.put_nowait(None)
+        self._abandoned = True
         try:
             await sender.abandon()
         except TandemError as error:
@@ -130,7 +132,12 @@ class PrefillCall:
 
     async def _send(self, sender: Sender) -> None:
         while (tokens := await self._ranges.get()) is not None:
-            await sender.send(tokens)
+            try:
+                await sender.send(tokens)
+            except TandemError:
+                if self._abandoned:
+                    return
+                raise
 
     async def _first_token(self) -> NewToken:
         while True:

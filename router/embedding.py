@@ -65,11 +65,11 @@ class EmbedJob:
             view = choose_prefill(self._registry.snapshot(prompt.block_names), tokens)
             self.prefill_worker, worker = view.worker_id, self._registry[view.worker_id]
             worker.queued.place(key, view.to_compute(tokens))
-            call = worker.embed(self._message(key, prompt, worker), self._remaining_s())
-            worker.queued.sent(key)
-            # A cancelled call of a lost worker raises that loss: `calling` sees to it.
-            worker.attach(key, Role.PREFILL, lambda _loss: call.cancel())
             try:
+                call = worker.embed(self._message(key, prompt, worker), self._remaining_s())
+                worker.queued.sent(key)
+                # A cancelled call of a lost worker raises that loss: `calling` sees to it.
+                worker.attach(key, Role.PREFILL, lambda _loss: call.cancel())
                 with worker.calling(Role.PREFILL):
                     answer: worker_pb2.EmbedPromptResponse = await call
                 worker.prefixes.expect(prompt.block_names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from tandem.prefix import CacheChanges, chain_hashes
@@ -41,9 +42,12 @@ class PrefixIndex:
         self._names.update(changes.gained[: self._limit - len(self._names)])
 
     def leading(self, names: Sequence[bytes]) -> int:
-        """How many of a prompt's first blocks are cached."""
-        cached = (name in self._names or name in self._expected for name in names)
-        return next((index for index, found in enumerate(cached) if not found), len(names))
+        """How many of a prompt's first blocks are cached.
+
+        By halving: a block is cached only with those before it, and evicted before them, so the cached ones come
+        first. That holds the event loop for microseconds, however long the prompt is.
+        """
+        return bisect_left(names, True, key=lambda name: name not in self._names and name not in self._expected)
 
 
 async def name_blocks(prompt_ids: Sequence[int], block_size: int, salt: str) -> tuple[bytes, ...]:

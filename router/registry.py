@@ -55,10 +55,10 @@ class Registry:
             name = hello.worker_id[:MAX_LABEL_CHARS]
             log.warning("refused worker %r at %r: %s", name, hello.address[:MAX_LABEL_CHARS], problem)
             raise Refused(f"the router refused worker {name!r}: {problem}")
-        older = self._workers.get(hello.worker_id)
+        worker, older = Worker(first, self._config), self._workers.get(hello.worker_id)
         if older is not None:
             self.remove(older, Refused(f"worker_id {older.id} joined again"))
-        worker = self._workers[hello.worker_id] = Worker(first, self._config)
+        self._workers[worker.id] = worker
         log.info("worker %s joined from %s", worker.id, hello.address)
         return worker
 

@@ -49,7 +49,7 @@ class Worker:
         self.heard_s = time.monotonic()
         self.routable = False
         self.queued, self.promised = Ledger(), Ledger()
-        self.prefixes = PrefixIndex(hello.total_blocks)
+        self.prefixes = PrefixIndex(hello.total_blocks if hello.prefix_cache else 0)
         self.prefixes.apply(wire.cache_changes_from_wire(first.prefix_cache))
         self.subscription = Subscription()
         # Reservations of live requests; their leases are renewed.
@@ -105,8 +105,8 @@ class Worker:
         self.prefixes.apply(wire.cache_changes_from_wire(heartbeat.prefix_cache))
         self.queued.heartbeat()
         self.promised.heartbeat()
-        if heartbeat.HasField("hello"):
-            self.hello = heartbeat.hello
+        if heartbeat.hello.roles:
+            # Its roles alone: nothing else that it was admitted with can change.
             self.roles = wire.roles_from_wire(list(heartbeat.hello.roles))
             self._note_roles()
         self._dismiss_if_done()

@@ -193,6 +193,7 @@ class WorkerHost:
             transports=self.transports,
             pid=os.getpid(),
             device=self.config.engine.device,
+            prefix_cache=self.config.engine.prefix_cache,
         )
 
     def load(self) -> registry_pb2.Load:

@@ -164,6 +164,7 @@ class ScriptedWorker(
             version=self.version,
             total_blocks=self.total_blocks,
             transports=self.transports,
+            prefix_cache=True,
         )
 
     async def _join(self) -> None:

@@ -20,7 +20,7 @@ from tandem.client.status import ServiceStatus
 from tandem.config import TINY_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 60.0
+START_S = 120.0
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "the condition") -> Any:

@@ -99,13 +99,14 @@ def test_without_a_prefix_cache_nothing_is_told() -> None:
 def test_only_leading_blocks_count() -> None:
     one, two, three = chain_hashes(None, [1] * 12, 4)
     index = PrefixIndex(8)
-    index.apply(CacheChanges(gained=(one, three)))
+    index.apply(CacheChanges(gained=(one,)))
     assert index.leading([one, two, three]) == 1
-    index.apply(CacheChanges(gained=(two,)))
+    index.apply(CacheChanges(gained=(two, three)))
     assert index.leading([one, two, three]) == 3
     assert index.leading([]) == 0
-    index.apply(CacheChanges(lost=(one,)))
-    assert index.leading([one, two, three]) == 0
+    index.apply(CacheChanges(lost=(three,)))
+    assert index.leading([one, two, three]) == 2
+    assert index.leading(chain_hashes(None, [2] * 12, 4)) == 0
     index.apply(CacheChanges(reset=True))
     assert len(index) == 0
 

@@ -27,6 +27,7 @@ def heartbeat(worker_id: str = "w", roles: frozenset[Role] = BOTH) -> registry_p
         model=model_to_wire(MODEL),
         version=tandem.__version__,
         total_blocks=10,
+        prefix_cache=True,
     )
     return registry_pb2.Heartbeat(hello=hello, load=registry_pb2.Load(free_blocks=10, queued_prompt_tokens=3))
 
@@ -152,3 +153,31 @@ async def test_a_worker_with_broken_names_is_refused(registry: Registry) -> None
     with pytest.raises(Refused):
         registry.admit(first)
     assert registry.workers == ()
+
+
+async def test_a_refused_worker_takes_nobody_else_out(registry: Registry, worker: Worker) -> None:
+    again = heartbeat()
+    again.prefix_cache.gained = b"short"
+    with pytest.raises(Refused):
+        registry.admit(again)
+    assert registry.workers == (worker,)
+
+
+async def test_a_later_hello_changes_roles_and_nothing_else(worker: Worker) -> None:
+    later = heartbeat("another", roles=ONLY_PREFILL)
+    later.hello.address = "127.0.0.1:2"
+    worker.hear(later)
+    assert worker.roles == ONLY_PREFILL
+    assert (worker.id, worker.hello.worker_id, worker.hello.address) == ("w", "w", "127.0.0.1:1")
+    later.hello.ClearField("roles")
+    worker.hear(later)
+    assert worker.roles == ONLY_PREFILL
+
+
+async def test_nothing_is_expected_of_a_worker_without_a_prefix_cache(registry: Registry) -> None:
+    first = heartbeat()
+    first.hello.prefix_cache = False
+    worker = registry.admit(first)
+    names = chain_hashes(None, list(range(48)), 16)
+    worker.prefixes.expect(names)
+    assert worker.view(names).cached_blocks == 0
