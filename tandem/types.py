@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Integral, Real
+from typing import Any
 
 from tandem.errors import InvalidRequest
 from tandem.timeline import Timeline
@@ -40,13 +41,38 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+def shown(value: object) -> str:
+    """A value in an error message: as Python writes it, and not too long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _require(ok: bool, field_name: str, limit: str, value: object) -> None:
     if not ok:
-        raise InvalidRequest(f"{field_name} must be {limit}, not {value}", field=field_name)
+        raise InvalidRequest(f"{field_name} must be {limit}, not {shown(value)}", field=field_name)
 
 
-def _finite(value: float, low: float, high: float) -> bool:
-    return math.isfinite(value) and low <= value <= high
+def _is_whole(value: Any) -> bool:
+    """numpy's integers are too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_token_id(value: Any) -> bool:
+    return _is_whole(value) and 0 <= value < 2**32
+
+
+# Fields whose limits are both allowed. NaN is in no range.
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -82,46 +108,43 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "min_tokens", "top_k"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and not isinstance(value, bool), name, "a whole number", value)
+        self._check_types()
         _require(1 <= self.max_tokens < 2**31, "max_tokens", "1 or more", self.max_tokens)
-        _require(
-            0 <= self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            f"in [0, max_tokens={self.max_tokens}]",
-            self.min_tokens,
-        )
-        _require(_finite(self.temperature, 0, 100), "temperature", "in [0, 100]", self.temperature)
+        min_tokens_limit = f"in [0, max_tokens={self.max_tokens}]"
+        _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", min_tokens_limit, self.min_tokens)
         _require(0 <= self.top_k < 2**31, "top_k", "0 or more", self.top_k)
-        _require(_finite(self.top_p, 0, 1) and self.top_p > 0, "top_p", "in (0, 1]", self.top_p)
-        _require(_finite(self.min_p, 0, 1), "min_p", "in [0, 1]", self.min_p)
-        _require(
-            _finite(self.repetition_penalty, 0.01, 100),
-            "repetition_penalty",
-            "in [0.01, 100]",
-            self.repetition_penalty,
-        )
-        _require(_finite(self.presence_penalty, -2, 2), "presence_penalty", "in [-2, 2]", self.presence_penalty)
-        _require(_finite(self.frequency_penalty, -2, 2), "frequency_penalty", "in [-2, 2]", self.frequency_penalty)
+        _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            _require(low <= value <= high, name, f"in [{low}, {high}]", value)
         _require(self.seed is None or 0 <= self.seed < 2**64, "seed", "in [0, 2^64)", self.seed)
-        _require(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            f"in [0, {MAX_LOGPROBS}]",
-            self.logprobs,
-        )
+        in_range = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
+        _require(in_range, "logprobs", f"in [0, {MAX_LOGPROBS}]", self.logprobs)
         self._check_token_maps()
+
+    def _check_types(self) -> None:
+        for name in ("max_tokens", "min_tokens", "top_k"):
+            _require(_is_whole(getattr(self, name)), name, "a whole number", getattr(self, name))
+        for name in ("top_p", *_RANGES):
+            _require(_is_number(getattr(self, name)), name, "a number", getattr(self, name))
+        for name in ("seed", "logprobs"):
+            value = getattr(self, name)
+            _require(value is None or _is_whole(value), name, "a whole number or None", value)
+        _require(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False", self.ignore_eos)
+        mapped = isinstance(self.logit_bias, Mapping)
+        _require(mapped, "logit_bias", "a mapping of token ids to numbers", self.logit_bias)
+        listed = isinstance(self.stop_token_ids, Collection) and not isinstance(self.stop_token_ids, str | bytes)
+        _require(listed, "stop_token_ids", "a list of token ids", self.stop_token_ids)
 
     def _check_token_maps(self) -> None:
         biases, stops = len(self.logit_bias), len(self.stop_token_ids)
         _require(biases <= MAX_LOGIT_BIASES, "logit_bias", f"at most {MAX_LOGIT_BIASES} entries", biases)
         _require(stops <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids", stops)
         for token, bias in self.logit_bias.items():
-            _require(token >= 0, "logit_bias", "keyed by token ids of 0 or more", token)
-            _require(_finite(bias, -100, 100), "logit_bias", "in [-100, 100]", bias)
+            _require(_is_token_id(token), "logit_bias", "keyed by token ids in [0, 2^32)", token)
+            _require(_is_number(bias) and -100 <= bias <= 100, "logit_bias", "in [-100, 100]", bias)
         for token in self.stop_token_ids:
-            _require(token >= 0, "stop_token_ids", "token ids of 0 or more", token)
+            _require(_is_token_id(token), "stop_token_ids", "token ids in [0, 2^32)", token)
 
 
 @dataclass(frozen=True)

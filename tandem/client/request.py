@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 from tandem import wire
 from tandem.errors import InvalidRequest
-from tandem.types import MAX_CHOICES, MAX_EMBED_INPUTS, EmbedParams, Pooling, SamplingParams
-from tandem.v1 import common_pb2, generation_pb2
+from tandem.types import MAX_CHOICES, MAX_EMBED_INPUTS, EmbedParams, Pooling, SamplingParams, shown
+from tandem.v1 import generation_pb2
 
 Prompt = str | Sequence[int]
 
@@ -58,12 +58,12 @@ def build_request(
     """Raises InvalidRequest, naming the field, for what no server could accept; the rest is the server's to judge."""
     request = generation_pb2.GenerateRequest(
         model=_text("model", options.model),
-        sampling=_sampling_to_wire(merge_sampling(sampling, fields)),
+        sampling=wire.sampling_to_wire(merge_sampling(sampling, fields)),
         n=_choices(options.n),
         stop=_stops(options.stop),
         user_tag=_text("user_tag", options.user_tag),
         cache_salt=_text("cache_salt", options.cache_salt),
-        keep_special_tokens=options.keep_special_tokens,
+        keep_special_tokens=_flag("keep_special_tokens", options.keep_special_tokens),
     )
     _set_prompt(request, prompt)
     return request
@@ -129,9 +129,9 @@ def check_timeout(timeout_s: float | None) -> float | None:
             return None
         if timeout_s > 0 and math.isfinite(timeout_s):
             return min(timeout_s, LONGEST_TIMEOUT_S)
-    except TypeError:
+    except (TypeError, OverflowError):
         pass  # not a number: the same answer as for a bad one
-    raise InvalidRequest(f"timeout_s must be a number of seconds above 0, not {timeout_s!r}", field="timeout_s")
+    raise InvalidRequest(f"timeout_s must be a number of seconds above 0, not {shown(timeout_s)}", field="timeout_s")
 
 
 def merge_sampling(sampling: SamplingParams | None, fields: SamplingFields) -> SamplingParams:
@@ -139,33 +139,31 @@ def merge_sampling(sampling: SamplingParams | None, fields: SamplingFields) -> S
     unknown = sorted(fields.keys() - SamplingParams.__dataclass_fields__.keys())
     if unknown:
         raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
-    try:
-        return replace(sampling or SamplingParams(), **fields)
-    except TypeError as error:  # a value of a type that cannot be compared with its limits
-        raise InvalidRequest(f"a sampling value has the wrong type: {error}") from None
-
-
-def _sampling_to_wire(params: SamplingParams) -> common_pb2.Sampling:
-    try:
-        return wire.sampling_to_wire(params)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidRequest(f"a sampling value does not fit its field: {error}") from None
+    return replace(sampling or SamplingParams(), **fields)
 
 
 def _choices(n: int) -> int:
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_CHOICES:
-        raise InvalidRequest(f"n must be a whole number in [1, {MAX_CHOICES}], not {n!r}", field="n")
+        raise InvalidRequest(f"n must be a whole number in [1, {MAX_CHOICES}], not {shown(n)}", field="n")
     return n
 
 
+def _flag(field: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{field} must be True or False, not {shown(value)}", field=field)
+    return value
+
+
 def _stops(stop: str | Sequence[str]) -> list[str]:
+    if isinstance(stop, bytes) or not isinstance(stop, Iterable):
+        raise InvalidRequest(f"stop must be a str or a list of them, not {shown(stop)}", field="stop")
     return [_text("stop", each) for each in ([stop] if isinstance(stop, str) else stop)]
 
 
 def _text(field: str, value: str) -> str:
     """The value, if it is a str that UTF-8 can carry: a lone surrogate cannot be encoded."""
     if not isinstance(value, str):
-        raise InvalidRequest(f"{field} must be a str, not {type(value).__name__}", field=field)
+        raise InvalidRequest(f"{field} must be a str, not {shown(value)}", field=field)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -176,9 +174,25 @@ def _text(field: str, value: str) -> str:
 
 
 def _token_ids(prompt: Sequence[int]) -> generation_pb2.TokenIds:
-    if isinstance(prompt, bytes | bytearray):
-        raise InvalidRequest("prompt must be a str or token ids, not bytes", field="prompt")
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Iterable):
+        raise InvalidRequest(f"prompt must be a str or a list of token ids, not {shown(prompt)}", field="prompt")
+    ids = list(prompt)
     try:
-        return generation_pb2.TokenIds(ids=list(prompt))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidRequest(f"prompt must be a str or token ids of 0 or more: {error}", field="prompt") from None
+        return generation_pb2.TokenIds(ids=ids)
+    except (TypeError, ValueError, OverflowError):
+        raise _bad_token_id(ids) from None
+
+
+def _bad_token_id(ids: list[int]) -> InvalidRequest:
+    """Looked for only when there is one: prompts are long."""
+    place = next((place for place, id_ in enumerate(ids) if not _is_token_id(id_)), 0)
+    words = f"prompt[{place}] must be a token id, a whole number in [0, 2^32), not {shown(ids[place])}"
+    return InvalidRequest(words, field="prompt")
+
+
+def _is_token_id(value: object) -> bool:
+    try:
+        generation_pb2.TokenIds(ids=[value])  # type: ignore[list-item]
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True

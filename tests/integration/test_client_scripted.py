@@ -280,14 +280,35 @@ def test_a_prompt_above_the_routers_limit_names_the_prompt(router: ScriptedRoute
         ({"prompt": "p", "timeout_s": "soon"}, "timeout_s"),
         ({"prompt": "p", "top_p": 0}, "top_p"),
         ({"prompt": "p", "max_tokens": 0}, "max_tokens"),
-        ({"prompt": "p", "temperature": "hot"}, None),
-        ({"prompt": "p", "logit_bias": {2**40: 1.0}}, None),
+        ({"prompt": "p", "temperature": "hot"}, "temperature"),
+        ({"prompt": "p", "logit_bias": {2**40: 1.0}}, "logit_bias"),
+        ({"prompt": "p", "stop": 5}, "stop"),
+        ({"prompt": "p", "stop": b"x"}, "stop"),
+        ({"prompt": "p", "keep_special_tokens": "yes"}, "keep_special_tokens"),
+        ({"prompt": "p", "timeout_s": 10**400}, "timeout_s"),
     ],
 )
 def test_what_no_server_could_accept_is_refused_before_a_call(arguments: dict[str, Any], field: str | None) -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(errors.InvalidRequest) as caught:
         client.generate(**arguments)
     assert caught.value.field == field
+    assert f"{field}" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": [1, -2]}, "prompt[1] must be a token id, a whole number in [0, 2^32), not -2"),
+        ({"prompt": ["a"]}, "prompt[0] must be a token id, a whole number in [0, 2^32), not 'a'"),
+        ({"prompt": None}, "prompt must be a str or a list of token ids, not None"),
+        ({"prompt": "p", "stop": [1]}, "stop must be a str, not 1"),
+        ({"prompt": "p", "max_tokens": "5"}, "max_tokens must be a whole number, not '5'"),
+    ],
+)
+def test_a_refusal_shows_the_value_in_python_s_words(arguments: dict[str, Any], message: str) -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(errors.InvalidRequest) as caught:
+        client.generate(**arguments)
+    assert caught.value.message == message
 
 
 async def test_an_unknown_keyword_is_a_type_error() -> None:

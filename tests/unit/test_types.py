@@ -53,6 +53,9 @@ def test_the_default_is_greedy() -> None:
         ("logit_bias", {1: math.nan}),
         ("logit_bias", dict.fromkeys(range(types.MAX_LOGIT_BIASES + 1), 1.0)),
         ("stop_token_ids", (-1,)),
+        ("logit_bias", {2**32: 1.0}),
+        ("stop_token_ids", (2**32,)),
+        ("temperature", 10**400),
         ("stop_token_ids", tuple(range(types.MAX_STOP_TOKEN_IDS + 1))),
     ],
 )
@@ -61,6 +64,30 @@ def test_a_value_out_of_range_names_its_field(field: str, value: Any) -> None:
         SamplingParams(**{field: value})
     assert caught.value.field == field
     assert caught.value.message.startswith(f"{field} must be ")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("max_tokens", "5", "max_tokens must be a whole number, not '5'"),
+        ("temperature", "hot", "temperature must be a number, not 'hot'"),
+        ("temperature", True, "temperature must be a number, not True"),
+        ("seed", 1.5, "seed must be a whole number or None, not 1.5"),
+        ("logprobs", "2", "logprobs must be a whole number or None, not '2'"),
+        ("ignore_eos", "no", "ignore_eos must be True or False, not 'no'"),
+        ("logit_bias", [(1, 2.0)], "logit_bias must be a mapping of token ids to numbers, not [(1, 2.0)]"),
+        ("logit_bias", {"1": 2.0}, "logit_bias must be keyed by token ids in [0, 2^32), not '1'"),
+        ("logit_bias", {1: "much"}, "logit_bias must be in [-100, 100], not 'much'"),
+        ("stop_token_ids", "12", "stop_token_ids must be a list of token ids, not '12'"),
+        ("stop_token_ids", 12, "stop_token_ids must be a list of token ids, not 12"),
+        ("stop_token_ids", (1.0,), "stop_token_ids must be token ids in [0, 2^32), not 1.0"),
+        ("top_k", "x" * 100, f"top_k must be a whole number, not '{'x' * 56}..."),
+    ],
+)
+def test_a_value_of_another_type_is_shown_with_what_was_wanted(field: str, value: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(**{field: value})
+    assert (caught.value.message, caught.value.field) == (message, field)
 
 
 @pytest.mark.parametrize(
