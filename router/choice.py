@@ -84,6 +84,15 @@ class Choice:
     def cached_prompt_tokens(self) -> int:
         return self._started.cached_tokens
 
+    @property
+    def phase(self) -> Phase:
+        """The furthest phase that the router knows of now; the report says when the workers' phases began."""
+        if self.timeline.phase is not Phase.FIRST_TOKEN:
+            return self.timeline.phase
+        if self._box.decoding_since_ms is not None:
+            return Phase.DECODE_STARTED
+        return Phase.FIRST_TOKEN if self._sealed is None else Phase.KV_SEALED
+
     def fail(self, error: TandemError) -> None:
         """Ends the choice from outside."""
         self._box.fail(error)

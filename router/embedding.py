@@ -10,7 +10,7 @@ from router.placement import choose_prefill
 from router.registry import Registry
 from router.worker import Worker
 from tandem.errors import TandemError
-from tandem.timeline import Timeline
+from tandem.timeline import Phase, Timeline
 from tandem.types import Role
 from tandem.v1 import generation_pb2, worker_pb2
 from tandem.wire import embed_params_to_wire
@@ -38,6 +38,10 @@ class EmbedJob:
         self.timeline = timeline
         # For reports: the worker that was placed on last; nobody decodes.
         self.prefill_worker = self.decode_worker = ""
+
+    @property
+    def phase(self) -> Phase:
+        return self.timeline.phase
 
     def fail(self, error: TandemError) -> None:
         """Ends the call from outside."""

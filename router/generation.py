@@ -88,7 +88,7 @@ def _live_request(live: Live) -> generation_pb2.LiveRequest:
     job = live.jobs[0]
     return generation_pb2.LiveRequest(
         request_id=live.request_id,
-        phase=job.timeline.phase,
+        phase=job.phase,
         age_ms=live.timeline.now_ms(),
         prefill_worker=job.prefill_worker,
         decode_worker=job.decode_worker,

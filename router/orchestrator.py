@@ -33,6 +33,10 @@ class Job(Protocol):
     prefill_worker: str
     decode_worker: str
 
+    @property
+    def phase(self) -> Phase:
+        """The furthest phase that it is known to have reached."""
+
     def fail(self, error: errors.TandemError) -> None:
         """Ends it from outside."""
 

@@ -49,11 +49,13 @@ def show_status(console: Console, found: ServiceStatus, integrity: bool) -> None
         console.print("no worker has joined")
         return
     console.print(_workers_table(found, integrity))
+    joined = {worker.worker_id for worker in found.workers}
     for request in found.requests:
+        # A request that decodes outlives the worker that computed its prompt.
+        names = (request.prefill_worker, request.decode_worker)
+        way = " → ".join(name if name in joined else f"{name} (gone)" if name else "-" for name in names)
         console.print(
-            f"  {request.request_id}  {request.phase}, {request.age_ms / 1000:.1f} s old, "
-            f"{request.prefill_worker or '-'} → {request.decode_worker or '-'}",
-            markup=False,
+            f"  {request.request_id}  {request.phase}, {request.age_ms / 1000:.1f} s old, {way}", markup=False
         )
 
 

@@ -26,6 +26,7 @@ from router_house import (
 from scripted_worker import eventually
 
 from tandem import errors, rpc
+from tandem.timeline import Phase
 from tandem.types import FinishReason
 from tandem.v1 import registry_pb2
 
@@ -148,6 +149,25 @@ async def test_status_names_workers_and_live_requests(house: House) -> None:
     status = await house.status()
     assert (status.live_requests, status.finished_requests, status.failed_requests) == (0, 1, 0)
     assert not status.workers[0].HasField("integrity")
+
+
+async def test_status_tells_how_far_a_request_has_come(house: House) -> None:
+    prefill, decode = await house.pair()
+    prefill.hold("seal")
+    decode.hold("decode")
+    decode.hold("rest")
+    call = house.call(8)
+
+    async def reaches(phase: Phase) -> None:
+        await eventually_status(house, lambda status: status.requests[0].phase == phase)
+
+    await reaches(Phase.FIRST_TOKEN)
+    prefill.let("seal")
+    await reaches(Phase.KV_SEALED)
+    decode.let("decode")
+    await reaches(Phase.DECODE_STARTED)
+    decode.let("rest")
+    await collect(call)
 
 
 async def test_a_worker_that_cannot_check_itself_is_not_ok(house: House) -> None:

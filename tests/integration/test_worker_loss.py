@@ -117,7 +117,7 @@ def held_by(service: Service, worker: WorkerState) -> tuple[int, int]:
     return now.integrity.referenced_blocks, now.integrity.reservations
 
 
-PHASES = {Role.PREFILL: ("prefill_started",), Role.DECODE: ("first_token",)}
+PHASES = {Role.PREFILL: ("prefill_started",), Role.DECODE: ("first_token", "kv_sealed", "decode_started")}
 # Prompts that are still computed when the second request is placed, or both would go to the same prefill worker.
 SIZES = {Role.PREFILL: (LONG_PROMPT, 20), Role.DECODE: (200, LONG_OUTPUT)}
 

@@ -20,7 +20,7 @@ from tandem.v1 import common_pb2, registry_pb2, registry_pb2_grpc, worker_pb2, w
 FINGERPRINT = Fingerprint("config", "weights", "float32", 16, 2, 2, 8, 1)
 MODEL = ModelInfo("tiny", 4096, 512, (0,), FINGERPRINT)
 # Where a test can hold a request or make it fail.
-PHASES = ("reserve", "start", "first", "seal", "decode", "embed")
+PHASES = ("reserve", "start", "first", "seal", "decode", "rest", "embed")
 
 
 async def eventually(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
@@ -321,6 +321,7 @@ class ScriptedWorker(
             self.send(request.subscriber_id, request_id, position, ids, reason)
             position += len(ids)
             await asyncio.sleep(0)
+            await self.gates["rest"].wait()
 
     def send(
         self,

@@ -230,6 +230,15 @@ def test_status_shows_the_pools(router: ScriptedRouter) -> None:
         assert words in result.stdout
 
 
+def test_status_says_which_worker_of_a_request_is_gone(router: ScriptedRouter) -> None:
+    router.status = status_of(live=2)
+    for name, prefill in (("one", "prefill-1"), ("two", "prefill-0")):
+        router.status.requests.add(request_id=name, phase="decode_started", prefill_worker=prefill, age_ms=1000)
+    shown = tandem("status", "--router", router.address).stdout
+    assert "one  decode_started, 1.0 s old, prefill-1 → -" in shown
+    assert "two  decode_started, 1.0 s old, prefill-0 (gone) → -" in shown
+
+
 def test_status_without_workers(router: ScriptedRouter) -> None:
     assert "no worker has joined" in tandem("status", "--router", router.address).stdout
 
