@@ -9,9 +9,10 @@ import typer
 
 from tandem.cli.common import AdvertiseOption, ConfigOption, Device, LoadFormat, ModelOption, RouterOption, reported
 from tandem.config import TandemConfig, load_config
+from tandem.engine.cores import usable_cores
 from tandem.entry import starting
 from tandem.errors import ConfigError
-from tandem.launch.cores import pin, usable_cores
+from tandem.launch.cores import pin
 from tandem.types import Role
 
 

@@ -6,13 +6,6 @@ import os
 from itertools import pairwise
 
 
-def usable_cores() -> list[int]:
-    """The cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 def share_cores(cores: list[int], workers: int) -> list[list[int]]:
     """Cores of each worker: its own, in even shares, or one in turn while there are fewer cores than workers."""
     if len(cores) < workers:

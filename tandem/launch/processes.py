@@ -12,9 +12,10 @@ from typing import Self
 
 from tandem.client import AsyncClient, ServiceStatus
 from tandem.config import TandemConfig
+from tandem.engine.cores import usable_cores
 from tandem.errors import ConfigError, DeadlineExceeded, TandemError, Unavailable
 from tandem.launch.child_process import Backoff, ChildProcess, Output, ProcessSpec
-from tandem.launch.cores import share_cores, usable_cores
+from tandem.launch.cores import share_cores
 
 log = logging.getLogger(__name__)
 
