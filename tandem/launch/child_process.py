@@ -63,6 +63,7 @@ class ChildProcess:
         self._started_s = time.monotonic()
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._error = ""
+        self._reported = False
         # The address in the child's "ready HOST:PORT" line; empty if its output ended without one.
         self.ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._pump = asyncio.create_task(self._read_output())
@@ -126,12 +127,19 @@ class ChildProcess:
         """How it ended and why, for an error message; its last lines if they are all there is, and nobody saw them."""
         ended = f"{self.spec.name} {describe_exit(self._process.returncode)}"
         if self._error:
+            self._reported = True
             return f"{ended}: {self._error}"
         if not self._tail:
             return f"{ended} and said nothing"
         if self._output is not None:
             return f"{ended}; what it said last is above"
         return f"{ended}; its last lines:" + "".join(f"\n    {line}" for line in self._tail)
+
+    def pass_on_last_words(self) -> None:
+        """The error that it ended with, when nobody has reported it."""
+        if self._error and not self._reported:
+            self._pass_on(ERROR + self._error)
+            self._reported = True
 
     async def _read_output(self) -> None:
         assert self._process.stdout is not None

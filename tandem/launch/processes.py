@@ -202,6 +202,8 @@ class Supervisor:
                 log.warning("%d children did not stop in time; killing them", len(left))
                 self.kill()
             await asyncio.gather(*waits)
+        for child in self._children.values():
+            child.pass_on_last_words()
         if self._failure is not None and not self._failure.cancel() and not self._failure.cancelled():
             self._failure.exception()  # seen, whether or not anybody waited
 
