@@ -203,7 +203,8 @@ class Supervisor:
                 self.kill()
             await asyncio.gather(*waits)
         for child in self._children.values():
-            child.pass_on_last_words()
+            if child.ready.done() and child.ready.result():  # the others are a failed start, which was reported
+                child.pass_on_last_words()
         if self._failure is not None and not self._failure.cancel() and not self._failure.cancelled():
             self._failure.exception()  # seen, whether or not anybody waited
 
