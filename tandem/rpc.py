@@ -171,7 +171,13 @@ async def abort_with(context: Any, error: Exception) -> NoReturn:
     if not isinstance(error, errors.TandemError):
         log.error("unexpected error in a call", exc_info=error)
         error = errors.InternalError("internal error; the server's log has the details")
-    await context.abort(status_of(error), error.message, _metadata_of(error))
+    try:
+        await context.abort(status_of(error), error.message, _metadata_of(error))
+    except grpc.aio.AbortError:
+        raise
+    except Exception as failure:  # gRPC's own, private kinds: the call ended while the handler did, and nobody listens
+        log.debug("a call was over before its error could be told: %s", failure)
+        raise asyncio.CancelledError from None
     raise AssertionError("context.abort returned")
 
 

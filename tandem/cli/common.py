@@ -18,7 +18,7 @@ from tandem.errors import ConfigError, InvalidRequest, TandemError
 
 def _address(value: str | None) -> str | None:
     try:
-        return value and dialable(value)
+        return None if value is None else dialable(value)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, Unpack
 import grpc
 
 from tandem import errors, rpc, wire
+from tandem.addresses import dialable
 from tandem.client.completion import Collector, Completion, EventReader
 from tandem.client.embedding import Embeddings, embeddings_from_wire
 from tandem.client.failure import explain
@@ -100,6 +101,13 @@ def _this_task_is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+def _checked(address: str) -> str:
+    try:
+        return dialable(str(address))
+    except ValueError as error:
+        raise errors.InvalidRequest(str(error), field="address") from None
+
+
 class AsyncClient:
     """Talks to one router. Use it within one event loop; the connection opens with the first call.
 
@@ -113,8 +121,11 @@ class AsyncClient:
         timeout_s: float | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        """`address` is the router's host:port; `timeout_s` is the deadline of answers that bring none of their own."""
-        self._address = address
+        """`address` is the router's host:port; `timeout_s` is the deadline of answers that bring none of their own.
+
+        Raises InvalidRequest for an address that is none.
+        """
+        self._address = _checked(address)
         self._timeout_s = check_timeout(timeout_s)
         self._max_message_bytes = max_message_bytes
         self._channel: grpc.aio.Channel | None = None

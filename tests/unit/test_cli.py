@@ -189,7 +189,7 @@ def test_ctrl_c_during_the_imports_is_quiet() -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_an_output_that_cannot_be_written_is_one_line(router: ScriptedRouter) -> None:
     command = [sys.executable, "-m", "tandem.cli.main", "generate", "p", "--router", router.address]
-    said = "tandem: cannot write to standard output: No space left on device\n"
+    said = "tandem: cannot write the output: No space left on device\n"
     for unbuffered in ("", "1"):
         with Path("/dev/full").open("wb") as full:
             environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}

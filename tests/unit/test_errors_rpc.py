@@ -151,3 +151,15 @@ async def test_an_address_that_is_not_ours_is_a_config_error() -> None:
     with pytest.raises(errors.ConfigError, match=r"192\.0\.2\.1"):
         rpc.bind(server, "192.0.2.1", 0)
     await server.stop(0)
+
+
+async def test_a_call_that_was_over_before_its_error_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    """A deadline that passes while the handler fails: gRPC refuses the status in its own words."""
+
+    class Over:
+        async def abort(self, *_: object) -> None:
+            raise RuntimeError("too many operations")
+
+    with caplog.at_level(logging.INFO), pytest.raises(asyncio.CancelledError):
+        await rpc.abort_with(Over(), errors.DeadlineExceeded("late"))
+    assert caplog.messages == []
