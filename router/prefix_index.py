@@ -44,10 +44,15 @@ class PrefixIndex:
     def leading(self, names: Sequence[bytes]) -> int:
         """How many of a prompt's first blocks are cached.
 
-        By halving: a block is cached only with those before it, and evicted before them, so the cached ones come
-        first. That holds the event loop for microseconds, however long the prompt is.
+        By halving, which holds the event loop for microseconds however long the prompt is: a pool evicts the end of a
+        chain first, so the cached blocks come first. Where a chain's very beginning is gone, nothing is.
         """
-        return bisect_left(names, True, key=lambda name: name not in self._names and name not in self._expected)
+        if not names or self._lacks(names[0]):
+            return 0
+        return bisect_left(names, True, key=self._lacks)
+
+    def _lacks(self, name: bytes) -> bool:
+        return name not in self._names and name not in self._expected
 
 
 async def name_blocks(prompt_ids: Sequence[int], block_size: int, salt: str) -> tuple[bytes, ...]:

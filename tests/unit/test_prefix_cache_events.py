@@ -107,6 +107,8 @@ def test_only_leading_blocks_count() -> None:
     index.apply(CacheChanges(lost=(three,)))
     assert index.leading([one, two, three]) == 2
     assert index.leading(chain_hashes(None, [2] * 12, 4)) == 0
+    index.apply(CacheChanges(lost=(one,)))
+    assert index.leading([one, two, three]) == 0
     index.apply(CacheChanges(reset=True))
     assert len(index) == 0
 
