@@ -6,10 +6,12 @@ chunk or in many, twice: the second time with a prefix-cache hit.
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,22 +31,23 @@ def _prompts() -> list[list[int]]:
     return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in (1, 7, 33, 200)]
 
 
-def _wanted(model_path: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Plain transformers, one prompt at a time. A later end of sequence ends an answer."""
+def _wanted(model_path: Path, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
+    """Plain transformers, one prompt at a time, with settings of its own. A later end of sequence ends an answer."""
     model = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="eager").eval()
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=OUTPUT, do_sample=False)
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=OUTPUT, do_sample=False, **settings)
         answers.append(out[0, len(prompt) :].tolist())
     return answers
 
 
-def _served(service: Service, prompts: list[list[int]], **sampling: float) -> list[list[int]]:
+def _served(service: Service, prompts: list[list[int]], **sampling: Any) -> list[list[int]]:
     """All prompts at once."""
 
     def one(prompt: list[int]) -> list[int]:
-        completion = service.client.complete(prompt, max_tokens=OUTPUT, **sampling)  # type: ignore[arg-type]
+        completion = service.client.complete(prompt, max_tokens=OUTPUT, **sampling)
         return [token.id for token in completion.choices[0].tokens]
 
     with ThreadPoolExecutor(len(prompts)) as threads:
@@ -79,6 +82,33 @@ def test_greedy_tokens_equal_transformers(architecture: str, tmp_path: Path) -> 
             for attempt in ("computed", "prefix hit"):
                 assert _served(service, prompts) == wanted, (shape, chunk, attempt)
             wait_until(partial(_hit_prefixes, service), what="a prefix-cache hit in the second round")
+
+
+def _favourites(answers: list[list[int]]) -> list[int]:
+    """The tokens that stand in most answers, best first."""
+    return [token for token, _ in Counter(token for answer in answers for token in set(answer)).most_common(3)]
+
+
+@pytest.mark.timeout(300)
+def test_greedy_tokens_with_penalties_equal_transformers(tmp_path: Path) -> None:
+    """What transformers.generate can do to the logits as we do; presence and frequency penalties it does not know."""
+    model = save_model("llama", tmp_path / "model")
+    prompts = _prompts()
+    plain = _wanted(model, prompts)
+    banned, disliked, liked = _favourites(plain)
+    bias = {banned: -100.0, disliked: -1.5, liked: 1.5}
+    rows: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+        ({"repetition_penalty": 0.8}, {"repetition_penalty": 0.8}),
+        ({"logit_bias": bias}, {"sequence_bias": {(token,): value for token, value in bias.items()}}),
+        # The likeliest token as the end of sequence, so that answers would be short.
+        ({"min_tokens": 12, "stop_token_ids": (banned,)}, {"min_new_tokens": 12, "eos_token_id": [2, banned]}),
+    ]
+    with running_service(tmp_path / "service", model, engine={"max_step_tokens": MANY_CHUNKS}) as service:
+        for ours, theirs in rows:
+            wanted = _wanted(model, prompts, **theirs)
+            assert wanted != plain, (theirs, "changes nothing")
+            assert _served(service, prompts, **ours) == wanted, ours
 
 
 def test_seeded_sampling_is_the_same_everywhere(tmp_path: Path) -> None:
