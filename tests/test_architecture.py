@@ -61,6 +61,8 @@ ROOMS = {
     "kv_transfer": Room(SHARED, frozenset({"transformers"})),
     "loadtest": Room(VALUES | {"tandem", "tandem.client"}, HEAVY),
 }
+# The only modules that know Ray: everything else runs without it.
+KNOW_RAY = frozenset({Path("kv_transfer/plasma.py"), Path("tandem/launch/ray_cluster.py")})
 # Whatever reads these runs code that a peer wrote.
 UNPICKLERS = frozenset({"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle"})
 MAX_LINES = 350
@@ -162,6 +164,11 @@ def test_a_forbidden_import_is_seen(path: str, source: str) -> None:
 )
 def test_an_allowed_import_is_not(path: str, source: str) -> None:
     assert violations(source, Path(path)) == []
+
+
+def test_few_modules_know_ray() -> None:
+    imports = [each for path in files(*TOP) for each in imports_of(read(path), path)]
+    assert {each.path for each in imports if each.module.split(".")[0] == "ray"} <= KNOW_RAY
 
 
 def test_nothing_can_unpickle() -> None:
