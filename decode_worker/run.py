@@ -6,9 +6,10 @@ from decode_worker.service import DecodeRoom
 from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES
 from tandem.config import TandemConfig
 from tandem.types import Role
-from tandem.worker.main import run_rooms
+from tandem.worker.main import WorkerKind, run_rooms
 
 
 def run(config: TandemConfig, router: str) -> int:
     """Until SIGTERM; returns the exit code."""
-    return run_rooms(config, frozenset({Role.DECODE}), router, lambda host: [DecodeRoom(host)], MAX_MESSAGE_BYTES)
+    kind = WorkerKind(frozenset({Role.DECODE}), lambda host: [DecodeRoom(host)], MAX_MESSAGE_BYTES)
+    return run_rooms(kind, config, router)

@@ -7,12 +7,12 @@ from prefill_worker.service import PrefillRoom
 from tandem.config import TandemConfig
 from tandem.types import Role
 from tandem.worker.host import Room, WorkerHost
-from tandem.worker.main import run_rooms
+from tandem.worker.main import WorkerKind, run_rooms
 
 
 def run(config: TandemConfig, router: str) -> int:
     """Until SIGTERM; returns the exit code."""
-    return run_rooms(config, frozenset({Role.PREFILL}), router, _rooms, MAX_MESSAGE_BYTES)
+    return run_rooms(WorkerKind(frozenset({Role.PREFILL}), _rooms, MAX_MESSAGE_BYTES), config, router)
 
 
 def _rooms(host: WorkerHost) -> list[Room]:

@@ -1,4 +1,4 @@
-"""Puts the router together and runs it until a signal."""
+"""Puts the router together and runs it until it is told to stop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from router.orchestrator import Orchestrator
 from router.registry import Registry
 from router.tokenizer import load_tokenizer
 from tandem import rpc
-from tandem.addresses import check_listening, join_address
+from tandem.addresses import check_listening, join_address, loopback_beside
 from tandem.config import TandemConfig
 from tandem.errors import ConfigError
 from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2, registry_pb2_grpc
@@ -37,18 +37,22 @@ HANG_UP_S = 0.5
 def run(config: TandemConfig) -> int:
     """The process's exit code: 0 after a signal, 2 when the configuration is wrong or the port is taken."""
     try:
-        asyncio.run(serve(config, lambda address: print(f"ready {address}", flush=True)))
+        asyncio.run(_serve_until_signal(config))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-async def serve(config: TandemConfig, ready: Callable[[str], None]) -> None:
-    """Serves until SIGTERM or SIGINT. ready gets host:port once the router answers. Raises ConfigError."""
+async def _serve_until_signal(config: TandemConfig) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await serve(config, stop, lambda address: print(f"ready {address}", flush=True))
+
+
+async def serve(config: TandemConfig, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
+    """Serves until `stop` is set. ready gets host:port once the router answers. Raises ConfigError."""
     async with open_router(config) as address:
         ready(address)
         await stop.wait()
@@ -58,7 +62,8 @@ async def serve(config: TandemConfig, ready: Callable[[str], None]) -> None:
 @asynccontextmanager
 async def open_router(config: TandemConfig) -> AsyncIterator[str]:
     """A serving router; yields its host:port, and stops gracefully on the way out. Raises ConfigError."""
-    check_listening("router", config.router.host, config.router.port)  # before a tokenizer is fetched
+    host, loopback = config.router.host, loopback_beside(config.router.host)
+    check_listening("router", host, config.router.port)  # before a tokenizer is fetched
     registry = Registry(config.router, config.model.served_name)
     admission = Admission(load_tokenizer(config.model), lambda: registry.model)
     orchestrator = Orchestrator(config.router, registry, admission)
@@ -67,10 +72,12 @@ async def open_router(config: TandemConfig) -> AsyncIterator[str]:
     generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
     registry_pb2_grpc.add_RegistryServicer_to_server(join, server)
     health_service = await rpc.add_health(server, _SERVICES)
-    port = rpc.bind(server, config.router.host, config.router.port)
+    port = rpc.bind(server, host, config.router.port)
+    if loopback is not None:
+        rpc.bind(server, loopback, port)
     await server.start()
     try:
-        yield join_address(config.router.host, port)
+        yield join_address(host, port)
     finally:
         await health_service.enter_graceful_shutdown()
         await orchestrator.close(STOP_GRACE_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 
@@ -28,6 +29,21 @@ def dialable(value: str) -> str:
 def join_address(host: str, port: int) -> str:
     """host:port, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def loopback_beside(host: str) -> str | None:
+    """The loopback address that a listener on `host` does not cover, of the same family; None when it does.
+
+    The near end of an ssh tunnel is dialled on loopback.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError):
+        return None  # whoever listens there gets to say so
+    address = ipaddress.ip_address(str(found[0][4][0]).partition("%")[0])
+    if address.is_loopback or address.is_unspecified:
+        return None
+    return "127.0.0.1" if address.version == 4 else "::1"
 
 
 def check_listening(section: str, host: str, port: int) -> None:

@@ -95,6 +95,7 @@ class WorkerConfig(Section):
 
 
 class RouterConfig(Section):
+    # The router listens on loopback too, on the same port: the end of an ssh tunnel.
     host: str = "127.0.0.1"
     port: int = Field(8700, ge=0, le=65535)
     # Requests in the house at once; one more is refused as overloaded.
@@ -106,7 +107,8 @@ class RouterConfig(Section):
     lease_s: float = Field(10.0, gt=0)
     heartbeat_interval_s: float = Field(0.5, gt=0)
     # A worker that is silent for this long is out of routing and its requests fail.
-    heartbeat_timeout_s: float = Field(5.0, gt=0)
+    # Below 5 s, so that a host that was cut off is out of it within 5 s.
+    heartbeat_timeout_s: float = Field(4.0, gt=0)
     # A request message may be this large; workers, who get it next, take no more than 16 MiB.
     max_message_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 24)
 

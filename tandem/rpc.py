@@ -23,8 +23,10 @@ MAX_MESSAGE_BYTES = 4 << 20
 # What every worker accepts, for its KV frames are as large: the largest request that a router may be configured to
 # take (config: router.max_message_bytes), and 4 KiB for what it gains on its way.
 MAX_WORKER_MESSAGE_BYTES = (1 << 24) + 4096
-# A cut link raises no error by itself: clients ping every 5 s and give up after 3 s (measured: noticed in 3.6 s).
-KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 5000, 3000
+# A cut link raises no error by itself: both ends ping when nothing came for 2 s and give up after 3 s more.
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 2000, 3000
+# Dialling a host that does not answer ends after this long, not after gRPC's 20 s: the next try may find it back.
+DIAL_TIMEOUT_MS = 2000
 
 # The table: error class (nearest base counts) → gRPC status.
 STATUS: dict[type[errors.TandemError], grpc.StatusCode] = {
@@ -61,6 +63,7 @@ def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.min_reconnect_backoff_ms", DIAL_TIMEOUT_MS),
         # Redial a restarted peer within a second, not after gRPC's default of up to 20 s.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),

@@ -180,7 +180,7 @@ def test_nothing_can_unpickle() -> None:
 
 def test_logging_is_configured_in_entry_points_only() -> None:
     def is_entry_point(path: Path) -> bool:
-        mains = {Path("router/app.py"), Path("tandem/worker/main.py")}
+        mains = {Path("router/app.py"), Path("tandem/worker/main.py"), Path("tandem/launch/ray_cluster.py")}
         return path.name == "__main__.py" or path.parts[:2] == ("tandem", "cli") or path in mains
 
     def configures(path: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import tandem
+from tandem.cli.cluster import down, scale
 from tandem.cli.demo import demo
 from tandem.cli.generate import generate
 from tandem.cli.serve import serve
@@ -24,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Tandem serves language models with prefill and decode split across two pools of workers.",
 )
-for command in (serve, generate, status, worker, demo):
+for command in (serve, scale, down, generate, status, worker, demo):
     app.command()(command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 
 from tandem.addresses import dialable
+from tandem.client import ServiceStatus
 from tandem.errors import ConfigError, InvalidRequest, TandemError
 
 
@@ -70,6 +72,13 @@ def _hint(error: TandemError) -> str:
     if error.retry_after_ms is None:
         return ""
     return f" (try again in {math.ceil(error.retry_after_ms / 1000)} s)"
+
+
+def ready_line(address: str, status: ServiceStatus) -> str:
+    models = ", ".join(model.name for model in status.models)
+    kinds = Counter("colocated" if len(worker.roles) > 1 else "+".join(worker.roles) for worker in status.workers)
+    pools = " + ".join(f"{kinds[kind]} {kind}" for kind in ("prefill", "decode", "colocated") if kinds[kind])
+    return f"ready at {address}: model {models}, {pools}"
 
 
 def printable(text: str) -> str:

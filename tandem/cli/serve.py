@@ -1,19 +1,20 @@
-"""`tandem serve`: the whole service on this machine, until Ctrl-C."""
+"""`tandem serve`: the whole service, on this machine until Ctrl-C, or on a Ray cluster."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import signal
-from collections import Counter
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from tandem.cli.common import ConfigOption, Device, LoadFormat, ModelOption, reported
+from tandem.cli.cluster import AUTO, WAIT_S, serve_on_ray
+from tandem.cli.common import ConfigOption, Device, LoadFormat, ModelOption, ready_line, reported
 from tandem.client import ServiceStatus
 from tandem.config import load_config
+from tandem.errors import ConfigError
 from tandem.launch.processes import Supervisor
 
 
@@ -36,10 +37,23 @@ def serve(
     load_format: Annotated[LoadFormat | None, typer.Option(help="dummy: random weights, for load tests.")] = None,
     host: Annotated[str | None, typer.Option(help="Address that the router listens on.")] = None,
     port: Annotated[int | None, typer.Option(help="The router's port; 0: any free one.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster: returns when the service is ready.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="With --ray: its head. [default: this machine's cluster]")
+    ] = None,
+    wait: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help=f"With --ray: until all must serve. [default: {WAIT_S:g}]"),
+    ] = None,
 ) -> None:
-    """Start a router and its workers on this machine and keep them running. Ctrl-C stops everything."""
+    """Start a router and its workers on this machine and keep them running. Ctrl-C stops everything.
+
+    With --ray they run on a Ray cluster, and stay until `tandem down`; said again, it changes only what differs.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with reported():
+        if not ray and (address is not None or wait is not None):
+            raise ConfigError("--address and --wait belong to --ray")
         settings = load_config(
             config,
             {
@@ -49,6 +63,9 @@ def serve(
                 "serve": pool_sizes(prefill, decode, colocated),
             },
         )
+        if ray:
+            serve_on_ray(settings, address or AUTO, WAIT_S if wait is None else wait)
+            return
         supervisor = Supervisor(settings, output=_pass_on)  # refuses pools that cannot serve
         typer.echo(f"starting {settings.model.served_name} …", err=True)
         asyncio.run(run_until_signal(supervisor, lambda status: typer.echo(ready_line(supervisor.address, status))))
@@ -57,13 +74,6 @@ def serve(
 
 def _pass_on(name: str, line: str) -> None:
     typer.echo(f"{name:>10} │ {line}", err=True)
-
-
-def ready_line(address: str, status: ServiceStatus) -> str:
-    models = ", ".join(model.name for model in status.models)
-    kinds = Counter("colocated" if len(worker.roles) > 1 else "+".join(worker.roles) for worker in status.workers)
-    pools = " + ".join(f"{kinds[kind]} {kind}" for kind in ("prefill", "decode", "colocated") if kinds[kind])
-    return f"ready at {address}: model {models}, {pools}"
 
 
 async def run_until_signal(supervisor: Supervisor, ready: Callable[[ServiceStatus], None]) -> None:

@@ -66,6 +66,7 @@ def worker(
             pin(parse_cpus(cpus))
         # Not before the pinning: it imports torch, which counts the cores it may use.
         with starting():
-            from tandem.launch.worker import run_worker
+            from tandem.launch.worker import worker_kind
+            from tandem.worker.main import run_rooms
 
-        raise typer.Exit(run_worker(settings, role.roles, router))
+        raise typer.Exit(run_rooms(worker_kind(role.roles), settings, router))

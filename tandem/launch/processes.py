@@ -16,6 +16,7 @@ from tandem.engine.cores import usable_cores
 from tandem.errors import ConfigError, DeadlineExceeded, TandemError, Unavailable
 from tandem.launch.child_process import Backoff, ChildProcess, Output, ProcessSpec
 from tandem.launch.cores import share_cores
+from tandem.launch.pools import check_pools
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Supervisor:
         worker_module: str = "tandem.cli.main",
     ) -> None:
         """`output` receives (child's name, line) for what children print; with None, errors quote their last lines."""
-        _check_pools(config)
+        check_pools(config)
         self._config = config
         self._output = output
         self._start_timeout_s = start_timeout_s
@@ -222,20 +223,6 @@ class Supervisor:
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
-
-
-def _check_pools(config: TandemConfig) -> None:
-    serve = config.serve
-    if serve.prefill + serve.decode + serve.colocated == 0:
-        raise ConfigError("no workers: give serve.prefill and serve.decode, or serve.colocated", field="serve")
-    if not serve.colocated and not (serve.prefill and serve.decode):
-        missing = "decode" if serve.prefill else "prefill"
-        raise ConfigError(f"nobody would play {missing}: serve.{missing} is 0", field=f"serve.{missing}")
-    for key in ("port", "advertise"):
-        if getattr(config.worker, key) and serve.prefill + serve.decode + serve.colocated > 1:
-            raise ConfigError(
-                f"worker.{key} can belong to one worker only, and this starts more", field=f"worker.{key}"
-            )
 
 
 def _early_exit(child: ChildProcess) -> TandemError:

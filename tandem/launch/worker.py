@@ -1,4 +1,4 @@
-"""A worker process with both rooms on one engine: it plays the roles it is given, and can be given others later."""
+"""A worker with both rooms on one engine: it plays the roles it is given, and can be given others later."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from kv_transfer.base import Transport
 from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES, GrpcTransport
 from kv_transfer.local import LocalTransport
 from prefill_worker.service import PrefillRoom
-from tandem.config import TandemConfig
 from tandem.types import Role
 from tandem.worker.host import Room, WorkerHost
-from tandem.worker.main import run_rooms
+from tandem.worker.main import WorkerKind
 
 
-def run_worker(config: TandemConfig, roles: frozenset[Role], router: str) -> int:
-    """Until SIGTERM; returns the exit code (2: trying again would not help)."""
-    return run_rooms(config, roles, router, _rooms, MAX_MESSAGE_BYTES)
+def worker_kind(roles: frozenset[Role]) -> WorkerKind:
+    return WorkerKind(roles, _rooms, MAX_MESSAGE_BYTES)
 
 
 def _rooms(host: WorkerHost) -> list[Room]:

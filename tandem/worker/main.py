@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import grpc
 
@@ -23,31 +24,58 @@ from tandem.worker.join import keep_joined
 
 log = logging.getLogger(__name__)
 
-# Builds the rooms of a worker on its host.
-MakeRooms = Callable[[WorkerHost], list[Room]]
 # Last words have this long to reach their readers.
 HANG_UP_S = 1.0
 
 
-def run_rooms(
-    config: TandemConfig, roles: frozenset[Role], router: str, make_rooms: MakeRooms, max_message_bytes: int
-) -> int:
-    """Runs a worker until SIGTERM or SIGINT; returns the exit code.
+@dataclass(frozen=True)
+class WorkerKind:
+    """What a worker process can play."""
+
+    roles: frozenset[Role]
+    # Builds its rooms on its host.
+    make_rooms: Callable[[WorkerHost], list[Room]]
+    # Largest message that its server takes: its KV frames.
+    max_message_bytes: int
+
+
+def run_rooms(kind: WorkerKind, config: TandemConfig, router: str) -> int:
+    """The life of a process: a worker until SIGTERM or SIGINT; returns the exit code.
 
     2 means that trying again would not help: bad configuration, a refused model, an unwelcome worker.
     """
     logs.configure()
     try:
-        check_address(config.worker)  # before the minutes that a model may take to load
-        tune_process(config.engine)
-        thread = EngineThread(config)
-        asyncio.run(_serve(config, roles, router, thread, make_rooms, max_message_bytes))
+        serve_rooms(kind, config, router, _drain_on_signals, lambda host: print(f"ready {host.address}", flush=True))
     except TandemError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while the model loads; later SIGINT drains
         return INTERRUPTED
     return 0
+
+
+def serve_rooms(
+    kind: WorkerKind,
+    config: TandemConfig,
+    router: str,
+    started: Callable[[WorkerHost], None],
+    ready: Callable[[WorkerHost], None],
+) -> None:
+    """Loads the model, then serves in an event loop of this thread's own until `WorkerHost.drain`.
+
+    Both callbacks run in that loop: `started` gets the host, to drain it by, before anything is served; `ready` is
+    called once a router has taken the worker in. Raises TandemError when trying again would not help.
+    """
+    check_address(config.worker)  # before the minutes that a model may take to load
+    tune_process(config.engine)
+    thread = EngineThread(config)
+    asyncio.run(_serve(kind, config, router, thread, started, ready))
+
+
+def _drain_on_signals(host: WorkerHost) -> None:
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, host.drain)
 
 
 def check_address(worker: WorkerConfig) -> None:
@@ -62,22 +90,21 @@ def check_address(worker: WorkerConfig) -> None:
 
 
 async def _serve(
+    kind: WorkerKind,
     config: TandemConfig,
-    roles: frozenset[Role],
     router: str,
     thread: EngineThread,
-    make_rooms: MakeRooms,
-    max_message_bytes: int,
+    started: Callable[[WorkerHost], None],
+    ready: Callable[[WorkerHost], None],
 ) -> None:
-    host = WorkerHost(config, thread, roles)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, host.drain)
-    rooms = make_rooms(host)
-    server = await make_worker_server(host, rooms, max_message_bytes)
+    host = WorkerHost(config, thread, kind.roles)
+    started(host)
+    rooms = kind.make_rooms(host)
+    server = await make_worker_server(host, rooms, kind.max_message_bytes)
     await server.start()
     thread.start()
     try:
-        await _work(host, router, server)
+        await _work(host, router, server, ready)
     finally:
         await server.stop(grace=None)
         for room in rooms:
@@ -85,8 +112,8 @@ async def _serve(
         thread.stop()
 
 
-async def _work(host: WorkerHost, router: str, server: grpc.aio.Server) -> None:
-    """Until a signal or a drain directive.
+async def _work(host: WorkerHost, router: str, server: grpc.aio.Server, ready: Callable[[WorkerHost], None]) -> None:
+    """Until the host is told to drain, by this process or by a directive of the router.
 
     Raises Refused when the router does not want this worker, RuntimeError when its engine has crashed: a new process
     may do better.
@@ -95,7 +122,7 @@ async def _work(host: WorkerHost, router: str, server: grpc.aio.Server) -> None:
     assert crashed is not None, "the thread was started"
     joined = asyncio.create_task(keep_joined(host, router))
     leaving = asyncio.create_task(_leave(host, server))
-    ready = asyncio.create_task(_say_ready(host))
+    telling = asyncio.create_task(_say_ready(host, ready))
     try:
         done, _ = await asyncio.wait({joined, leaving, crashed}, return_when=asyncio.FIRST_COMPLETED)
         if crashed in done:
@@ -103,14 +130,14 @@ async def _work(host: WorkerHost, router: str, server: grpc.aio.Server) -> None:
         if joined in done:
             joined.result()
     finally:
-        for task in (joined, leaving, ready):
+        for task in (joined, leaving, telling):
             task.cancel()
-        await asyncio.gather(joined, leaving, ready, return_exceptions=True)
+        await asyncio.gather(joined, leaving, telling, return_exceptions=True)
 
 
-async def _say_ready(host: WorkerHost) -> None:
+async def _say_ready(host: WorkerHost, ready: Callable[[WorkerHost], None]) -> None:
     await host.joined.wait()
-    print(f"ready {host.address}", flush=True)
+    ready(host)
 
 
 async def _leave(host: WorkerHost, server: grpc.aio.Server) -> None:

@@ -17,8 +17,8 @@ from scripted_router import REPORT, ScriptedRouter, serving
 from typer.testing import CliRunner, Result
 
 from tandem.cli.app import app
-from tandem.cli.common import human_bytes, printable
-from tandem.cli.serve import pool_sizes, ready_line
+from tandem.cli.common import human_bytes, printable, ready_line
+from tandem.cli.serve import pool_sizes
 from tandem.cli.timeline_table import spans, transfer_line
 from tandem.cli.worker import parse_cpus
 from tandem.client.status import status_from_wire

@@ -1,0 +1,61 @@
+"""`tandem serve --ray`, `tandem scale`, `tandem down`: the service on a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tandem.cli.common import ready_line, reported
+from tandem.config import TandemConfig
+from tandem.errors import ConfigError
+from tandem.launch.ray_plan import parse_counts
+
+if TYPE_CHECKING:
+    from tandem.launch.ray_cluster import Cluster
+
+AUTO, WAIT_S = "auto", 120.0
+
+AddressOption = Annotated[
+    str, typer.Option("--address", metavar="HOST:PORT", help="The Ray head; auto: the cluster of this machine.")
+]
+WaitOption = Annotated[
+    float, typer.Option("--wait", min=0, metavar="SECONDS", help="How long new members may take until they serve.")
+]
+
+
+def serve_on_ray(config: TandemConfig, address: str, wait_s: float) -> None:
+    with _cluster(address) as cluster:
+        typer.echo(ready_line(*cluster.serve(config, wait_s)))
+
+
+def scale(
+    pools: Annotated[list[str], typer.Argument(metavar="POOL=N...", help="prefill=3 decode=2 colocated=0")],
+    address: AddressOption = AUTO,
+    wait: WaitOption = WAIT_S,
+) -> None:
+    """Change how many workers a service on Ray has, while it serves: new ones join, leaving ones finish their work."""
+    with reported():
+        counts = parse_counts(pools)
+        with _cluster(address) as cluster:
+            typer.echo(ready_line(*cluster.scale(counts, wait)))
+
+
+def down(address: AddressOption = AUTO) -> None:
+    """Stop the service on Ray: no new requests, live ones finish within bounds. The Ray cluster stays."""
+    with reported(), _cluster(address) as cluster:
+        typer.echo("stopped" if cluster.down() else "nothing is running")
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[Cluster]:
+    try:
+        from tandem.launch.ray_cluster import connected
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise ConfigError("Ray is not installed here: pip install 'tandem[ray]'") from None
+    with connected(address, lambda line: typer.echo(line, err=True)) as cluster:
+        yield cluster

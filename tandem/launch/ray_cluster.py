@@ -1,0 +1,341 @@
+"""The service on a Ray cluster: its router and workers are detached, named actors that Ray places and starts again.
+
+Ray does no more than that: requests, tokens and KV go their own way, and routing never waits for Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import ray
+from ray import exceptions as ray_errors
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.services import canonicalize_bootstrap_address
+from ray.autoscaler.sdk import request_resources
+
+from tandem import logs
+from tandem.addresses import dialable
+from tandem.client import Client, ServiceStatus
+from tandem.config import TandemConfig
+from tandem.errors import ConfigError, Refused, TandemError, Unavailable
+from tandem.launch.hosted import Hosted, Node, serve_spec
+from tandem.launch.ray_plan import (
+    POOLS,
+    ROUTER,
+    Member,
+    Spec,
+    config_of,
+    demand,
+    missing,
+    place,
+    plan_changes,
+    pool_of,
+    router_address,
+    wanted_specs,
+)
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "tandem"
+HEAD = "node:__internal_head__"
+# Bound of a first TCP connection to the head: Ray itself would try for much longer.
+REACH_S = 5.0
+# Members that are up answer in milliseconds; one that has no process yet never does.
+ANSWER_S, LONG_ANSWER_S = 3.0, 10.0
+POLL_S = 0.5
+# Added to the time that draining members have by themselves; a killed actor's name is free again after moments.
+LEAVE_MARGIN_S, GONE_S = 15.0, 30.0
+
+# Gets a line about what is going on.
+Tell = Callable[[str], None]
+
+
+class MemberActor:
+    """The process of one member. Ray's thread only answers questions; the service runs in a thread of its own."""
+
+    def __init__(self, spec: str) -> None:
+        logs.configure()
+        self._spec = spec
+        self._node = _this_node()
+        self._hosted = Hosted(partial(serve_spec, spec, self._node))
+
+    def state(self) -> dict[str, Any]:
+        """As a Member's fields."""
+        hosted = self._hosted
+        return {
+            "spec": self._spec,
+            "phase": str(hosted.phase),
+            "address": hosted.address,
+            "worker_id": hosted.worker_id,
+            "pid": os.getpid(),
+            "node": self._node.ip,
+            "error": hosted.error,
+        }
+
+    def drain(self) -> None:
+        self._hosted.drain()
+
+
+def _this_node() -> Node:
+    node_id = ray.get_runtime_context().get_node_id()
+    resources: dict[str, float] = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id), {})
+    return Node(ray.util.get_node_ip_address(), slots=round(sum(resources.get(pool, 0) for pool in POOLS)))
+
+
+class Cluster:
+    """A Ray cluster, connected to, and the service on it."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+        self._told = ""
+        # Questions that were not answered yet, by name: a member without a process is asked once.
+        self._asked: dict[str, Any] = {}
+
+    def serve(self, config: TandemConfig, wait_s: float) -> tuple[str, ServiceStatus]:
+        """Brings the service to this configuration; returns when all of it serves, with the router's address.
+
+        Raises ConfigError, Refused or Unavailable; members that this call started and that never served are gone then.
+        """
+        wanted = wanted_specs(config, self._head())
+        seen = self._survey()
+        plan = plan_changes(wanted, seen)
+        self._demand([*wanted, *plan.leave], config)
+        self._retire(plan.replace, config)
+        started = [*plan.start, *plan.replace]
+        try:
+            for name in started:
+                self._start(name, wanted[name])
+            self._wait_serving(wanted, config, wait_s)
+        except BaseException:
+            self._withdraw(started, config)
+            raise
+        if plan_changes(wanted, self._survey()).replace:
+            return self.serve(config, wait_s)  # some were silent before, and run what was wanted earlier
+        self._retire(plan.leave, config)
+        self._demand(wanted, config)
+        address = router_address(wanted)
+        with Client(address) as client:
+            return address, client.status()
+
+    def scale(self, counts: Mapping[str, int], wait_s: float) -> tuple[str, ServiceStatus]:
+        """`serve`, with other numbers of workers than the running service has. Raises Unavailable if there is none."""
+        config = config_of(self._survey())
+        return self.serve(config.model_copy(update={"serve": config.serve.model_copy(update=counts)}), wait_s)
+
+    def down(self) -> bool:
+        """Ends the service, in order: no new requests, live ones finish within bounds. Whether there was anything."""
+        seen = self._survey()
+        request_resources(bundles=[])
+        if not seen:
+            return False
+        configs = [Spec.parse(member.spec).config() for member in seen.values() if member.spec]
+        config = max(configs, key=lambda config: config.worker.drain_timeout_s, default=TandemConfig())
+        self._retire([name for name in seen if name == ROUTER], config)
+        self._retire([name for name in seen if name != ROUTER], config)
+        return True
+
+    # What there is.
+
+    def _head(self) -> str:
+        heads = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]]
+        if not heads:
+            raise Unavailable("the cluster has no head node that is alive")
+        return str(heads[0])
+
+    def _survey(self, patience_s: float = ANSWER_S) -> dict[str, Member]:
+        """Every member by name; one that does not answer in time is silent."""
+        names = ray.util.list_named_actors()
+        for name in names:
+            if name not in self._asked:
+                with suppress(ValueError):  # gone this moment
+                    self._asked[name] = ray.get_actor(name, NAMESPACE).state.remote()
+        asked = {name: self._asked[name] for name in names if name in self._asked}
+        if asked:
+            ray.wait(list(asked.values()), num_returns=len(asked), timeout=patience_s)
+        return {name: self._answer(name, ref) for name, ref in asked.items()}
+
+    def _answer(self, name: str, ref: Any) -> Member:
+        try:
+            state = ray.get(ref, timeout=0)
+        except ray_errors.GetTimeoutError:
+            return Member()
+        except ray_errors.ActorUnavailableError:
+            state = {}  # starting again
+        except ray_errors.RayError as error:
+            state = {"phase": "failed", "spec": "?", "error": _first_line(error), "node": getattr(error, "ip", "")}
+        del self._asked[name]
+        return Member(**state)
+
+    # What is done about it.
+
+    def _start(self, name: str, spec: str) -> None:
+        pool, config = pool_of(name), Spec.parse(spec).config()
+        needs = {HEAD: 0.001} if pool == ROUTER else {pool: place(pool, config.engine.device)[pool]}
+        ray.remote(MemberActor).options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            num_cpus=0,
+            num_gpus=0 if pool == ROUTER else place(pool, config.engine.device).get("GPU", 0),
+            resources=needs,
+            scheduling_strategy="SPREAD",
+        ).remote(spec)
+
+    def _wait_serving(self, wanted: Mapping[str, str], config: TandemConfig, wait_s: float) -> None:
+        end_s = time.monotonic() + wait_s
+        while True:
+            seen = self._survey(POLL_S)
+            for name, member in seen.items():
+                if name in wanted and member.ended:
+                    why = member.error or "it left"
+                    raise Refused(f"{name} cannot serve{member.node and f' on node {member.node}'}: {why}")
+            waiting = [name for name in wanted if name not in seen or seen[name].phase != "serving"]
+            if not waiting and self._routed(wanted, seen):
+                return
+            if time.monotonic() > end_s:
+                unit = " and a free GPU" if config.engine.device == "cuda" else ""
+                raise Unavailable(missing(wanted, seen, ray.cluster_resources(), wait_s, unit))
+            self._progress(f"{len(wanted) - len(waiting)} of {len(wanted)} serve", waiting)
+            time.sleep(POLL_S)
+
+    def _progress(self, words: str, waiting: list[str]) -> None:
+        line = f"{words}; waiting for {', '.join(waiting) or 'the router to list every worker'}"
+        if line != self._told:
+            self._tell(line)
+            self._told = line
+
+    def _routed(self, wanted: Mapping[str, str], seen: Mapping[str, Member]) -> bool:
+        """Whether the router places requests on every worker."""
+        workers = {seen[name].worker_id for name in wanted if name != ROUTER}
+        with suppress(TandemError), Client(router_address(wanted), timeout_s=REACH_S) as client:
+            return workers <= {worker.worker_id for worker in client.status().workers}
+        return False
+
+    def _retire(self, names: Iterable[str], config: TandemConfig) -> None:
+        """Drains members, all at once, and ends their processes when they have left or their time is up."""
+        leaving = list(names)
+        if not leaving:
+            return
+        self._tell(f"draining {', '.join(leaving)}")
+        for name in leaving:
+            with suppress(ValueError):
+                ray.get_actor(name, NAMESPACE).drain.remote()
+        end_s = time.monotonic() + config.worker.drain_timeout_s + LEAVE_MARGIN_S
+        while time.monotonic() < end_s:
+            seen = self._survey(LONG_ANSWER_S)
+            if not any(name in seen and seen[name].phase in ("starting", "serving") for name in leaving):
+                break
+            time.sleep(POLL_S)
+        self._remove(leaving)
+
+    def _remove(self, names: Iterable[str]) -> None:
+        """Ends processes, and waits until Ray has forgotten them."""
+        removed = set(names)
+        for name in removed:
+            self._asked.pop(name, None)
+            with suppress(ValueError):
+                ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+        end_s = time.monotonic() + GONE_S
+        while left := removed & set(ray.util.list_named_actors()):
+            if time.monotonic() > end_s:
+                raise Unavailable(f"Ray did not end {', '.join(sorted(left))} within {GONE_S:g} s; try again")
+            time.sleep(0.1)
+
+    def _withdraw(self, started: Iterable[str], config: TandemConfig) -> None:
+        """What was started and does not serve is removed; what serves stays."""
+        seen = self._survey()
+        self._remove(name for name in started if name in seen and seen[name].phase != "serving")
+        self._demand(ray.util.list_named_actors(), config)
+
+    def _demand(self, names: Iterable[str], config: TandemConfig) -> None:
+        """What an autoscaler, where one runs, is to keep nodes for."""
+        request_resources(bundles=demand(names, config.engine.device))
+
+
+@contextmanager
+def connected(address: str, tell: Tell) -> Iterator[Cluster]:
+    """address: the head's HOST:PORT, or 'auto' for the cluster that this machine is part of. Raises TandemError."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    found = _find(address)
+    _reach(found)
+    # As `ray start` does: a token that this user has is used, unless RAY_AUTH_MODE says otherwise.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    _connect(found)
+    try:
+        yield Cluster(tell)
+    except ray_errors.RayError as error:
+        raise Unavailable(f"Ray at {found}: {_first_line(error)}") from None
+    finally:
+        ray.shutdown()
+
+
+def _find(address: str) -> str:
+    try:
+        return dialable(str(canonicalize_bootstrap_address("auto")) if address == "auto" else address)
+    except ConnectionError:
+        raise Unavailable(
+            "no Ray cluster runs on this machine: start one (`ray up cluster.yaml`, or `ray start --head`), "
+            "or say where it is with --address HOST:PORT"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"--address takes auto or the head's HOST:PORT: {error}", field="address") from None
+
+
+def _reach(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        why = f"no answer within {REACH_S:g} s" if isinstance(error, TimeoutError) else error.strerror
+        raise Unavailable(f"the Ray head at {address} cannot be reached: {why}") from None
+
+
+def _connect(address: str) -> None:
+    with _standard_error() as said:
+        try:
+            ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+        except (ConnectionError, ray_errors.RayError) as error:
+            if any(sign in said() for sign in ("InvalidAuthToken", "Unauthenticated")):
+                raise Refused(
+                    f"the Ray cluster at {address} refuses this user's token, or the lack of one: "
+                    "~/.ray/auth_token must be the head's (or RAY_AUTH_TOKEN), and RAY_AUTH_MODE `token` or unset"
+                ) from None
+            raise Unavailable(f"{address} does not answer as a Ray cluster: {_first_line(error)}") from None
+        except (RuntimeError, ValueError) as error:  # another version of Ray or Python, a token that is missing
+            raise Refused(f"cannot join the Ray cluster at {address}: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def _standard_error() -> Iterator[Callable[[], str]]:
+    """Keeps what Ray's C++ core prints meanwhile, for us to read: it is the only place that names a wrong token."""
+    sys.stderr.flush()
+    ours = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+
+        def said() -> str:
+            kept.seek(0)
+            return kept.read().decode(errors="replace")
+
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(ours, 2)
+            os.close(ours)
+
+
+def _first_line(error: BaseException) -> str:
+    """Ray's errors carry tracebacks; their last line that says something is the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,205 @@
+"""What a service on a Ray cluster should consist of, and what is to be done to get there. Pure; knows no Ray.
+
+Every member of the service, the router and each worker, is made from a `Spec`: plain JSON. Two members with the same
+text are the same; a member whose text has changed is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tandem import __version__
+from tandem.addresses import ANY_ADDRESS, join_address
+from tandem.config import TandemConfig, parse_config
+from tandem.errors import ConfigError, Unavailable
+from tandem.launch.pools import check_pools
+from tandem.types import Role
+
+ROUTER = "router"
+# A pool's name is also that of the custom resource of which each of its workers claims 1, and of its `serve.` key.
+POOLS = {
+    "prefill": frozenset({Role.PREFILL}),
+    "decode": frozenset({Role.DECODE}),
+    "colocated": frozenset(Role),
+}
+# Settings that each node fills in for itself when nobody has set them: (section, key).
+_OF_THE_NODE = (("model", "path"), ("worker", "host"))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a member runs, and as what."""
+
+    # The version that made it.
+    tandem: str
+    # A pool, or "router".
+    pool: str
+    # host:port that a worker joins; empty for the router.
+    router: str
+    # Sections of the configuration.
+    settings: dict[str, dict[str, Any]]
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        return cls(**json.loads(text))
+
+    @property
+    def text(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    def config(self) -> TandemConfig:
+        """Raises ConfigError."""
+        return parse_config(self.settings)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of the service as it was last seen. One that did not answer has no spec."""
+
+    spec: str = ""
+    # See tandem.launch.hosted.Phase; empty while it has no process, or the process does not answer.
+    phase: str = ""
+    address: str = ""
+    worker_id: str = ""
+    pid: int = 0
+    node: str = ""
+    error: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in ("failed", "left")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Names of members."""
+
+    start: list[str] = field(default_factory=list)
+    # To be drained and then started anew.
+    replace: list[str] = field(default_factory=list)
+    # To be drained.
+    leave: list[str] = field(default_factory=list)
+
+
+def pool_of(name: str) -> str:
+    """Of `decode-1`: `decode`."""
+    return name.partition("-")[0]
+
+
+def counts_of(names: Iterable[str]) -> dict[str, int]:
+    found = Counter(map(pool_of, names))
+    return {pool: found[pool] for pool in POOLS}
+
+
+def wanted_specs(config: TandemConfig, head: str) -> dict[str, str]:
+    """Spec texts by member name. head: the head node's address. Raises ConfigError for what cannot serve."""
+    check_pools(config)
+    router, model = config.router, config.model
+    if router.port == 0:
+        raise ConfigError("router.port must be fixed on a cluster, for workers and clients to find it; not 0")
+    # Without it, a restarted router would be known under another name.
+    model = model.model_copy(update={"name": model.served_name})
+    host = router.host if "host" in router.model_fields_set else head
+    address = join_address(head if host in ANY_ADDRESS else host, router.port)
+    open_config = config.model_copy(
+        update={"model": model, "router": router.model_copy(update={"host": host})},
+    )
+    specs = {ROUTER: _spec(ROUTER, "", open_config, "model", "router")}
+    for pool in POOLS:
+        spec = _spec(pool, address, open_config, "model", "engine", "worker")
+        specs |= {f"{pool}-{index}": spec for index in range(getattr(config.serve, pool))}
+    return specs
+
+
+def _spec(pool: str, router: str, config: TandemConfig, *sections: str) -> str:
+    settings = {name: getattr(config, name).model_dump() for name in sections}
+    for section, key in _OF_THE_NODE:
+        if section in settings and key not in getattr(config, section).model_fields_set:
+            del settings[section][key]
+    return Spec(__version__, pool, router, settings).text
+
+
+def router_address(specs: Mapping[str, str]) -> str:
+    """host:port, of wanted_specs."""
+    return next(found for text in specs.values() if (found := Spec.parse(text).router))
+
+
+def plan_changes(wanted: Mapping[str, str], seen: Mapping[str, Member]) -> Plan:
+    """A silent member stays: it is waiting for a node or starting again, and what it runs is told once it answers."""
+    return Plan(
+        start=[name for name in wanted if name not in seen],
+        replace=[
+            name
+            for name, text in wanted.items()
+            if name in seen and seen[name].spec and (seen[name].ended or seen[name].spec != text)
+        ],
+        leave=[name for name in seen if name not in wanted],
+    )
+
+
+def config_of(seen: Mapping[str, Member]) -> TandemConfig:
+    """The configuration that a running service was started with; serve.*: what it has now. Raises Unavailable."""
+    if not seen:
+        raise Unavailable("nothing is served on this cluster: start it with `tandem serve --ray`")
+    workers = [member for name, member in sorted(seen.items()) if name != ROUTER and member.spec]
+    router = seen.get(ROUTER, Member())
+    if not router.spec or not workers:
+        silent = "the router" if not router.spec else "every worker"
+        raise Unavailable(
+            f"{silent} is missing or does not answer: try again in a few seconds, or start it anew with "
+            "`tandem serve --ray`"
+        )
+    settings = {**Spec.parse(workers[0].spec).settings, **Spec.parse(router.spec).settings}
+    return parse_config({**settings, "serve": counts_of(seen)})
+
+
+def parse_counts(words: Sequence[str]) -> dict[str, int]:
+    """From ['prefill=3', 'decode=2']. Raises ConfigError."""
+    counts: dict[str, int] = {}
+    for word in words:
+        pool, _, number = word.partition("=")
+        if pool not in POOLS:
+            raise ConfigError(f"there is no pool {pool!r}; pools are {', '.join(POOLS)}", field="pool")
+        if not number.isdecimal():
+            raise ConfigError(f"{pool} takes a number of workers, such as {pool}=2, not {number!r}", field=pool)
+        if pool in counts:
+            raise ConfigError(f"{pool} is given twice", field=pool)
+        counts[pool] = int(number)
+    return counts
+
+
+def demand(names: Iterable[str], device: str) -> list[dict[str, float]]:
+    """The resources of these members' places, for an autoscaler."""
+    return [place(pool_of(name), device) for name in names if name != ROUTER]
+
+
+def place(pool: str, device: str) -> dict[str, float]:
+    return {pool: 1, **({"GPU": 1} if device == "cuda" else {})}
+
+
+def missing(
+    wanted: Mapping[str, str], seen: Mapping[str, Member], offers: Mapping[str, float], wait_s: float, unit: str = ""
+) -> str:
+    """Why the service is not ready. offers: the cluster's resources; unit: what else a worker's place needs."""
+    counts, problems = counts_of(wanted), []
+    for pool, count in counts.items():
+        silent = [name for name in wanted if pool_of(name) == pool and not seen.get(name, Member()).phase]
+        if silent and offers.get(pool, 0) < count:
+            problems.append(
+                f"{len(silent)} of {count} {pool} workers found no node with a free `{pool}` resource{unit}"
+            )
+        elif silent:
+            problems.append(f"{', '.join(silent)} did not come up; a node may be lost, busy or without a free place")
+    for name in wanted:
+        member = seen.get(name, Member())
+        if member.phase == "starting":
+            problems.append(f"{name} on {member.node} is still starting")
+        elif name == ROUTER and not member.phase:
+            problems.append("the router did not come up on the head node")
+    offered = ", ".join(f"{pool} {offers.get(pool, 0):g}" for pool in POOLS if pool in offers) or "none of them"
+    words = "; ".join(problems) or "not every worker is in the router's list"
+    return f"not ready within {wait_s:g} s: {words} (the cluster's nodes offer {offered}): add nodes or ask for fewer"
