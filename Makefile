@@ -1,4 +1,4 @@
-# make demo | test | check: each sets itself up on a fresh machine (Python 3.11 or newer) and starts at once after that.
+# make demo | test | test-cluster | check: each sets itself up on a fresh machine (Python 3.11 or newer) and starts at once after that.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constrain
 EDITABLE := --config-settings editable_mode=compat -e
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test test-cluster check cluster-node clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/serve.stamp
@@ -16,6 +16,11 @@ demo: $(VENV)/serve.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q
+
+# Real `ray up` on hosts made of namespaces: needs root, and Debian's packages, which root gets installed.
+test-cluster: $(VENV)/dev.stamp
+	@tests/cluster/packages.sh
+	$(BIN)/python -m pytest -q tests/cluster
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check
@@ -39,6 +44,13 @@ $(VENV)/torch.stamp: $(INPUTS)
 $(VENV)/serve.stamp: $(VENV)/torch.stamp
 	@$(PIP) $(EDITABLE) '.[serve]'
 	@touch $@
+
+# A node of a Ray cluster: the launcher files (cluster.yaml, deploy/cluster.onprem.yaml) call `make cluster-node` there.
+cluster-node: $(VENV)/node.stamp
+
+$(VENV)/node.stamp: $(VENV)/torch.stamp
+	@$(PIP) $(EDITABLE) '.[serve,ray]'
+	@touch $(VENV)/serve.stamp $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp
 	@$(PIP) $(EDITABLE) '.[dev]'
