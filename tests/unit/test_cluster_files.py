@@ -11,13 +11,12 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tandem.config import ServeConfig
+from tandem.launch.ray_plan import POOLS
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOUD = ROOT / "cluster.yaml"
 ON_PREM = ROOT / "deploy" / "cluster.onprem.yaml"
 BOTH = pytest.mark.parametrize("path", [CLOUD, ON_PREM], ids=["cloud", "onprem"])
-POOLS = set(ServeConfig.model_fields)
 STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
 
 # Of these, every value is a user's own: an address, an account, a price.
@@ -106,7 +105,7 @@ def test_cloud_pools_are_those_of_tandem() -> None:
         assert types[pool]["labels"] == {"pool": pool}
         assert 0 < types[pool]["min_workers"] <= types[pool]["max_workers"]
     assert sum(kind.get("max_workers", 0) for kind in types.values()) <= config["max_workers"]
-    assert not POOLS & set(types["head"]["resources"])
+    assert not set(POOLS) & set(types["head"]["resources"])
 
 
 def test_onprem_names_a_pool_for_every_machine() -> None:
@@ -114,5 +113,5 @@ def test_onprem_names_a_pool_for_every_machine() -> None:
     start = config["worker_start_ray_commands"][-1]
     chosen = dict(re.findall(r"^\s*([\d.]+)\) pool=(\w+) workers=\d+ ;;", start, re.MULTILINE))
     assert set(chosen) == set(config["provider"]["worker_ips"])
-    assert set(chosen.values()) == {"prefill", "decode"} <= POOLS
+    assert set(chosen.values()) == {"prefill", "decode"} <= set(POOLS)
     assert config["min_workers"] == config["max_workers"] == len(chosen)
