@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from decode_worker.service import DecodeRoom
-from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES
+from kv_transfer.service import MAX_MESSAGE_BYTES
 from tandem.config import TandemConfig
 from tandem.types import Role
 from tandem.worker.main import WorkerKind, run_rooms

@@ -14,7 +14,8 @@ from decode_worker.reservations import Reservation
 from decode_worker.reserve_queue import ReserveQueue
 from decode_worker.subscriptions import Subscription
 from kv_transfer.admission import Claims
-from kv_transfer.grpc_transport import KVService
+from kv_transfer.plasma import Plasma
+from kv_transfer.service import KVService
 from tandem import logs
 from tandem.errors import Cancelled, Refused, TransferFailed
 from tandem.types import EngineRequest, Fingerprint, Role
@@ -28,8 +29,11 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
     role = Role.DECODE
     service = "tandem.v1.DecodeWorker"
 
-    def __init__(self, host: WorkerHost, claims: Claims | None = None) -> None:
-        """claims: shared with this worker's other transports, so that two never meet in a reservation."""
+    def __init__(self, host: WorkerHost, claims: Claims | None = None, plasma: Plasma | None = None) -> None:
+        """claims: shared with this worker's other transports, so that two never meet in a reservation.
+
+        plasma: KV may come through Ray's object store too.
+        """
         self._host = host
         self._queue = ReserveQueue(host)
         self._by_id: dict[str, Reservation] = {}
@@ -38,8 +42,8 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         self._subscriptions: dict[str, Subscription] = {}
         # Reserve calls that are being read, or wait for blocks.
         self._reserving = 0
-        self._kv = KVService(self, host.config, claims)
-        host.transports.append("grpc")
+        self._kv = KVService(self, host.config, claims, plasma)
+        host.transports.extend(self._kv.counters)
         host.when_idle_for_good(self._hang_up)
 
     # Room
@@ -51,7 +55,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
     def report(self, load: registry_pb2.Load) -> None:
         load.reservations = len(self._by_id)
         load.waiting_reservations = len(self._queue)
-        load.kv_bytes_received = self._kv.counters.bytes
+        load.kv_bytes_received = sum(counters.bytes for counters in self._kv.counters.values())
 
     @property
     def busy(self) -> bool:

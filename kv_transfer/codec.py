@@ -4,6 +4,9 @@
 
     open → data* → seal (or abandon) from the sender; done is the receiver's answer.
 
+Where both ends reach one object store, `placed` stands for `data`: the payload lies there, and the frame has only its
+place; the receiver answers each with `taken` before it is done.
+
 A flipped bit before the payload fails the prelude's crc32, one in the payload fails the header's. Headers are checked
 against a closed schema (every key, its type, its range); no size in them is used to allocate anything.
 """
@@ -26,6 +29,7 @@ VERSION = 1
 MAX_PAYLOAD_BYTES = 1 << 24
 # Fits the longest texts that the schemas allow.
 MAX_HEADER_BYTES = 4096
+MAX_PLACE_BYTES = 512
 _MAGIC = b"TKVF"
 _PRELUDE = struct.Struct(">4sHHI")
 _UNGUARDED = struct.Struct(">4sHH")
@@ -72,6 +76,31 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a payload lies in an object store; what the bytes mean, and whether they do, is the store's to say."""
+
+    object_id: bytes
+    # The process that holds the object for as long as the transfer needs it.
+    owner: bytes
+
+
+@dataclass(frozen=True)
+class Placed(Data):
+    """KV like a data frame's, but the payload lies in an object store."""
+
+    object_id: bytes
+    owner: bytes
+
+    @classmethod
+    def of(cls, data: Data, place: Place) -> Placed:
+        return cls(**asdict(data), **asdict(place))
+
+    @property
+    def place(self) -> Place:
+        return Place(self.object_id, self.owner)
+
+
+@dataclass(frozen=True)
 class Seal:
     """Last frame: the first token, and totals over the data frames."""
 
@@ -89,6 +118,13 @@ class Abandon:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """The receiver has written the payload of a placed frame: nobody needs the object any more."""
+
+    sequence: int
+
+
+@dataclass(frozen=True)
 class Done:
     """The receiver verified and took the KV, or gave back the blocks of an abandoned transfer."""
 
@@ -96,7 +132,7 @@ class Done:
     bytes: int
 
 
-Message = Open | Data | Seal | Abandon | Done
+Message = Open | Data | Placed | Seal | Abandon | Taken | Done
 
 
 @dataclass(frozen=True)
@@ -122,9 +158,20 @@ class _Text:
         return f"text of 1 to {self.most} characters"
 
 
+@dataclass(frozen=True)
+class _Bytes:
+    most: int
+
+    def allows(self, value: object) -> bool:
+        return isinstance(value, bytes) and 0 < len(value) <= self.most
+
+    def __str__(self) -> str:
+        return f"1 to {self.most} bytes"
+
+
 _COUNT, _SIZE, _CRC, _ID = _Whole(0, 2**31 - 1), _Whole(0, 2**53), _Whole(0, 2**32 - 1), _Text(128)
 _POSITIVE = _Whole(1, 2**31 - 1)
-_Schema = Mapping[str, _Whole | _Text]
+_Schema = Mapping[str, _Whole | _Text | _Bytes]
 _FINGERPRINT: _Schema = {
     "config_hash": _ID,
     "weights_hash": _ID,
@@ -152,8 +199,10 @@ _DATA: _Schema = {
     "payload_bytes": _Whole(1, MAX_PAYLOAD_BYTES),
     "checksum": _CRC,
 }
+_PLACED: _Schema = {**_DATA, "object_id": _Bytes(MAX_PLACE_BYTES), "owner": _Bytes(MAX_PLACE_BYTES)}
 _SEAL: _Schema = {"first_token": _COUNT, "frames": _COUNT, "bytes": _SIZE, "checksum": _CRC}
 _ABANDON: _Schema = {}
+_TAKEN: _Schema = {"sequence": _COUNT}
 _DONE: _Schema = {"frames": _COUNT, "bytes": _SIZE}
 
 
@@ -165,8 +214,10 @@ def _open_from(fields: dict[str, Any]) -> Open:
 _KINDS: dict[str, tuple[_Schema, Callable[[dict[str, Any]], Message]]] = {
     "open": (_OPEN, _open_from),
     "data": (_DATA, lambda fields: Data(**fields)),
+    "placed": (_PLACED, lambda fields: Placed(**fields)),
     "seal": (_SEAL, lambda fields: Seal(**fields)),
     "abandon": (_ABANDON, lambda fields: Abandon()),
+    "taken": (_TAKEN, lambda fields: Taken(**fields)),
     "done": (_DONE, lambda fields: Done(**fields)),
 }
 
@@ -182,14 +233,13 @@ def encode(message: Message, payload: Sequence[memoryview] = ()) -> bytes:
     return b"".join((_PRELUDE.pack(_MAGIC, VERSION, len(header), guard), header, *payload))
 
 
-def encode_data(sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> tuple[Data, bytes]:
-    """A data frame and its header, with the sizes and the checksum of the payload's parts filled in."""
+def describe(sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> Data:
+    """The header of a data frame, with the size and the checksum of the payload's parts."""
     checksum = 0
     for part in payload:
         checksum = zlib.crc32(part, checksum)
     size = sum(part.nbytes for part in payload)
-    data = Data(sequence, layers.start, len(layers), tokens.start, len(tokens), size, checksum)
-    return data, encode(data, payload)
+    return Data(sequence, layers.start, len(layers), tokens.start, len(tokens), size, checksum)
 
 
 def decode(frame: bytes) -> tuple[Message, memoryview]:
@@ -211,7 +261,7 @@ def decode(frame: bytes) -> tuple[Message, memoryview]:
     if version != VERSION:
         raise Refused(f"the peer sends KV frames of version {version}, this worker takes version {VERSION}")
     message = _parse(header)
-    expected = message.payload_bytes if isinstance(message, Data) else 0
+    expected = message.payload_bytes if type(message) is Data else 0
     if len(payload) != expected:
         raise TransferFailed(f"a KV frame carries {len(payload)} bytes where its header says {expected}")
     return message, payload
@@ -234,7 +284,7 @@ def _parse(header: memoryview) -> Message:
             header,
             strict_map_key=True,
             max_str_len=MAX_HEADER_BYTES,
-            max_bin_len=0,
+            max_bin_len=MAX_PLACE_BYTES,
             max_array_len=0,
             max_map_len=32,
             max_ext_len=0,

@@ -6,16 +6,40 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from typing import Protocol
 
 from kv_transfer.admission import Admission
 from kv_transfer.base import Counters, Landing, TransferSummary
-from kv_transfer.codec import Abandon, Data, Done, Open, Seal, chain_checksum, check_payload, decode
+from kv_transfer.codec import Abandon, Data, Done, Open, Placed, Seal, chain_checksum, check_payload, decode
 from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout
 from kv_transfer.pool_io import scatter
 from kv_transfer.threads import finish
 from tandem import logs
 from tandem.errors import InternalError, TandemError, TransferFailed
+
+
+class Intake(Protocol):
+    """How the payload of a data frame comes, besides with it. Both raise TransferFailed."""
+
+    async def fetch(self, data: Data, payload: memoryview) -> memoryview:
+        """payload: what came with the frame. The result is `data.payload_bytes` long, and not yet verified."""
+
+    async def taken(self, data: Data) -> None:
+        """The payload is in the pool."""
+
+
+class Inline:
+    """With the frame."""
+
+    async def fetch(self, data: Data, payload: memoryview) -> memoryview:
+        """See Intake."""
+        if isinstance(data, Placed):
+            raise TransferFailed(f"KV frame {data.sequence} came without its payload")
+        return payload
+
+    async def taken(self, data: Data) -> None:
+        """See Intake."""
 
 
 class Receiver:
@@ -33,11 +57,14 @@ class Receiver:
     Frames are verified and written by threads, at most `frames_in_flight` at a time; then the sender waits.
     """
 
-    def __init__(self, admission: Admission, threads: Executor, frames_in_flight: int, counters: Counters) -> None:
+    def __init__(
+        self, admission: Admission, threads: Executor, frames_in_flight: int, counters: Counters, intake: Intake
+    ) -> None:
         self._admission = admission
         self._threads = threads
         self._frames_in_flight = frames_in_flight
         self._counters = counters
+        self._intake = intake
 
     async def receive(self, frames: AsyncIterator[bytes], lost: Callable[[], TandemError]) -> Done:
         """Returns when the landing has taken the KV. `lost` says what a cancel or an early end means.
@@ -88,9 +115,12 @@ class Receiver:
 
     async def _write(self, landing: Landing, data: Data, payload: memoryview, room: asyncio.Semaphore) -> None:
         try:
+            payload = await self._intake.fetch(data, payload)
             with landing.writing():
                 loop = asyncio.get_running_loop()
                 await finish(loop.run_in_executor(self._threads, _verify_and_scatter, landing, data, payload))
+            del payload  # nothing holds on to an object's memory that is said to be taken
+            await self._intake.taken(data)
         finally:
             room.release()
         landing.touch()

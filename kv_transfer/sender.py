@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
 from kv_transfer.base import Counters, Source, Target, TransferSummary
-from kv_transfer.codec import Abandon, Data, Done, Open, Seal, chain_checksum, encode, encode_data
+from kv_transfer.codec import Abandon, Data, Done, Open, Seal, chain_checksum, describe, encode
 from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout
 from kv_transfer.pool_io import pieces
@@ -18,10 +19,16 @@ from tandem.errors import Refused, TransferFailed
 
 
 class Link(Protocol):
-    """Carries the frames of one transfer. Both raise the receiver's error, or WorkerLost, DeadlineExceeded."""
+    """Carries the frames of one transfer. Raises the receiver's error, or WorkerLost, DeadlineExceeded."""
+
+    def pack(self, data: Data, payload: Sequence[memoryview]) -> bytes:
+        """In a thread: copies a payload's parts into what `carry` takes."""
+
+    async def carry(self, data: Data, packed: bytes) -> None:
+        """Sends a data frame. Returns when there is room for the next one."""
 
     async def write(self, frame: bytes) -> None:
-        """Returns when there is room for the next frame."""
+        """Sends any other frame."""
 
     async def finish(self) -> Done:
         """Says that no frame follows; returns the receiver's answer."""
@@ -119,7 +126,7 @@ class FrameSender:
         self._cut_frames += 1
         loop = asyncio.get_running_loop()
         try:
-            return loop.run_in_executor(self._threads, _gather_frame, self._source, sequence, layers, tokens)
+            return loop.run_in_executor(self._threads, self._gather, sequence, layers, tokens)
         except RuntimeError:  # no thread takes work any more
             raise TransferFailed("the transport was closed in mid-transfer") from None
 
@@ -127,15 +134,17 @@ class FrameSender:
         """Writes the frame made before, while `upcoming` is made."""
         ready, self._next = self._next, upcoming
         if ready is not None:
-            await self._write(*await finish(ready))
+            await self._carry(*await finish(ready))
 
-    async def _write(self, data: Data, frame: bytes) -> None:
-        await self._link.write(frame)
+    async def _carry(self, data: Data, packed: bytes) -> None:
+        await self._link.carry(data, packed)
         self._frames += 1
         self._bytes += data.payload_bytes
         self._checksum = chain_checksum(self._checksum, data)
         self._counters.moved(data.payload_bytes)
 
-
-def _gather_frame(source: Source, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
-    return encode_data(sequence, layers, tokens, pieces(source.pool, source.blocks, layers, tokens))
+    def _gather(self, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
+        """In a thread."""
+        parts = pieces(self._source.pool, self._source.blocks, layers, tokens)
+        data = describe(sequence, layers, tokens, parts)
+        return data, self._link.pack(data, parts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES, GrpcTransport
+from kv_transfer.grpc_transport import GrpcTransport
+from kv_transfer.service import MAX_MESSAGE_BYTES
 from prefill_worker.service import PrefillRoom
 from tandem.config import TandemConfig
 from tandem.types import Role

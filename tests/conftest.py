@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 # A non-interactive shell starts its background jobs (`pytest &` in a script) with SIGINT ignored, and children inherit
 # that: Ctrl-C in a test would reach nobody. A handler does not survive exec, so children begin with the default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def ray_node() -> Iterator[str]:
+    """Its address. This process is part of a private Ray cluster of one node until the last test is over."""
+    from ray_node import joined, running  # here, for the tests that need it: importing Ray takes seconds
+
+    with running() as address, joined(address):
+        yield address

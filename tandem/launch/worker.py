@@ -5,8 +5,11 @@ from __future__ import annotations
 from decode_worker.service import DecodeRoom
 from kv_transfer.admission import Claims
 from kv_transfer.base import Transport
-from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES, GrpcTransport
+from kv_transfer.grpc_transport import GrpcTransport
 from kv_transfer.local import LocalTransport
+from kv_transfer.plasma import connect
+from kv_transfer.ray_transport import RayTransport
+from kv_transfer.service import MAX_MESSAGE_BYTES
 from prefill_worker.service import PrefillRoom
 from tandem.types import Role
 from tandem.worker.host import Room, WorkerHost
@@ -19,6 +22,9 @@ def worker_kind(roles: frozenset[Role]) -> WorkerKind:
 
 def _rooms(host: WorkerHost) -> list[Room]:
     claims = Claims()
-    decode = DecodeRoom(host, claims)
+    plasma = connect()
+    decode = DecodeRoom(host, claims, plasma)
     transports: dict[str, Transport] = {"local": LocalTransport(decode, claims), "grpc": GrpcTransport(host.config)}
+    if plasma is not None:
+        transports["ray"] = RayTransport(host.config, plasma)
     return [PrefillRoom(host, transports), decode]

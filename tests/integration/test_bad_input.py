@@ -16,7 +16,7 @@ from model_zoo import save_model
 from service import Process, Service, running_service, wait_until
 
 from kv_transfer.codec import Open, decode, encode
-from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES
+from kv_transfer.service import MAX_MESSAGE_BYTES
 from tandem import rpc
 from tandem.client.status import WorkerState
 from tandem.config import TINY_MODEL

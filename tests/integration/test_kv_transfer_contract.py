@@ -16,6 +16,8 @@ from tandem.errors import DeadlineExceeded, Refused, TransferFailed
 
 @pytest.fixture(params=RIGS)
 def make_rig(request: pytest.FixtureRequest) -> MakeRig:
+    if request.param == "ray":
+        request.getfixturevalue("ray_node")
     return RIGS[request.param]
 
 

@@ -15,7 +15,7 @@ from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, until
 
 import kv_transfer.receiver
 import kv_transfer.sender
-from kv_transfer.codec import Data, encode_data
+from kv_transfer.codec import Data, describe
 from kv_transfer.pool_io import scatter
 from tandem.errors import DeadlineExceeded, TransferFailed, WorkerLost
 
@@ -84,11 +84,11 @@ async def test_a_slow_receiver_bounds_what_is_in_memory(
     fingerprint = replace(FINGERPRINT, num_layers=16, num_kv_heads=8, head_dim=256)
     made: list[int] = []
 
-    def counting(sequence: int, *rest: Any) -> tuple[Data, bytes]:
+    def counting(sequence: int, *rest: Any) -> Data:
         made.append(sequence)
-        return encode_data(sequence, *rest)
+        return describe(sequence, *rest)
 
-    monkeypatch.setattr(kv_transfer.sender, "encode_data", counting)
+    monkeypatch.setattr(kv_transfer.sender, "describe", counting)
     async with grpc_rig(fingerprint, config_with(frame_bytes=16384, frames_in_flight=4)) as rig:
         job = rig.job(prompt_tokens=200)
         gate = shut(job)
@@ -166,7 +166,7 @@ async def test_a_killed_sender_fails_the_landing(rig: Rig) -> None:
 
 async def test_the_deadline_ends_the_receiver_of_a_frozen_sender(rig: Rig) -> None:
     job = rig.job()
-    async with peer("send", rig.address, "2.0") as (process, said):
+    async with peer("send", rig.address, "--deadline", "2.0") as (process, said):
         assert said == "half"
         process.send_signal(signal.SIGSTOP)
         await until(lambda: job.landing.touches > 0)

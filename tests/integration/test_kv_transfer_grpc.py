@@ -15,10 +15,10 @@ from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, until
 
 import kv_transfer.receiver
 import kv_transfer.sender
-from kv_transfer.codec import MAX_FRAME_BYTES, Data, Done, Seal, decode, encode, encode_data
-from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES
+from kv_transfer.codec import MAX_FRAME_BYTES, Data, Done, Seal, decode, describe, encode
 from kv_transfer.pool_io import gather
 from kv_transfer.sender import opening_of
+from kv_transfer.service import MAX_MESSAGE_BYTES
 from tandem.errors import Refused, TransferFailed
 from tandem.rpc import error_from_rpc, make_channel
 
@@ -47,7 +47,8 @@ async def status_of_push(rig: Rig, frames: list[bytes]) -> grpc.aio.AioRpcError:
 
 def data_frame(job: Job, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
     payload = gather(job.source.pool, job.source.blocks, layers, tokens)
-    return encode_data(sequence, layers, tokens, [memoryview(payload)])
+    data = describe(sequence, layers, tokens, [memoryview(payload)])
+    return data, encode(data, [memoryview(payload)])
 
 
 def good_frames(job: Job) -> list[bytes]:
@@ -124,7 +125,8 @@ async def test_garbage_instead_of_an_opening_touches_no_landing(rig: Rig, frames
 async def test_a_frame_of_the_wrong_size_for_its_cells_is_refused(rig: Rig) -> None:
     job = rig.job()
     payload = gather(job.source.pool, job.source.blocks, range(1), range(20))
-    _, frame = encode_data(0, range(1), range(21), [memoryview(payload)])
+    parts = [memoryview(payload)]
+    frame = encode(describe(0, range(1), range(21), parts), parts)
     failure = await status_of_push(rig, [good_frames(job)[0], frame])
     assert "its cells take" in str(failure.details())
     assert len(job.landing.errors) == 1

@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc
 
-from kv_transfer.codec import Data, Done, Open, Seal, chain_checksum, decode, encode, encode_data
-from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES
+from kv_transfer.codec import Data, Done, Open, Seal, chain_checksum, decode, describe, encode
 from kv_transfer.layout import KVLayout
+from kv_transfer.service import MAX_MESSAGE_BYTES
 from tandem import rpc, wire
 from tandem.client.status import WorkerState
 from tandem.types import EngineRequest, SamplingParams
@@ -120,7 +120,8 @@ class DirectRouter:
         for layer in range(layout.num_layers):
             # Small numbers in any dtype: no infinity, no NaN.
             payload = bytes(byte & 0x0F for byte in os.urandom(layout.payload_bytes(1, len(tokens))))
-            data.append(encode_data(layer, range(layer, layer + 1), tokens, [memoryview(payload)]))
+            header = describe(layer, range(layer, layer + 1), tokens, [memoryview(payload)])
+            data.append((header, encode(header, [memoryview(payload)])))
         checksum = 0
         for header, _ in data:
             checksum = chain_checksum(checksum, header)

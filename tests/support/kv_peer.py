@@ -1,34 +1,70 @@
-"""One end of a gRPC KV transfer in a process to be killed: `kv_peer.py send ADDRESS [DEADLINE_S]` or `receive`.
+"""One end of a KV transfer in a process of its own, to be killed or not; ends never.
 
-Says one line on stdout when it stands in mid-transfer (send: "half") or listens (receive: its port); ends never.
+    kv_peer.py send ADDRESS [--deadline S] [--whole | --lose] [--ray CLUSTER]
+    kv_peer.py receive [--ray CLUSTER]
+
+By gRPC, or through the object store of a Ray cluster. Says one line on stdout: the sender "half" in mid-transfer, or
+"whole" after it, "lost: ..." and the error when it drops each object before it can
+be read; the receiver its port.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import ray_node
 from kv_rig import FINGERPRINT, FakeLandings, Rig, config_with, serving
 
+from kv_transfer.base import Transport
+from kv_transfer.codec import Place
 from kv_transfer.grpc_transport import GrpcTransport
+from kv_transfer.plasma import Plasma, connect
+from kv_transfer.ray_transport import RayTransport
+from tandem.errors import TandemError
 
 
-async def send(address: str, deadline_s: float | None) -> None:
-    rig = Rig(FINGERPRINT, GrpcTransport(config_with()), address, shared_pool=False)
+def transport() -> Transport:
+    plasma = connect()
+    return GrpcTransport(config_with()) if plasma is None else RayTransport(config_with(), plasma)
+
+
+async def send(address: str, deadline_s: float | None, whole: bool) -> None:
+    rig = Rig(FINGERPRINT, transport(), address, shared_pool=False)
     job = rig.job()
+    if whole:
+        await rig.transfer(job)
+        print("whole", flush=True)
+        await asyncio.Event().wait()
     async with rig.transport.open(job.source, replace(job.target, deadline_s=deadline_s)) as sender:
         await sender.send(range(10))
         print("half", flush=True)
         await asyncio.Event().wait()
 
 
+async def lose(address: str) -> None:
+    put = Plasma.put
+
+    def forgetful(self: Plasma, payload: bytes) -> tuple[object, Place]:
+        return None, put(self, payload)[1]
+
+    Plasma.put = forgetful  # type: ignore[method-assign]
+    rig = Rig(FINGERPRINT, transport(), address, shared_pool=False)
+    try:
+        await rig.transfer(rig.job())
+    except TandemError as error:
+        print(f"lost: {type(error).__name__}: {error}", flush=True)
+    await asyncio.Event().wait()
+
+
 async def receive() -> None:
     landings = FakeLandings(FINGERPRINT)
-    async with serving(landings, config_with()) as (_, port, _):
+    async with serving(landings, config_with(), connect()) as (_, port, _):
         rig = Rig(FINGERPRINT, GrpcTransport(config_with()), "", shared_pool=False)
         rig.job()
         landings.by_id.update(rig.landings.by_id)
@@ -45,7 +81,7 @@ async def peer(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Proces
         *arguments,
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
-        env={"PYTHONPATH": str(Path(__file__).parents[2])},
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), **ray_node.ENVIRONMENT},
     )
     try:
         assert process.stdout is not None
@@ -57,8 +93,25 @@ async def peer(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Proces
         await process.wait()
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("end", choices=["send", "receive"])
+    parser.add_argument("address", nargs="?", default="")
+    parser.add_argument("--deadline", type=float)
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--lose", action="store_true")
+    parser.add_argument("--ray")
+    given = parser.parse_args()
+    with ExitStack() as stack:
+        if given.ray:
+            stack.enter_context(ray_node.joined(given.ray))
+        if given.end == "receive":
+            asyncio.run(receive())
+        elif given.lose:
+            asyncio.run(lose(given.address))
+        else:
+            asyncio.run(send(given.address, given.deadline, given.whole))
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "send":
-        asyncio.run(send(sys.argv[2], float(sys.argv[3]) if len(sys.argv) > 3 else None))
-    else:
-        asyncio.run(receive())
+    main()

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from kv_transfer.admission import Claims
 from kv_transfer.base import Counters, Source, Target, TransferSummary, Transport
-from kv_transfer.grpc_transport import MAX_MESSAGE_BYTES, GrpcTransport, KVService
+from kv_transfer.grpc_transport import GrpcTransport
 from kv_transfer.layout import KVLayout
 from kv_transfer.local import LocalTransport
+from kv_transfer.plasma import Plasma, connect
+from kv_transfer.ray_transport import RayTransport
+from kv_transfer.service import MAX_MESSAGE_BYTES, KVService
 from tandem.config import TandemConfig, parse_config
 from tandem.errors import TandemError, TransferFailed
 from tandem.rpc import bind, make_server
@@ -38,7 +41,7 @@ POOL_BLOCKS = 64
 
 
 def config_with(**worker: int) -> TandemConfig:
-    return parse_config({"worker": {"frame_bytes": 4096, "frames_in_flight": 4, **worker}})
+    return parse_config({"worker": {"frame_bytes": 4096, "object_bytes": 4096, "frames_in_flight": 4, **worker}})
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -215,7 +218,7 @@ class Rig:
 
     @property
     def received(self) -> Counters:
-        return self.transport.counters if self.service is None else self.service.counters
+        return self.transport.counters if self.service is None else self.service.counters[self.transport.name]
 
 
 @asynccontextmanager
@@ -229,9 +232,25 @@ async def local_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIter
 
 @asynccontextmanager
 async def grpc_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
+    async with _push_rig(fingerprint, config, GrpcTransport(config)) as rig:
+        yield rig
+
+
+@asynccontextmanager
+async def ray_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
+    """In a process that is part of a Ray cluster: see support/ray_node.py."""
+    plasma = connect()
+    assert plasma is not None
+    async with _push_rig(fingerprint, config, RayTransport(config, plasma), plasma) as rig:
+        yield rig
+
+
+@asynccontextmanager
+async def _push_rig(
+    fingerprint: Fingerprint, config: TandemConfig, transport: Transport, plasma: Plasma | None = None
+) -> AsyncIterator[Rig]:
     landings = FakeLandings(fingerprint)
-    transport = GrpcTransport(config)
-    async with serving(landings, config) as (service, port, stop):
+    async with serving(landings, config, plasma) as (service, port, stop):
         rig = Rig(fingerprint, transport, f"127.0.0.1:{port}", shared_pool=False)
         rig.landings, rig.service, rig.stop = landings, service, stop
         yield rig
@@ -240,9 +259,9 @@ async def grpc_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncItera
 
 @asynccontextmanager
 async def serving(
-    landings: FakeLandings, config: TandemConfig
+    landings: FakeLandings, config: TandemConfig, plasma: Plasma | None = None
 ) -> AsyncIterator[tuple[KVService, int, Callable[[], Awaitable[object]]]]:
-    service = KVService(landings, config, Claims())
+    service = KVService(landings, config, Claims(), plasma)
     server = make_server(MAX_MESSAGE_BYTES)
     server.add_generic_rpc_handlers((service,))
     port = bind(server, "127.0.0.1", 0)
@@ -255,7 +274,7 @@ async def serving(
 
 
 MakeRig = Callable[[Fingerprint, TandemConfig], AbstractAsyncContextManager[Rig]]
-RIGS: dict[str, MakeRig] = {"local": local_rig, "grpc": grpc_rig}
+RIGS: dict[str, MakeRig] = {"local": local_rig, "grpc": grpc_rig, "ray": ray_rig}
 
 
 def shaped(dtype: str, num_kv_heads: int, head_dim: int) -> Fingerprint:

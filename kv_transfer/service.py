@@ -1,0 +1,106 @@
+"""The receiving side's gRPC handlers: tandem.v1.KVTransfer, frames as raw messages, without protobuf."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
+
+import grpc
+
+from kv_transfer.admission import Admission, Claims
+from kv_transfer.base import Counters, Landings
+from kv_transfer.codec import MAX_FRAME_BYTES, Data, Placed, Taken, encode
+from kv_transfer.plasma import Plasma
+from kv_transfer.receiver import Inline, Intake, Receiver
+from kv_transfer.threads import copy_threads
+from tandem import errors
+from tandem.config import TandemConfig
+
+SERVICE = "tandem.v1.KVTransfer"
+# The method of each transport: they differ in whether a data frame brings its payload or the payload's place.
+METHODS = {"grpc": "Push", "ray": "PushPlaced"}
+# What a server that hosts the service must accept.
+MAX_MESSAGE_BYTES = MAX_FRAME_BYTES
+# A thread that waits for an object costs nothing, and those of a sender that is gone wait on for a while.
+_TAKE_THREADS = 16
+
+
+class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ignore]
+    """Receives transfers, on a server that has tandem.rpc.ErrorInterceptor.
+
+    For `server.add_generic_rpc_handlers((service,))`; close it after the server has stopped.
+    """
+
+    def __init__(
+        self, landings: Landings, config: TandemConfig, claims: Claims | None = None, plasma: Plasma | None = None
+    ) -> None:
+        """plasma: takes transfers through Ray's object store too."""
+        # By transport.
+        self.counters = {"grpc": Counters()}
+        self._admission = Admission(landings, claims)
+        self._frames_in_flight = config.worker.frames_in_flight
+        self._threads = copy_threads("kv-receive")
+        self._take_threads = ThreadPoolExecutor(_TAKE_THREADS, thread_name_prefix="kv-take")
+        methods = {METHODS["grpc"]: grpc.stream_stream_rpc_method_handler(self._push)}
+        if plasma is not None:
+            self._plasma = plasma
+            self.counters["ray"] = Counters()
+            methods[METHODS["ray"]] = grpc.stream_stream_rpc_method_handler(self._push_placed)
+        self._handler = grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    def service(self, handler_call_details: Any) -> Any:
+        """See grpc.GenericRpcHandler."""
+        return self._handler.service(handler_call_details)
+
+    def close(self) -> None:
+        """Ends the threads. Transfers must have ended before: stop the server first."""
+        self._threads.shutdown()
+        self._take_threads.shutdown()
+
+    async def _push(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        await self._receive("grpc", Inline(), requests, context)
+
+    async def _push_placed(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        await self._receive("ray", _FromPlasma(self._plasma, self._take_threads, context), requests, context)
+
+    async def _receive(self, transport: str, intake: Intake, requests: AsyncIterator[bytes], context: Any) -> None:
+        def lost() -> errors.TandemError:
+            remaining = context.time_remaining()
+            if remaining is not None and remaining <= 0:
+                return errors.DeadlineExceeded("the deadline passed before the KV had come")
+            return errors.TransferFailed("the sender left before the seal")
+
+        counters = self.counters[transport]
+        receiver = Receiver(self._admission, self._threads, self._frames_in_flight, counters, intake)
+        await context.write(encode(await receiver.receive(aiter(requests), lost)))
+
+
+class _FromPlasma:
+    """An Intake of one transfer: payloads are objects in Ray's store, and each is acknowledged."""
+
+    def __init__(self, plasma: Plasma, threads: ThreadPoolExecutor, context: Any) -> None:
+        self._plasma = plasma
+        self._threads = threads
+        self._context = context
+        # gRPC takes one write at a time.
+        self._writing = asyncio.Lock()
+
+    async def fetch(self, data: Data, payload: memoryview) -> memoryview:
+        """See Intake. A cancel does not wait for the thread: it writes nowhere."""
+        if not isinstance(data, Placed):
+            raise errors.TransferFailed(f"KV frame {data.sequence} came without a place")
+        unwanted = Event()
+        try:
+            loop = asyncio.get_running_loop()
+            take = self._plasma.take
+            return await loop.run_in_executor(self._threads, take, data.place, data.payload_bytes, unwanted)
+        finally:
+            unwanted.set()
+
+    async def taken(self, data: Data) -> None:
+        """See Intake."""
+        async with self._writing:
+            await self._context.write(encode(Taken(data.sequence)))
