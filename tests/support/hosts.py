@@ -114,10 +114,17 @@ class Host:
         assert not check or done.returncode == 0, f"{self.name}: {command} gave {done.returncode}:\n{done.stdout}"
         return done.stdout
 
-    def start_process(self, *command: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Ends with the host at the latest."""
+    def start_process(
+        self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.Popen[bytes]:
+        """In a session of its own; ends with the host at the latest."""
         return subprocess.Popen(
-            self._inside(command, None), stdin=subprocess.DEVNULL, env=self._environment(env), start_new_session=True
+            self._inside(command, cwd),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=self._environment(env),
+            start_new_session=True,
         )
 
     def processes(self) -> dict[int, str]:
@@ -150,7 +157,8 @@ class Host:
         return [*enter, "env", "--chdir", str(cwd or self.home), *command]
 
     def _environment(self, extra: Mapping[str, str] | None) -> dict[str, str]:
-        path = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        own = f"{self.home}/tandem/.venv/bin:{Path(sys.executable).parent}"
+        path = f"{own}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         return {"HOME": str(self.home), "PATH": path, "LANG": "C.UTF-8", "USER": "root", **(extra or {})}
 
     def _first_pid(self) -> int:

@@ -37,7 +37,8 @@ class OnPremCluster:
     def __enter__(self) -> Self:
         self.file.write_text(self._edited(LAUNCHER_FILE.read_text()))
         for node in self.nodes.values():
-            install_environment(node)
+            install_environment(node, f"{node.home}/tandem")
+        install_environment(self.laptop, str(ROOT))
         self.laptop.run("ray", "get-auth-token", "--generate")
         self.ray("up", "-y", "--no-config-cache", str(self.file))
         wait_until(self._all_joined, UP_S, "three nodes in the cluster")
@@ -91,22 +92,21 @@ class OnPremCluster:
         return "\n".join(lines) + "\n"
 
 
-def install_environment(node: Host) -> None:
-    """A ready `.venv`, so that the node's `make cluster-node` finds all installed: packages of this Python, the node's
-    own copy of Tandem before them."""
-    venv = f"{node.home}/tandem/.venv"
-    packages = "\n".join((f"{node.home}/tandem", sysconfig.get_path("purelib")))
-    node.run(sys.executable, "-m", "venv", "--without-pip", venv)
-    site = node.run(f"{venv}/bin/python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    _write(node, f"{site}/ready.pth", packages)
+def install_environment(host: Host, code: str) -> None:
+    """A ready `~/tandem/.venv`, so that a node's `make cluster-node` finds all installed: the packages of the Python
+    that the tests run with, and before them Tandem from the folder `code`."""
+    venv = f"{host.home}/tandem/.venv"
+    host.run(sys.executable, "-m", "venv", "--without-pip", venv)
+    site = host.run(f"{venv}/bin/python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    _write(host, f"{site}/ready.pth", f"{code}\n{sysconfig.get_path('purelib')}")
     for name, module in SCRIPTS.items():
-        _write(node, f"{venv}/bin/{name}", f"#!{venv}/bin/python\nfrom {module} import main\nmain()")
-        node.run("chmod", "+x", f"{venv}/bin/{name}")
-    node.run("touch", *(f"{venv}/{stamp}.stamp" for stamp in ("torch", "serve", "node")))
+        _write(host, f"{venv}/bin/{name}", f"#!{venv}/bin/python\nfrom {module} import main\nmain()")
+        host.run("chmod", "+x", f"{venv}/bin/{name}")
+    host.run("touch", *(f"{venv}/{stamp}.stamp" for stamp in ("torch", "serve", "node")))
 
 
-def _write(node: Host, path: str, text: str) -> None:
-    node.run("bash", "-c", 'printf "%s\\n" "$1" >"$2"', "write", text, path)
+def _write(host: Host, path: str, text: str) -> None:
+    host.run("bash", "-c", 'printf "%s\\n" "$1" >"$2"', "write", text, path)
 
 
 @contextmanager
