@@ -23,7 +23,8 @@ MAX_MESSAGE_BYTES = 4 << 20
 # What every worker accepts, for its KV frames are as large: the largest request that a router may be configured to
 # take (config: router.max_message_bytes), and 4 KiB for what it gains on its way.
 MAX_WORKER_MESSAGE_BYTES = (1 << 24) + 4096
-# A cut link raises no error by itself: both ends ping when nothing came for 2 s and give up after 3 s more.
+# A cut link raises no error by itself: both ends ping when nothing came for 2 s and give up after 3 s more. gRPC takes
+# the keepalive timeout for what the kernel sees (packets without ACK), and another, of 60 s, for a ping without answer.
 KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 2000, 3000
 # Dialling a host that does not answer ends after this long, not after gRPC's 20 s: the next try may find it back.
 DIAL_TIMEOUT_MS = 2000
@@ -61,6 +62,7 @@ def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.min_reconnect_backoff_ms", DIAL_TIMEOUT_MS),
@@ -81,6 +83,7 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
         ("grpc.http2.min_ping_interval_without_data_ms", 1000),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         # A second process on the same port must fail, not share it.
         ("grpc.so_reuseport", 0),
     ]

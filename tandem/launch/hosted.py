@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from tandem import __version__
 from tandem.config import TandemConfig
 from tandem.engine.cores import usable_cores
-from tandem.errors import Refused, TandemError
+from tandem.errors import TandemError
 from tandem.launch.ray_plan import POOLS, Spec
 
 log = logging.getLogger(__name__)
@@ -109,8 +108,6 @@ class Hosted:
 def serve_spec(text: str, node: Node, hosted: Hosted) -> None:
     """Plays what a spec says, on this node. Raises TandemError when it cannot."""
     spec = Spec.parse(text)
-    if spec.tandem != __version__:
-        raise Refused(f"this node has tandem {__version__}, the service is tandem {spec.tandem}: install the same")
     if spec.pool in POOLS:
         _serve_worker(spec, node, hosted)
     else:

@@ -50,7 +50,7 @@ HEAD = "node:__internal_head__"
 # Bound of a first TCP connection to the head: Ray itself would try for much longer.
 REACH_S = 5.0
 # Members that are up answer in milliseconds; one that has no process yet never does.
-ANSWER_S, LONG_ANSWER_S = 3.0, 10.0
+ANSWER_S, LONG_ANSWER_S = 3.0, 5.0
 POLL_S = 0.5
 # Added to the time that draining members have by themselves; a killed actor's name is free again after moments.
 LEAVE_MARGIN_S, GONE_S = 15.0, 30.0
@@ -137,8 +137,9 @@ class Cluster:
         request_resources(bundles=[])
         if not seen:
             return False
-        configs = [Spec.parse(member.spec).config() for member in seen.values() if member.spec]
-        config = max(configs, key=lambda config: config.worker.drain_timeout_s, default=TandemConfig())
+        config = TandemConfig()
+        with suppress(TandemError):  # what another version of Tandem started can be ended too
+            config = config_of(seen)
         self._retire([name for name in seen if name == ROUTER], config)
         self._retire([name for name in seen if name != ROUTER], config)
         return True
@@ -171,7 +172,7 @@ class Cluster:
         except ray_errors.ActorUnavailableError:
             state = {}  # starting again
         except ray_errors.RayError as error:
-            state = {"phase": "failed", "spec": "?", "error": _first_line(error), "node": getattr(error, "ip", "")}
+            state = {"phase": "failed", "error": _first_line(error), "node": getattr(error, "ip", "")}
         del self._asked[name]
         return Member(**state)
 

@@ -15,7 +15,7 @@ from typing import Any
 from tandem import __version__
 from tandem.addresses import ANY_ADDRESS, join_address
 from tandem.config import TandemConfig, parse_config
-from tandem.errors import ConfigError, Unavailable
+from tandem.errors import ConfigError, Refused, Unavailable
 from tandem.launch.pools import check_pools
 from tandem.types import Role
 
@@ -45,7 +45,11 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        return cls(**json.loads(text))
+        """Raises Refused for a spec of another version: its settings may mean something else here, or nothing."""
+        found = json.loads(text)
+        if found["tandem"] != __version__:
+            raise Refused(f"tandem is {__version__} here and {found['tandem']} where the service was started")
+        return cls(**found)
 
     @property
     def text(self) -> str:
@@ -135,7 +139,7 @@ def plan_changes(wanted: Mapping[str, str], seen: Mapping[str, Member]) -> Plan:
         replace=[
             name
             for name, text in wanted.items()
-            if name in seen and seen[name].spec and (seen[name].ended or seen[name].spec != text)
+            if name in seen and (seen[name].ended or seen[name].spec not in ("", text))
         ],
         leave=[name for name in seen if name not in wanted],
     )

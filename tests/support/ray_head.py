@@ -1,0 +1,92 @@
+"""A Ray cluster of one node for tests: private ports, folder and token, ended by its own pid."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+from service import ROOT, wait_until
+
+START_S = 60.0
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def environment(token: str) -> dict[str, str]:
+    """For processes of the cluster and those that talk to it; nothing of another cluster of this user leaks in."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return {**own, "RAY_AUTH_TOKEN": token, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+
+class RayHead:
+    def __init__(self, folder: Path, resources: Mapping[str, int]) -> None:
+        self._log = folder / "ray.log"
+        self.token = secrets.token_hex(16)
+        port, *others = free_ports(5)
+        self.address = f"127.0.0.1:{port}"
+        options = ("ray-client-server-port", "dashboard-agent-listen-port", "dashboard-port", "metrics-export-port")
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"),
+            *(f"--{name}={other}" for name, other in zip(options, others, strict=True)),
+            *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}"),
+            *("--object-store-memory=80000000", "--include-dashboard=false", "--disable-usage-stats"),
+            f"--resources={json.dumps(resources)}",
+        ]
+        with self._log.open("w") as log:
+            self._popen = subprocess.Popen(
+                command, env=environment(self.token), cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+
+    def wait_ready(self) -> None:
+        wait_until(lambda: self._popen.poll() is not None or self._said(), START_S, "the Ray cluster")
+        assert self._popen.poll() is None, self._log.read_text()
+
+    def _said(self) -> bool:
+        return "Ray runtime started" in self._log.read_text()
+
+    def tandem(self, *words: str, token: str = "") -> subprocess.CompletedProcess[str]:
+        """`tandem WORDS --address ...`"""
+        return subprocess.run(
+            [sys.executable, "-m", "tandem.cli.main", *words, "--address", self.address],
+            env=environment(token or self.token),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=110,
+        )
+
+    def stop(self) -> None:
+        family = psutil.Process(self._popen.pid).children(recursive=True) if self._popen.poll() is None else []
+        self._popen.terminate()
+        try:
+            self._popen.wait(30)
+        finally:
+            _, left = psutil.wait_procs(family, timeout=5)
+            for process in left:
+                process.kill()
+
+
+@contextmanager
+def ray_head(**resources: int) -> Iterator[RayHead]:
+    """resources: custom ones of its node."""
+    # Paths of unix sockets are short: pytest's own folders are too deep.
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        head = RayHead(Path(folder), resources)
+        try:
+            head.wait_ready()
+            yield head
+        finally:
+            head.stop()
