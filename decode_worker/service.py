@@ -43,7 +43,6 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         # Reserve calls that are being read, or wait for blocks.
         self._reserving = 0
         self._kv = KVService(self, host.config, claims, plasma)
-        host.transports.extend(self._kv.counters)
         host.when_idle_for_good(self._hang_up)
 
     # Room
@@ -55,7 +54,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
     def report(self, load: registry_pb2.Load) -> None:
         load.reservations = len(self._by_id)
         load.waiting_reservations = len(self._queue)
-        load.kv_bytes_received = sum(counters.bytes for counters in self._kv.counters.values())
+        load.kv_bytes_received.update({name: counters.bytes for name, counters in self._kv.counters.items()})
 
     @property
     def busy(self) -> bool:
@@ -113,7 +112,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         """Raises InvalidRequest, or Refused for KV that cannot come."""
         arrived = asyncio.get_running_loop().time()
         local = message.transport == "local" and Role.PREFILL in self._host.roles
-        if not local and message.transport not in self._host.transports:
+        if not local and message.transport not in self._kv.counters:
             raise Refused(f"this worker cannot take KV by {message.transport[:20]!r}")
         request = await self._host.read(message.request)
         return Order(

@@ -36,7 +36,8 @@ class PrefillRoom(worker_pb2_grpc.PrefillWorkerServicer):
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, server)
 
     def report(self, load: registry_pb2.Load) -> None:
-        load.kv_bytes_sent = sum(transport.counters.bytes for transport in self._transports.values())
+        sent = {name: transport.counters.bytes for name, transport in self._transports.items() if name != LOCAL}
+        load.kv_bytes_sent.update(sent)
 
     @property
     def busy(self) -> bool:

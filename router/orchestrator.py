@@ -11,7 +11,8 @@ from typing import Protocol
 
 from router.admission import Admission, Admitted, Gate, deadline_s
 from router.aio import first_error
-from router.choice import Brief, Choice, Emit
+from router.attempt import Brief
+from router.choice import Choice, Emit
 from router.detokenizer import Detokenizer
 from router.embedding import EmbedJob
 from router.output import ChoiceOutput
@@ -29,9 +30,14 @@ class Job(Protocol):
     """A part of a request: one of n choices, or all inputs of an Embed call."""
 
     timeline: Timeline
-    # Ids, for reports; empty until placed.
-    prefill_worker: str
-    decode_worker: str
+
+    @property
+    def prefill_worker(self) -> str:
+        """Its id, for reports; empty until placed."""
+
+    @property
+    def decode_worker(self) -> str:
+        """As prefill_worker."""
 
     @property
     def phase(self) -> Phase:
@@ -149,7 +155,8 @@ class Orchestrator:
 
     def _choice(self, admitted: Admitted, index: int, timeline: Timeline, deadline: float, emit: Emit) -> Choice:
         request = admitted.choice(index)
-        brief = Brief(index, request, admitted.block_names, deadline, replace(timeline, marks=dict(timeline.marks)))
+        marks = replace(timeline, marks=dict(timeline.marks))
+        brief = Brief(index, request, admitted.block_names, deadline, marks, self._config.transport)
         tokenizer = self._admission.tokenizer
         detokenizer = tokenizer and Detokenizer(tokenizer, admitted.prompt_ids, admitted.keep_special_tokens)
         spelled = frozenset(admitted.model.eos_token_ids) if admitted.keep_special_tokens else frozenset()

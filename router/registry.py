@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 # Of the texts in a hello: they come back in statuses, reports and log lines.
 MAX_LABEL_CHARS = 128
+# A worker knows a few.
+MAX_TRANSPORTS = 16
 
 
 class Registry:
@@ -104,6 +106,7 @@ class Registry:
 
 
 def _malformed(hello: registry_pb2.Hello) -> str | None:
+    labels = [text for each in hello.transports for text in (each.name, each.domain, each.node)]
     port = hello.address.rpartition(":")[2]
     checks = (
         (bool(hello.worker_id), "hello.worker_id is empty"),
@@ -111,6 +114,8 @@ def _malformed(hello: registry_pb2.Hello) -> str | None:
         _label("address", hello.address),
         _label("version", hello.version),
         _label("model.name", hello.model.name),
+        _label("transports", max(labels, key=len, default="")),
+        (len(hello.transports) <= MAX_TRANSPORTS, f"hello.transports has more than {MAX_TRANSPORTS} entries"),
         (port.isdecimal() and 0 < int(port) < 65536, f"hello.address {hello.address!r} is not host:port"),
         (bool(roles_from_wire(list(hello.roles))), "hello.roles names no known role"),
         (hello.total_blocks > 0, "hello.total_blocks is 0"),

@@ -13,6 +13,7 @@ from rich.table import Table
 from tandem.cli.common import RouterOption, human_bytes, make_console, reported
 from tandem.client import Client, ServiceStatus, WorkerState
 from tandem.client.request import DEFAULT_ADDRESS
+from tandem.client.status import Load
 
 
 def status(
@@ -92,9 +93,14 @@ def _row(worker: WorkerState) -> list[str]:
         f"{load.queued_prompt_tokens} tokens",
         str(load.running_decodes),
         str(load.reservations),
-        f"{human_bytes(load.kv_bytes_sent)} / {human_bytes(load.kv_bytes_received)}",
+        "\n".join(_moved(load, transport) for transport in worker.transports),
         f"{worker.heartbeat_age_ms:.0f} ms ago",
     ]
+
+
+def _moved(load: Load, transport: str) -> str:
+    sent, received = load.kv_bytes_sent.get(transport, 0), load.kv_bytes_received.get(transport, 0)
+    return f"{transport} {human_bytes(sent)} / {human_bytes(received)}"
 
 
 def _pool(worker: WorkerState) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,9 +25,9 @@ class Load:
     reservations: int
     # Reserve calls that wait for blocks.
     waiting_reservations: int
-    # From here on: since the worker started.
-    kv_bytes_sent: int
-    kv_bytes_received: int
+    # From here on: since the worker started. KV in bytes, by transport.
+    kv_bytes_sent: Mapping[str, int]
+    kv_bytes_received: Mapping[str, int]
     steps: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
@@ -55,7 +56,7 @@ class WorkerState:
     pid: int
     device: str
     total_blocks: int
-    # By which it can receive KV, best first.
+    # By which it moves KV to and from other workers.
     transports: tuple[str, ...]
     load: Load
     # Blocks in its prefix cache, held or free, as far as the router has heard.
@@ -126,6 +127,11 @@ def status_from_wire(message: generation_pb2.StatusResponse) -> ServiceStatus:
     )
 
 
+def _load_from_wire(message: registry_pb2.Load) -> Load:
+    sent, received = dict(message.kv_bytes_sent), dict(message.kv_bytes_received)
+    return _plain(Load, message, kv_bytes_sent=sent, kv_bytes_received=received)
+
+
 def _worker_from_wire(message: generation_pb2.WorkerStatus) -> WorkerState:
     hello: registry_pb2.Hello = message.hello
     return _plain(
@@ -133,8 +139,8 @@ def _worker_from_wire(message: generation_pb2.WorkerStatus) -> WorkerState:
         hello,
         roles=wire.roles_from_wire(list(hello.roles)),
         model=wire.model_from_wire(hello.model),
-        transports=tuple(hello.transports),
-        load=_plain(Load, message.load),
+        transports=tuple(transport.name for transport in hello.transports),
+        load=_load_from_wire(message.load),
         cached_blocks=message.cached_blocks,
         heartbeat_age_ms=message.heartbeat_age_ms,
         draining=message.draining,

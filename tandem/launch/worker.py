@@ -12,6 +12,7 @@ from kv_transfer.ray_transport import RayTransport
 from kv_transfer.service import MAX_MESSAGE_BYTES
 from prefill_worker.service import PrefillRoom
 from tandem.types import Role
+from tandem.v1 import registry_pb2
 from tandem.worker.host import Room, WorkerHost
 from tandem.worker.main import WorkerKind
 
@@ -27,4 +28,5 @@ def _rooms(host: WorkerHost) -> list[Room]:
     transports: dict[str, Transport] = {"local": LocalTransport(decode, claims), "grpc": GrpcTransport(host.config)}
     if plasma is not None:
         transports["ray"] = RayTransport(host.config, plasma)
+        host.transports.append(registry_pb2.Transport(name="ray", domain=plasma.domain, node=plasma.node))
     return [PrefillRoom(host, transports), decode]

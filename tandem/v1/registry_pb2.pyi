@@ -50,6 +50,16 @@ class ModelInfo(_message.Message):
     fingerprint: Fingerprint
     def __init__(self, name: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ...) -> None: ...
 
+class Transport(_message.Message):
+    __slots__ = ("name", "domain", "node")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    domain: str
+    node: str
+    def __init__(self, name: _Optional[str] = ..., domain: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
+
 class Hello(_message.Message):
     __slots__ = ("worker_id", "address", "roles", "model", "version", "total_blocks", "transports", "pid", "device", "prefix_cache")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -68,14 +78,28 @@ class Hello(_message.Message):
     model: ModelInfo
     version: str
     total_blocks: int
-    transports: _containers.RepeatedScalarFieldContainer[str]
+    transports: _containers.RepeatedCompositeFieldContainer[Transport]
     pid: int
     device: str
     prefix_cache: bool
-    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., version: _Optional[str] = ..., total_blocks: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., prefix_cache: _Optional[bool] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., version: _Optional[str] = ..., total_blocks: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, _Mapping]]] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., prefix_cache: _Optional[bool] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("free_blocks", "queued_prompt_tokens", "running_decodes", "waiting_prefills", "reservations", "waiting_reservations", "kv_bytes_sent", "kv_bytes_received", "steps", "prefix_hit_tokens", "prefix_query_tokens")
+    class KvBytesSentEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class KvBytesReceivedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_DECODES_FIELD_NUMBER: _ClassVar[int]
@@ -93,12 +117,12 @@ class Load(_message.Message):
     waiting_prefills: int
     reservations: int
     waiting_reservations: int
-    kv_bytes_sent: int
-    kv_bytes_received: int
+    kv_bytes_sent: _containers.ScalarMap[str, int]
+    kv_bytes_received: _containers.ScalarMap[str, int]
     steps: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
-    def __init__(self, free_blocks: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., running_decodes: _Optional[int] = ..., waiting_prefills: _Optional[int] = ..., reservations: _Optional[int] = ..., waiting_reservations: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., steps: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, free_blocks: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., running_decodes: _Optional[int] = ..., waiting_prefills: _Optional[int] = ..., reservations: _Optional[int] = ..., waiting_reservations: _Optional[int] = ..., kv_bytes_sent: _Optional[_Mapping[str, int]] = ..., kv_bytes_received: _Optional[_Mapping[str, int]] = ..., steps: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefixCacheChanges(_message.Message):
     __slots__ = ("reset", "lost", "gained")

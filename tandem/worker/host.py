@@ -85,8 +85,8 @@ class WorkerHost:
         # By reservation id.
         self.promises: dict[str, Promise] = {}
         self.rooms: list[Room] = []
-        # KV transports that the worker can receive by, best first.
-        self.transports: list[str] = []
+        # By which it moves KV to and from other workers.
+        self.transports = [registry_pb2.Transport(name="grpc")]
         self.address = ""
         # Set when something changed that the router should hear of before the next heartbeat is due.
         self.news = asyncio.Event()

@@ -105,8 +105,10 @@ async def test_an_unknown_keyword_is_a_type_error() -> None:
 
 def status_with(**integrity: Any) -> generation_pb2.StatusResponse:
     worker = generation_pb2.WorkerStatus(
-        hello=registry_pb2.Hello(worker_id="w", roles=[registry_pb2.ROLE_PREFILL], pid=7, transports=["grpc"]),
-        load=registry_pb2.Load(free_blocks=3),
+        hello=registry_pb2.Hello(
+            worker_id="w", roles=[registry_pb2.ROLE_PREFILL], pid=7, transports=[registry_pb2.Transport(name="grpc")]
+        ),
+        load=registry_pb2.Load(free_blocks=3, kv_bytes_sent={"grpc": 7}),
         cached_blocks=5,
     )
     if integrity:
@@ -122,6 +124,7 @@ async def test_status_and_models_are_typed(router: ScriptedRouter) -> None:
     [worker] = status.workers
     assert (worker.worker_id, worker.pid, worker.load.free_blocks, worker.cached_blocks) == ("w", 7, 3, 5)
     assert worker.roles == {"prefill"}
+    assert (worker.transports, worker.load.kv_bytes_sent, worker.load.kv_bytes_received) == (("grpc",), {"grpc": 7}, {})
     assert status.problems() == []
 
 

@@ -171,9 +171,9 @@ async def test_a_failing_choice_ends_its_siblings(house: House) -> None:
     call = house.call(n=3)
     await house.cluster.saw("decode", 3)
     request_id = decode.reserve_requests[0].request.request_id
-    failure = wire.failure_to_wire(errors.TransferFailed("torn"))
+    failure = wire.failure_to_wire(errors.Unavailable("torn"))
     decode.send(decode.reserve_requests[0].subscriber_id, request_id, 1, [], FinishReason.ERROR, failure)
-    with pytest.raises(errors.TransferFailed, match="torn"):
+    with pytest.raises(errors.Unavailable, match="torn"):
         await collect(call)
     assert len(house.cluster.happened("abort")) == 2
     decode._decodes.pop(request_id).cancel()
@@ -222,8 +222,8 @@ async def test_the_clients_deadline_counts_if_it_is_shorter(house: House) -> Non
 @pytest.mark.parametrize("phase", ["start", "first", "seal"])
 async def test_prefill_fails(house: House, phase: str) -> None:
     prefill, _ = await house.pair()
-    prefill.errors[phase] = errors.TransferFailed("checksum of layer 3 is wrong")
-    with pytest.raises(errors.TransferFailed, match="checksum of layer 3 is wrong"):
+    prefill.errors[phase] = errors.InternalError("a step failed")
+    with pytest.raises(errors.InternalError, match="a step failed"):
         await collect(house.call())
     assert len(house.cluster.happened("abort")) == 1
     await house.check_empty()

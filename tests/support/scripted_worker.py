@@ -20,6 +20,7 @@ from tandem.v1 import common_pb2, registry_pb2, registry_pb2_grpc, worker_pb2, w
 FINGERPRINT = Fingerprint("config", "weights", "float32", 16, 2, 2, 8, 1)
 MODEL = ModelInfo("tiny", 4096, 512, (0,), FINGERPRINT)
 # Where a test can hold a request or make it fail.
+SHM, GRPC = (registry_pb2.Transport(name=name) for name in ("shm", "grpc"))
 PHASES = ("reserve", "start", "first", "seal", "decode", "rest", "embed")
 
 
@@ -88,7 +89,7 @@ class ScriptedWorker(
         model: ModelInfo = MODEL,
         version: str = "",
         total_blocks: int = 1000,
-        transports: Sequence[str] = ("shm", "grpc"),
+        transports: Sequence[registry_pb2.Transport] = (SHM, GRPC),
         address: str = "",
     ) -> None:
         self.cluster, self.id, self.roles, self.model = cluster, worker_id, frozenset(roles), model
@@ -98,6 +99,8 @@ class ScriptedWorker(
         self.gates = {phase: asyncio.Event() for phase in PHASES}
         # By phase, and "integrity".
         self.errors: dict[str, TandemError] = {}
+        # By phase: raised once.
+        self.faults: dict[str, TandemError] = {}
         self.reserve_requests: list[worker_pb2.ReserveRequest] = []
         self.prefill_requests: list[worker_pb2.PrefillRequest] = []
         self.embed_requests: list[worker_pb2.EmbedPromptRequest] = []
@@ -212,6 +215,8 @@ class ScriptedWorker(
     async def reach(self, phase: str, request_id: str) -> None:
         self.note(phase, request_id)
         await self.gates[phase].wait()
+        if phase in self.faults:
+            raise self.faults.pop(phase)
         if phase in self.errors:
             raise self.errors[phase]
 
@@ -308,7 +313,8 @@ class ScriptedWorker(
             await self.reach("decode", request_id)
             await self._decode_tokens(request, request_id)
         except TandemError as error:
-            self.send(request.subscriber_id, request_id, 1, [], FinishReason.ERROR, wire.failure_to_wire(error))
+            failure, attempt = wire.failure_to_wire(error), request.request.attempt
+            self.send(request.subscriber_id, request_id, 1, [], FinishReason.ERROR, failure, attempt)
         self._decodes.pop(request_id, None)
 
     async def _decode_tokens(self, request: worker_pb2.ReserveRequest, request_id: str) -> None:
@@ -318,7 +324,7 @@ class ScriptedWorker(
             while len(ids) < self.steps_per_batch and reason is None:
                 ids.append(self.cluster.token(position + len(ids)))
                 reason = self.cluster.reason_at(position + len(ids) - 1, limit)
-            self.send(request.subscriber_id, request_id, position, ids, reason)
+            self.send(request.subscriber_id, request_id, position, ids, reason, attempt=request.request.attempt)
             position += len(ids)
             await asyncio.sleep(0)
             await self.gates["rest"].wait()

@@ -1,0 +1,39 @@
+"""Which transport two workers are told to use."""
+
+from __future__ import annotations
+
+import pytest
+
+from router.transports import pick
+from tandem.errors import Unavailable
+from tandem.v1.registry_pb2 import Transport
+
+GRPC = Transport(name="grpc")
+HERE, THERE = (Transport(name="ray", domain="cluster", node=node) for node in ("n1", "n2"))
+ELSEWHERE = Transport(name="ray", domain="another", node="n1")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "auto"),
+    [
+        ([GRPC], [GRPC], "grpc"),
+        ([GRPC, HERE], [GRPC], "grpc"),
+        ([GRPC], [HERE, GRPC], "grpc"),
+        ([GRPC, HERE], [HERE, GRPC], "ray"),
+        ([GRPC, HERE], [THERE, GRPC], "grpc"),
+        ([GRPC, HERE], [ELSEWHERE, GRPC], "grpc"),
+        ([GRPC, Transport(name="shm", node="n1")], [GRPC, Transport(name="shm", node="n1")], "grpc"),
+    ],
+    ids=["alone", "not the target", "not the source", "one node", "one cluster", "two clusters", "unknown"],
+)
+def test_auto_takes_what_wins(source: list[Transport], target: list[Transport], auto: str) -> None:
+    assert pick("auto", source, target) == auto
+
+
+def test_an_order_is_obeyed_where_it_can_be() -> None:
+    assert pick("grpc", [GRPC, HERE], [GRPC, HERE]) == "grpc"
+    assert pick("ray", [GRPC, HERE], [GRPC, THERE]) == "ray"
+    with pytest.raises(Unavailable, match="do not share the KV transport ray; in common they have: grpc"):
+        pick("ray", [GRPC, HERE], [GRPC, ELSEWHERE])
+    with pytest.raises(Unavailable, match="grpc; in common they have: none"):
+        pick("auto", [], [GRPC])
