@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from hosts import Host
@@ -36,9 +35,7 @@ PROMPTS = [
 ]
 MAX_TOKENS = 24
 # Small engines: six processes of Ray and four of Tandem share a machine of two cores.
-SETTINGS = """
-engine: {threads: 1, kv_memory_mib: 32}
-"""
+SETTINGS = "engine: {{threads: 1, kv_memory_mib: 32}}\nrouter: {{transport: {transport}}}\n"
 # The router's own bound, which the issue sets: heartbeat_timeout_s and the registry's look at it.
 OUT_OF_ROUTING_S = 5.0
 PORT = 8700
@@ -50,10 +47,10 @@ def cluster() -> Iterator[OnPremCluster]:
         yield cluster
 
 
-def serve(cluster: OnPremCluster, settings: str = SETTINGS) -> str:
+def serve(cluster: OnPremCluster, transport: str = "auto") -> str:
     """The documented command, with a configuration that the documented way brought to the head."""
     file = cluster.network.folder / "service.yaml"
-    file.write_text(settings)
+    file.write_text(SETTINGS.format(transport=transport))
     cluster.ray("rsync-up", str(cluster.file), str(file), "~/service.yaml")
     return cluster.exec("tandem serve --ray --prefill 1 --decode 2 --config ~/service.yaml")
 
@@ -71,11 +68,12 @@ def workers(client: tandem.Client) -> dict[str, WorkerState]:
     return {worker.address.rpartition(":")[0]: worker for worker in client.status().workers}
 
 
-def answers(client: tandem.Client) -> list[tuple[list[int], str]]:
-    """Token ids and text of every prompt, asked at once; greedy, and seeded."""
+def answers(client: tandem.Client, salt: str = "") -> list[tuple[list[int], str]]:
+    """Token ids and text of every prompt, asked at once; greedy, and seeded. Another salt finds nothing cached."""
 
-    def ask(prompt: str, **sampling: float) -> tuple[list[int], str]:
-        choice = client.complete(prompt, max_tokens=MAX_TOKENS, timeout_s=60, **sampling).choices[0]
+    def ask(prompt: str, temperature: float = 0, seed: int | None = None) -> tuple[list[int], str]:
+        sampling = tandem.SamplingParams(max_tokens=MAX_TOKENS, temperature=temperature, seed=seed)
+        choice = client.complete(prompt, sampling=sampling, cache_salt=salt, timeout_s=60).choices[0]
         return [token.id for token in choice.tokens], choice.text
 
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
@@ -133,12 +131,16 @@ def test_dashboard_listens_on_loopback_only(cluster: OnPremCluster) -> None:
     assert not [address for address in listening if address.endswith(":8265") and address != "127.0.0.1:8265"]
 
 
-def test_tokens_are_those_of_a_single_machine(cluster: OnPremCluster, client: tandem.Client, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[int], str]]:
+    """What a service on a single machine answers."""
+    with running_service(tmp_path_factory.mktemp("single")) as single:
+        return answers(single.client)
+
+
+def test_the_first_answer(client: tandem.Client) -> None:
     answer = client.complete("The color of dog", max_tokens=MAX_TOKENS)
     assert (answer.text, answer.choices[0].reason.value) == (" can vary widely", "stop")
-    here = answers(client)
-    with running_service(tmp_path, engine={"prefix_cache": False}) as single:
-        assert here == answers(single.client)
 
 
 def test_the_pools_are_on_their_hosts(cluster: OnPremCluster, client: tandem.Client) -> None:
@@ -177,14 +179,34 @@ def port_forwarded(cluster: OnPremCluster) -> Iterator[None]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_kv_crosses_hosts_over_grpc(cluster: OnPremCluster, client: tandem.Client) -> None:
-    two = workers(client)[cluster.nodes["two"].address]
+@pytest.mark.parametrize("transport", ["grpc", "ray"])
+def test_kv_crosses_hosts_and_tokens_are_those_of_one_machine(
+    cluster: OnPremCluster, client: tandem.Client, expected: list[tuple[list[int], str]], transport: str
+) -> None:
+    """Another transport is another router: the workers stay."""
+    pids = {address: worker.pid for address, worker in workers(client).items()}
+    serve(cluster, transport)
+    before = workers(client)
+    assert {address: worker.pid for address, worker in before.items()} == pids
+    assert answers(client, salt=transport) == expected
+    two = before[cluster.nodes["two"].address]
     reports = reports_on(client, two.worker_id, 3)
-    assert {report.transport for report in reports} == {"grpc"}
+    assert {report.transport for report in reports} == {transport}
     assert all(report.kv_bytes > 0 for report in reports)
+    one = cluster.nodes["one"].address
+    for address, side in ((one, "kv_bytes_sent"), (two.address.rpartition(":")[0], "kv_bytes_received")):
+        moved = wait_until(lambda: moved_since(client, before, address, side), 5, f"{side} of {address}")  # noqa: B023
+        assert set(moved) == {transport}
+
+
+def moved_since(client: tandem.Client, before: dict[str, WorkerState], address: str, side: str) -> dict[str, int]:
+    """Bytes by transport, of those by which any moved."""
+    now, then = getattr(workers(client)[address].load, side), getattr(before[address].load, side)
+    return {name: count - then.get(name, 0) for name, count in now.items() if count > then.get(name, 0)}
 
 
 def test_a_killed_worker_is_back(cluster: OnPremCluster, client: tandem.Client) -> None:
+    serve(cluster)
     two = cluster.nodes["two"]
     before = workers(client)[two.address]
     actor = [pid for pid, line in two.processes().items() if "MemberActor" in line]
