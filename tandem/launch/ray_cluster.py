@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import sys
-import tempfile
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import exceptions as ray_errors
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.services import canonicalize_bootstrap_address
 from ray.autoscaler.sdk import request_resources
@@ -36,19 +35,20 @@ from tandem.launch.ray_plan import (
     config_of,
     demand,
     missing,
-    place,
+    place_of,
     plan_changes,
     pool_of,
     router_address,
     wanted_specs,
 )
+from tandem.launch.reach import check_reachable, kept_standard_error
 
 log = logging.getLogger(__name__)
 
 NAMESPACE = "tandem"
 HEAD = "node:__internal_head__"
-# Bound of a first TCP connection to the head: Ray itself would try for much longer.
-REACH_S = 5.0
+# Of Ray's tries to join, a second each: it would make 20.
+JOIN_TRIES = 5
 # Members that are up answer in milliseconds; one that has no process yet never does.
 ANSWER_S, LONG_ANSWER_S = 3.0, 5.0
 POLL_S = 0.5
@@ -97,7 +97,8 @@ class Cluster:
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
         self._told = ""
-        # Questions that were not answered yet, by name: a member without a process is asked once.
+        # Questions that were not answered yet, by name: a member without a process is asked once. One that could not
+        # even be made is no more in Ray's list of names, but the question that it was made with says why.
         self._asked: dict[str, Any] = {}
 
     def serve(self, config: TandemConfig, wait_s: float) -> tuple[str, ServiceStatus]:
@@ -154,12 +155,11 @@ class Cluster:
 
     def _survey(self, patience_s: float = ANSWER_S) -> dict[str, Member]:
         """Every member by name; one that does not answer in time is silent."""
-        names = ray.util.list_named_actors()
-        for name in names:
+        for name in ray.util.list_named_actors():
             if name not in self._asked:
                 with suppress(ValueError):  # gone this moment
                     self._asked[name] = ray.get_actor(name, NAMESPACE).state.remote()
-        asked = {name: self._asked[name] for name in names if name in self._asked}
+        asked = dict(self._asked)
         if asked:
             ray.wait(list(asked.values()), num_returns=len(asked), timeout=patience_s)
         return {name: self._answer(name, ref) for name, ref in asked.items()}
@@ -172,7 +172,8 @@ class Cluster:
         except ray_errors.ActorUnavailableError:
             state = {}  # starting again
         except ray_errors.RayError as error:
-            state = {"phase": "failed", "error": _first_line(error), "node": getattr(error, "ip", "")}
+            place = re.search(r"\bip=([^,)]+)", str(error))
+            state = {"phase": "failed", "error": _cause(error), "node": place[1] if place else ""}
         del self._asked[name]
         return Member(**state)
 
@@ -180,18 +181,23 @@ class Cluster:
 
     def _start(self, name: str, spec: str) -> None:
         pool, config = pool_of(name), Spec.parse(spec).config()
-        needs = {HEAD: 0.001} if pool == ROUTER else {pool: place(pool, config.engine.device)[pool]}
-        ray.remote(MemberActor).options(
-            name=name,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            max_restarts=-1,
-            num_cpus=0,
-            num_gpus=0 if pool == ROUTER else place(pool, config.engine.device).get("GPU", 0),
-            resources=needs,
-            scheduling_strategy="SPREAD",
-        ).remote(spec)
+        needs = {HEAD: 0.001} if pool == ROUTER else {pool: place_of(pool, config.engine.device)[pool]}
+        actor = (
+            ray.remote(MemberActor)
+            .options(
+                name=name,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                num_cpus=0,
+                num_gpus=0 if pool == ROUTER else place_of(pool, config.engine.device).get("GPU", 0),
+                resources=needs,
+                scheduling_strategy="SPREAD",
+            )
+            .remote(spec)
+        )
+        self._asked[name] = actor.state.remote()
 
     def _wait_serving(self, wanted: Mapping[str, str], config: TandemConfig, wait_s: float) -> None:
         end_s = time.monotonic() + wait_s
@@ -219,7 +225,7 @@ class Cluster:
     def _routed(self, wanted: Mapping[str, str], seen: Mapping[str, Member]) -> bool:
         """Whether the router places requests on every worker."""
         workers = {seen[name].worker_id for name in wanted if name != ROUTER}
-        with suppress(TandemError), Client(router_address(wanted), timeout_s=REACH_S) as client:
+        with suppress(TandemError), Client(router_address(wanted), timeout_s=ANSWER_S) as client:
             return workers <= {worker.worker_id for worker in client.status().workers}
         return False
 
@@ -269,14 +275,14 @@ def connected(address: str, tell: Tell) -> Iterator[Cluster]:
     """address: the head's HOST:PORT, or 'auto' for the cluster that this machine is part of. Raises TandemError."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     found = _find(address)
-    _reach(found)
+    check_reachable(found)
     # As `ray start` does: a token that this user has is used, unless RAY_AUTH_MODE says otherwise.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     _connect(found)
     try:
         yield Cluster(tell)
     except ray_errors.RayError as error:
-        raise Unavailable(f"Ray at {found}: {_first_line(error)}") from None
+        raise Unavailable(f"Ray at {found}: {_cause(error)}") from None
     finally:
         ray.shutdown()
 
@@ -293,17 +299,10 @@ def _find(address: str) -> str:
         raise ConfigError(f"--address takes auto or the head's HOST:PORT: {error}", field="address") from None
 
 
-def _reach(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
-    except OSError as error:
-        why = f"no answer within {REACH_S:g} s" if isinstance(error, TimeoutError) else error.strerror
-        raise Unavailable(f"the Ray head at {address} cannot be reached: {why}") from None
-
-
 def _connect(address: str) -> None:
-    with _standard_error() as said:
+    ray_constants.NUM_REDIS_GET_RETRIES = JOIN_TRIES
+    # Ray's core prints why it is refused, and says it nowhere else.
+    with kept_standard_error() as said:
         try:
             ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, ray_errors.RayError) as error:
@@ -312,31 +311,12 @@ def _connect(address: str) -> None:
                     f"the Ray cluster at {address} refuses this user's token, or the lack of one: "
                     "~/.ray/auth_token must be the head's (or RAY_AUTH_TOKEN), and RAY_AUTH_MODE `token` or unset"
                 ) from None
-            raise Unavailable(f"{address} does not answer as a Ray cluster: {_first_line(error)}") from None
+            raise Unavailable(f"{address} does not answer as a Ray cluster: {_cause(error)}") from None
         except (RuntimeError, ValueError) as error:  # another version of Ray or Python, a token that is missing
             raise Refused(f"cannot join the Ray cluster at {address}: {' '.join(str(error).split())}") from None
 
 
-@contextmanager
-def _standard_error() -> Iterator[Callable[[], str]]:
-    """Keeps what Ray's C++ core prints meanwhile, for us to read: it is the only place that names a wrong token."""
-    sys.stderr.flush()
-    ours = os.dup(2)
-    with tempfile.TemporaryFile() as kept:
-
-        def said() -> str:
-            kept.seek(0)
-            return kept.read().decode(errors="replace")
-
-        os.dup2(kept.fileno(), 2)
-        try:
-            yield said
-        finally:
-            os.dup2(ours, 2)
-            os.close(ours)
-
-
-def _first_line(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
     """Ray's errors carry tracebacks; their last line that says something is the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

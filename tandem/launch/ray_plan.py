@@ -178,10 +178,10 @@ def parse_counts(words: Sequence[str]) -> dict[str, int]:
 
 def demand(names: Iterable[str], device: str) -> list[dict[str, float]]:
     """The resources of these members' places, for an autoscaler."""
-    return [place(pool_of(name), device) for name in names if name != ROUTER]
+    return [place_of(pool_of(name), device) for name in names if name != ROUTER]
 
 
-def place(pool: str, device: str) -> dict[str, float]:
+def place_of(pool: str, device: str) -> dict[str, float]:
     return {pool: 1, **({"GPU": 1} if device == "cuda" else {})}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -247,3 +248,13 @@ def test_down_leaves_nothing(service: RayService) -> None:
         timeout=60,
     )
     assert left.stdout == "[]\n", left.stderr
+
+
+def test_a_node_without_tandem_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tandem").mkdir()
+    (tmp_path / "tandem" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'tandem'\")\n")
+    with ray_head(tmp_path, prefill=1, decode=1) as head:
+        ran = head.tandem("serve", "--ray", "--wait", "60", cwd=tmp_path.parent)
+        assert ran.returncode == 1
+        assert re.search(r"cannot serve on node [0-9.]+: .*No module named 'tandem'\n$", ran.stderr), ran.stderr
+        assert head.tandem("down").stdout == "nothing is running\n"

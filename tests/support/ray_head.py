@@ -32,7 +32,7 @@ def environment(token: str) -> dict[str, str]:
 
 
 class RayHead:
-    def __init__(self, folder: Path, resources: Mapping[str, int]) -> None:
+    def __init__(self, folder: Path, resources: Mapping[str, int], path: Path) -> None:
         self._log = folder / "ray.log"
         self.token = secrets.token_hex(16)
         port, *others = free_ports(5)
@@ -47,7 +47,12 @@ class RayHead:
         ]
         with self._log.open("w") as log:
             self._popen = subprocess.Popen(
-                command, env=environment(self.token), cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                command,
+                env={**environment(self.token), "PYTHONPATH": str(path)},
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
             )
 
     def wait_ready(self) -> None:
@@ -57,12 +62,12 @@ class RayHead:
     def _said(self) -> bool:
         return "Ray runtime started" in self._log.read_text()
 
-    def tandem(self, *words: str, token: str = "") -> subprocess.CompletedProcess[str]:
+    def tandem(self, *words: str, token: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         """`tandem WORDS --address ...`"""
         return subprocess.run(
             [sys.executable, "-m", "tandem.cli.main", *words, "--address", self.address],
             env=environment(token or self.token),
-            cwd=ROOT,
+            cwd=cwd,
             capture_output=True,
             text=True,
             timeout=110,
@@ -80,11 +85,11 @@ class RayHead:
 
 
 @contextmanager
-def ray_head(**resources: int) -> Iterator[RayHead]:
-    """resources: custom ones of its node."""
+def ray_head(path: Path = ROOT, **resources: int) -> Iterator[RayHead]:
+    """path: where its processes import from; resources: custom ones of its node."""
     # Paths of unix sockets are short: pytest's own folders are too deep.
     with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        head = RayHead(Path(folder), resources)
+        head = RayHead(Path(folder), resources, path)
         try:
             head.wait_ready()
             yield head
