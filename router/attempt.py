@@ -116,7 +116,9 @@ class Attempt:
         self._prefill_on.queued.place(self._request.request_id, to_compute)
 
     def _pick(self) -> str:
-        return pick(self._brief.transport, self._prefill_on.hello.transports, self._decode_on.hello.transports)
+        source, target = self._prefill_on, self._decode_on
+        kv_bytes = self._demand.prompt_tokens * source.model.fingerprint.token_bytes
+        return pick(self._brief.transport, source.hello.transports, target.hello.transports, kv_bytes)
 
     def _prefill_lost(self, error: TandemError) -> None:
         if not self._handed_off:

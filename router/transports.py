@@ -9,19 +9,18 @@ from tandem.v1 import registry_pb2
 
 LOCAL = "local"
 GRPC = "grpc"
-# What two workers can be told to use, best first; each wins only between workers that it is near to: see `near`.
-_PREFERRED_WHEN_NEAR = ("ray",)
+RAY = "ray"
+# On one node, and from this much KV on, Ray's object store is faster than gRPC (docs/kv_transfer.md has the figures).
+RAY_WINS_BYTES = 16 << 20
 _Announced = Iterable[registry_pb2.Transport]
 
 
-def pick(order: str, source: _Announced, target: _Announced) -> str:
+def pick(order: str, source: _Announced, target: _Announced, kv_bytes: int) -> str:
     """order: router.transport. Raises Unavailable when the two workers do not share what it asks for."""
     shared = _shared(source, target)
+    wanted = order
     if order == "auto":
-        near = [name for name in _PREFERRED_WHEN_NEAR if shared.get(name)]
-        wanted = near[0] if near else GRPC
-    else:
-        wanted = order
+        wanted = RAY if shared.get(RAY) and kv_bytes >= RAY_WINS_BYTES else GRPC
     if wanted not in shared:
         common = ", ".join(sorted(shared)) or "none"
         raise Unavailable(f"two workers do not share the KV transport {wanted}; in common they have: {common}")

@@ -84,7 +84,7 @@ class WorkerConfig(Section):
     # KV frames are cut to about this many bytes.
     frame_bytes: int = Field(1 << 20, ge=1 << 12, le=1 << 24)
     # And those whose payload travels through Ray's object store to about this many.
-    object_bytes: int = Field(8 << 20, ge=1 << 12, le=1 << 24)
+    object_bytes: int = Field(16 << 20, ge=1 << 12, le=1 << 24)
     # Frames that a receiver takes in before the sender must wait, per transfer.
     frames_in_flight: int = Field(8, ge=1, le=256)
     # A stopping worker waits this long for live requests.

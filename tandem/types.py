@@ -192,6 +192,12 @@ class Fingerprint:
     head_dim: int
     layout: int
 
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token, all layers."""
+        itemsize = 4 if self.dtype == "float32" else 2
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * itemsize
+
     def difference(self, other: Fingerprint) -> str | None:
         """'block_size 16 against 32' for the first field that differs, else None."""
         for name in self.__dataclass_fields__:

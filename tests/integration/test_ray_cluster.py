@@ -38,7 +38,7 @@ class RayService:
         self.configure(kv_memory_mib=32)
 
     def configure(self, **engine: int) -> None:
-        settings = {"engine": {"threads": 1, **engine}, "router": {"port": self.port}}
+        settings = {"engine": {"threads": 1, **engine}, "router": {"port": self.port, "transport": "ray"}}
         self._config.write_text(json.dumps(settings))
 
     def serve(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -104,7 +104,20 @@ def test_tokens_are_exact(service: RayService) -> None:
     with service.client as client:
         answer = client.complete(PROMPT)
     assert answer.text == ANSWER
-    assert answer.choices[0].report.kv_bytes > 0
+    report = answer.choices[0].report
+    assert report.transport == "ray"
+    assert report.kv_bytes > 0
+
+
+def test_kv_crosses_through_ray(service: RayService) -> None:
+    def moved() -> tuple[int, int]:
+        loads = [worker.load for worker in service.status().workers]
+        return sum(each.kv_bytes_sent["ray"] for each in loads), sum(each.kv_bytes_received["ray"] for each in loads)
+
+    with service.client as client:
+        client.complete(list(range(3, 200)), max_tokens=2)
+    wait_until(lambda: min(moved()) > 0, 5, "heartbeats that tell of bytes sent and received by ray")
+    assert all(set(worker.transports) == {"grpc", "ray"} for worker in service.status().workers)
 
 
 def test_the_same_call_again_changes_nothing(service: RayService) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.transports import pick
+from router.transports import RAY_WINS_BYTES, pick
 from tandem.errors import Unavailable
 from tandem.v1.registry_pb2 import Transport
 
@@ -27,13 +27,14 @@ ELSEWHERE = Transport(name="ray", domain="another", node="n1")
     ids=["alone", "not the target", "not the source", "one node", "one cluster", "two clusters", "unknown"],
 )
 def test_auto_takes_what_wins(source: list[Transport], target: list[Transport], auto: str) -> None:
-    assert pick("auto", source, target) == auto
+    assert pick("auto", source, target, RAY_WINS_BYTES) == auto
+    assert pick("auto", source, target, RAY_WINS_BYTES - 1) == "grpc"
 
 
 def test_an_order_is_obeyed_where_it_can_be() -> None:
-    assert pick("grpc", [GRPC, HERE], [GRPC, HERE]) == "grpc"
-    assert pick("ray", [GRPC, HERE], [GRPC, THERE]) == "ray"
+    assert pick("grpc", [GRPC, HERE], [GRPC, HERE], RAY_WINS_BYTES) == "grpc"
+    assert pick("ray", [GRPC, HERE], [GRPC, THERE], 1) == "ray"
     with pytest.raises(Unavailable, match="do not share the KV transport ray; in common they have: grpc"):
-        pick("ray", [GRPC, HERE], [GRPC, ELSEWHERE])
+        pick("ray", [GRPC, HERE], [GRPC, ELSEWHERE], 1)
     with pytest.raises(Unavailable, match="grpc; in common they have: none"):
-        pick("auto", [], [GRPC])
+        pick("auto", [], [GRPC], 1)

@@ -1,0 +1,153 @@
+"""One end of the transfers of kv_transfer.py, or the Ray cluster under them; a process of its own.
+
+    kv_side.py head FOLDER BYTES                  says the cluster's address, lives until its stdin ends
+    kv_side.py receive CONFIG CLUSTER             says its port, likewise
+    kv_side.py send CONFIG CLUSTER PORT           answers {"transport": ..., "tokens": ...} with {"seconds": ...}
+
+CLUSTER: empty for a process outside Ray. CONFIG: settings of Tandem, JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kv_transfer.base import Source, Target, TransferSummary, Transport
+from kv_transfer.grpc_transport import GrpcTransport
+from kv_transfer.layout import KVLayout
+from kv_transfer.plasma import connect
+from kv_transfer.ray_transport import RayTransport
+from kv_transfer.service import MAX_MESSAGE_BYTES, KVService
+from tandem.config import TandemConfig, parse_config
+from tandem.engine.process import tune_process
+from tandem.errors import TandemError
+from tandem.rpc import bind, make_server
+from tandem.types import Fingerprint
+
+# The 160M shape in float32: 72 KiB a token.
+FINGERPRINT = Fingerprint("c", "w", "float32", 16, 12, 12, 64, 1)
+MAX_TOKENS = 2048
+# What one step of a prefill makes final.
+CHUNK = 512
+
+
+def say(**fact: object) -> None:
+    print(json.dumps(fact), flush=True)
+
+
+def pool() -> Tensor:
+    layout = KVLayout.of(FINGERPRINT)
+    blocks = MAX_TOKENS // layout.block_size
+    return torch.rand(layout.num_layers, 2, blocks, layout.block_size, layout.num_kv_heads, layout.head_dim)
+
+
+class Landing:
+    local = False
+    cached_tokens = attempt = 0
+
+    def __init__(self, memory: Tensor, blocks: Sequence[int], request_id: str) -> None:
+        self.pool, self.blocks, self.request_id = memory, blocks, request_id
+        self.prompt_tokens = int(request_id.split("-")[1])
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        yield
+
+    def touch(self) -> None: ...
+
+    async def sealed(self, first_token: int, summary: TransferSummary) -> None: ...
+
+    def abandoned(self) -> None: ...
+
+    def failed(self, error: TandemError) -> None:
+        print(f"a transfer failed: {error}", file=sys.stderr)
+
+
+class Landings:
+    fingerprint = FINGERPRINT
+
+    def __init__(self) -> None:
+        self._pool = pool()
+        self._blocks = tuple(torch.randperm(self._pool.shape[2]).tolist())
+
+    def find(self, reservation_id: str) -> Landing:
+        return Landing(self._pool, self._blocks, reservation_id)
+
+
+async def receive(config: TandemConfig) -> None:
+    service = KVService(Landings(), config, plasma=connect())
+    server = make_server(MAX_MESSAGE_BYTES)
+    server.add_generic_rpc_handlers((service,))
+    port = bind(server, "127.0.0.1", 0)
+    await server.start()
+    say(port=port)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(None)
+    service.close()
+
+
+async def send(config: TandemConfig, port: int) -> None:
+    plasma = connect()
+    transports: dict[str, Transport] = {"grpc": GrpcTransport(config)}
+    if plasma is not None:
+        transports["ray"] = RayTransport(config, plasma)
+    memory = pool()
+    source = Source(memory, tuple(torch.randperm(memory.shape[2]).tolist()), KVLayout.of(FINGERPRINT))
+    say(ready=True)
+    number = 0
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        case, number = json.loads(line), number + 1
+        name = f"{number}-{case['tokens']}"
+        target = Target(name, name, 0, f"127.0.0.1:{port}", 0, case["tokens"], FINGERPRINT)
+        say(seconds=await transfer(transports[case["transport"]], source, target))
+    for transport in transports.values():
+        await transport.aclose()
+
+
+async def transfer(transport: Transport, source: Source, target: Target) -> float:
+    """Seconds from the opening to the seal's acknowledgement."""
+    started = asyncio.get_running_loop().time()
+    async with transport.open(source, target) as sender:
+        for start in range(0, target.prompt_tokens, CHUNK):
+            await sender.send(range(start, min(start + CHUNK, target.prompt_tokens)))
+        await sender.seal(1)
+    return asyncio.get_running_loop().time() - started
+
+
+@contextmanager
+def in_ray(**arguments: object) -> Iterator[str]:
+    import ray
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        context = ray.init(log_to_driver=False, logging_level="ERROR", **arguments)
+    try:
+        yield str(context.address_info["gcs_address"])
+    finally:
+        ray.shutdown()
+
+
+def main() -> None:
+    end, *rest = sys.argv[1:]
+    if end == "head":
+        store = {"object_store_memory": int(rest[1]), "_temp_dir": rest[0]}
+        with in_ray(include_dashboard=False, num_cpus=0, **store) as address:
+            say(address=address)
+            sys.stdin.read()
+        return
+    config = parse_config(json.loads(rest[0]))
+    tune_process(config.engine)
+    with in_ray(address=rest[1]) if rest[1] else contextlib.nullcontext():
+        asyncio.run(receive(config) if end == "receive" else send(config, int(rest[2])))
+
+
+if __name__ == "__main__":
+    main()

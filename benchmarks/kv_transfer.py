@@ -1,0 +1,220 @@
+"""How fast KV moves between two processes of this machine, by each transport.
+
+usage: python benchmarks/kv_transfer.py [--rounds 7] [--mib 1 16 128] [--output FILE]
+
+For each transport and size: GB/s from the opening to the acknowledged seal, as a share of two roofs that the same run
+measures (a warm memcpy on one core, a raw loopback socket between two processes), and CPU seconds of both ends and of
+Ray's own processes per GB. The cases take turns, round by round; figures are medians. Checksums are on, as always.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import secrets
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+TOKEN_BYTES = 12 * 2 * 12 * 64 * 4
+STORE_BYTES = 1 << 30
+ROOF_BYTES = 256 << 20
+# Name of a case: its transport, and what Ray's processes are told.
+TRANSPORTS: dict[str, tuple[str, dict[str, str] | None]] = {
+    "grpc": ("grpc", None),
+    "ray": ("ray", {}),
+    "ray, memory preallocated": ("ray", {"RAY_preallocate_plasma_memory": "1"}),
+}
+
+
+class Process:
+    """A kv_side.py, spoken to by lines of JSON. -P: kv_transfer is the package, not this script."""
+
+    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(HERE / "kv_side.py"), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.facts = self._read()
+
+    def ask(self, **case: object) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(case) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def cpu_s(self) -> float:
+        """Of the process and its children."""
+        whole = psutil.Process(self._process.pid)
+        times = [each.cpu_times() for each in (whole, *whole.children(recursive=True))]
+        return sum(each.user + each.system for each in times)
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise SystemExit(f"{self._process.args} ended")
+
+
+class Pair:
+    """A sender and a receiver, and the Ray cluster under them if there is one."""
+
+    def __init__(self, stack: ExitStack, transport: str, ray: dict[str, str] | None, settings: dict[str, int]) -> None:
+        self._transport = transport
+        config = json.dumps({"worker": settings})
+        environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **(ray or {})}
+        self._processes: list[Process] = []
+        cluster = ""
+        if ray is not None:
+            folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            cluster = self._start(stack, environment, "head", folder, str(STORE_BYTES)).facts["address"]
+        port = self._start(stack, environment, "receive", config, cluster).facts["port"]
+        self._sender = self._start(stack, environment, "send", config, cluster, str(port))
+
+    def _start(self, stack: ExitStack, environment: dict[str, str], *arguments: str) -> Process:
+        process = Process(environment, *arguments)
+        stack.callback(process.close)
+        self._processes.append(process)
+        return process
+
+    def measure(self, tokens: int, repeats: int) -> dict[str, float]:
+        """GB/s and CPU seconds per GB of some transfers, one after another."""
+        before = sum(process.cpu_s() for process in self._processes)
+        seconds = [self._sender.ask(transport=self._transport, tokens=tokens)["seconds"] for _ in range(repeats)]
+        cpu_s = sum(process.cpu_s() for process in self._processes) - before
+        gigabytes = tokens * TOKEN_BYTES / 1e9
+        return {"gb_s": gigabytes / statistics.median(seconds), "cpu_s_per_gb": cpu_s / (gigabytes * repeats)}
+
+
+def memcpy_gb_s() -> float:
+    source, target = np.ones(ROOF_BYTES // 8), np.empty(ROOF_BYTES // 8)
+    target[:] = source
+    started = time.perf_counter()
+    target[:] = source
+    return ROOF_BYTES / 1e9 / (time.perf_counter() - started)
+
+
+def socket_gb_s() -> float:
+    with socket.create_server(("127.0.0.1", 0)) as server, reader(server.getsockname()[1]):
+        link, _ = server.accept()
+        with link:
+            payload = memoryview(bytes(1 << 20))
+            link.sendall(payload)  # warm
+            started = time.perf_counter()
+            for _ in range(ROOF_BYTES // len(payload)):
+                link.sendall(payload)
+            link.shutdown(socket.SHUT_WR)
+            link.recv(1)  # the other end has read everything
+            return ROOF_BYTES / 1e9 / (time.perf_counter() - started)
+
+
+@contextmanager
+def reader(port: int) -> Iterator[None]:
+    code = (
+        f"import socket; link = socket.create_connection(('127.0.0.1', {port})); into = bytearray(1 << 20)\n"
+        "while link.recv_into(into): pass\nlink.sendall(b'.')"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]):
+        yield
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--mib", type=int, nargs="+", default=[1, 16, 128])
+    parser.add_argument("--transport", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=BYTES", help="of the worker's configuration")
+    parser.add_argument("--output", type=Path, help="write the results as JSON too")
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The roofs and a row for each case."""
+    settings = {key: int(value) for key, value in (each.split("=") for each in options.set)}
+    with ExitStack() as stack:
+        pairs = {name: Pair(stack, *TRANSPORTS[name], settings) for name in options.transport}
+        cases = [(name, mib) for mib in options.mib for name in pairs]
+        samples: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
+        roofs: dict[str, list[float]] = {"memcpy": [], "socket": []}
+        for turn in range(options.rounds + 1):
+            roofs["memcpy"].append(memcpy_gb_s())
+            roofs["socket"].append(socket_gb_s())
+            for name, mib in cases if turn % 2 else cases[::-1]:
+                sample = pairs[name].measure((mib << 20) // TOKEN_BYTES, max(3, 32 // mib))
+                if turn:  # the first round warms everything up
+                    samples[name, mib].append(sample)
+    medians = {name: statistics.median(values) for name, values in roofs.items()}
+    return medians, [_row(name, mib, samples[name, mib], medians) for name, mib in cases]
+
+
+def _row(name: str, mib: int, samples: list[dict[str, float]], roofs: dict[str, float]) -> dict[str, Any]:
+    rates = [sample["gb_s"] for sample in samples]
+    rate = statistics.median(rates)
+    return {
+        "transport": name,
+        "mib": mib,
+        "gb_s": rate,
+        "gb_s_range": [min(rates), max(rates)],
+        "of_memcpy": rate / roofs["memcpy"],
+        "of_socket": rate / roofs["socket"],
+        "cpu_s_per_gb": statistics.median(sample["cpu_s_per_gb"] for sample in samples),
+    }
+
+
+def show(rows: list[dict[str, Any]], roofs: dict[str, float]) -> None:
+    title = f"roofs in this run: memcpy {roofs['memcpy']:.1f} GB/s, loopback socket {roofs['socket']:.1f} GB/s"
+    table = Table(title=title)
+    for heading in ("transport", "MiB", "GB/s", "of memcpy", "of socket", "CPU s/GB"):
+        table.add_column(heading, justify="left" if heading == "transport" else "right")
+    for row in rows:
+        spread = f"{row['gb_s']:.2f} ({row['gb_s_range'][0]:.2f}-{row['gb_s_range'][1]:.2f})"
+        shares = (f"{row['of_memcpy']:.0%}", f"{row['of_socket']:.0%}")
+        table.add_row(row["transport"], str(row["mib"]), spread, *shares, f"{row['cpu_s_per_gb']:.2f}")
+    Console(width=100).print(table)
+
+
+def main() -> None:
+    options = parse()
+    roofs, rows = run(options)
+    show(rows, roofs)
+    if options.output:
+        report = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": " ".join(sys.argv),
+            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {platform.platform()}",
+            "roofs_gb_s": roofs,
+            "rows": rows,
+        }
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
