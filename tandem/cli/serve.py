@@ -39,11 +39,16 @@ def serve(
     port: Annotated[int | None, typer.Option(help="The router's port; 0: any free one.")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster: returns when the service is ready.")] = False,
     address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="With --ray: its head. [default: this machine's cluster]")
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="With --ray: its head; this machine's if not given."),
     ] = None,
     wait: Annotated[
         float | None,
-        typer.Option(min=0, metavar="SECONDS", help=f"With --ray: until all must serve. [default: {WAIT_S:g}]"),
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help=f"With --ray: for all to serve; {WAIT_S:g} if not given.",
+        ),
     ] = None,
 ) -> None:
     """Start a router and its workers on this machine and keep them running. Ctrl-C stops everything.

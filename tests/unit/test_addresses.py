@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tandem.addresses import check_listening, dialable
+from tandem.addresses import check_listening, dialable, loopback_beside
 from tandem.config import load_config
 from tandem.entry import starting
 from tandem.errors import ConfigError
@@ -109,3 +109,21 @@ def test_starting_quiets_grpc_unless_told_otherwise(monkeypatch: pytest.MonkeyPa
         assert os.environ["GRPC_VERBOSITY"] == "NONE"
     monkeypatch.delenv("GRPC_VERBOSITY")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", None),
+        ("127.0.0.9", None),
+        ("localhost", None),
+        ("0.0.0.0", None),
+        ("::", None),
+        ("::1", None),
+        ("192.0.2.7", "127.0.0.1"),
+        ("2001:db8::7", "::1"),
+        ("no-such-host.invalid", None),
+    ],
+)
+def test_a_listener_on_one_address_listens_on_loopback_beside_it(host: str, loopback: str | None) -> None:
+    assert loopback_beside(host) == loopback

@@ -282,9 +282,11 @@ def test_an_unknown_config_key_is_a_config_error(command: list[str], tmp_path: P
         (["--prefill", "0", "--decode", "0"], "no workers"),
         (["--decode", "0"], "nobody would play decode"),
         (["--prefill", "1000"], "config key serve.prefill"),
+        (["--address", "127.0.0.1:6379"], "--address and --wait belong to --ray"),
+        (["--wait", "5"], "--address and --wait belong to --ray"),
     ],
 )
-def test_serve_refuses_pools_that_cannot_serve_before_it_starts(args: list[str], words: str) -> None:
+def test_serve_refuses_what_cannot_be_before_it_starts(args: list[str], words: str) -> None:
     result = tandem("serve", *args)
     assert result.exit_code == 2
     assert words in one_line(result)
