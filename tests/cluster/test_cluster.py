@@ -11,6 +11,8 @@ import os
 import signal
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -123,6 +125,15 @@ def test_who_has_no_token_is_refused(cluster: OnPremCluster) -> None:
         refused = cluster.laptop.run("bash", "-c", f"{wrong} {asks}", check=False)
         assert "prefill" not in refused
         assert "nauthenticated" in refused, refused
+
+
+@pytest.mark.parametrize("call", ["8080/get_or_create_runtime_env", "52365/api/job_agent/jobs/"])
+def test_agents_that_can_run_programs_ask_for_the_token(cluster: OnPremCluster, call: str) -> None:
+    request = urllib.request.Request(f"http://{cluster.head.address}:{call}", data=b"{}", method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    with refused.value:
+        assert refused.value.code in (401, 403)
 
 
 def test_dashboard_listens_on_loopback_only(cluster: OnPremCluster) -> None:

@@ -46,7 +46,8 @@ def test_hosts_see_each_other_and_nothing_of_each_other() -> None:
         a.mend()
         wait_until(lambda: b.reaches(a), 10, "host a to be back")
         folder, name = network.folder, network.name
-    assert sleeper.wait(5) != 0
+    with sleeper:
+        assert sleeper.wait(5) != 0
     assert name not in networks()
     assert not folder.exists()
 

@@ -175,8 +175,7 @@ class Host:
             return False
         return True
 
-    def stop(self) -> None:
-        _end_namespace(self._namespace)
+    def wait_ended(self) -> None:
         if self._first is not None:
             self._first.wait(10)
 
@@ -216,11 +215,11 @@ class Network:
 
     def stop(self) -> None:
         """Also what a run that died has left under this name."""
-        for host in self.hosts.values():
-            host.stop()
         for line in _run("ip", "netns", "list").splitlines():
             if line.startswith(f"{self.name}-"):
                 _end_namespace(line.split()[0])
+        for host in self.hosts.values():
+            host.wait_ended()
         # Links may go with their namespace, but later.
         for device in Path("/sys/class/net").glob(f"{self.name}*"):
             subprocess.run(["ip", "link", "delete", device.name], capture_output=True, timeout=30)
