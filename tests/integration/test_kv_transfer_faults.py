@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from kv_peer import peer
-from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, until
+from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, stands_still, until
 
 import kv_transfer.receiver
 import kv_transfer.sender
@@ -94,7 +94,7 @@ async def test_a_slow_receiver_bounds_what_is_in_memory(
         gate = shut(job)
         sending = asyncio.create_task(rig.transfer(job, chunk=200))
         await until(lambda: job.landing.writers == 4)
-        await _stands_still(made)
+        await stands_still(lambda: len(made))
         total = 200 * 16
         assert job.landing.writers == 4
         assert rig.transport.counters.frames >= len(made) - 2, "gathered and not yet written"
@@ -120,18 +120,6 @@ async def test_an_abandoned_send_stops_at_its_next_frame(shut: Callable[[Job], G
         assert job.landing.given_up
         assert rig.transport.counters.frames < 200 * 16
         assert rig.transport.counters.failures == rig.received.failures == 0
-
-
-async def _stands_still(made: list[int]) -> None:
-    """Until nothing was added for 100 looks in a row."""
-    seen, looks = -1, 0
-
-    def still() -> bool:
-        nonlocal seen, looks
-        seen, looks = len(made), (looks + 1 if len(made) == seen else 0)
-        return looks > 100
-
-    await until(still)
 
 
 async def test_a_killed_receiver_is_a_lost_worker(rig: Rig) -> None:

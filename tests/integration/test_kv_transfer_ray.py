@@ -11,7 +11,7 @@ from threading import Event
 
 import pytest
 from kv_peer import peer
-from kv_rig import FINGERPRINT, Rig, config_with, grpc_rig, ray_rig, until
+from kv_rig import FINGERPRINT, Rig, config_with, grpc_rig, ray_rig, stands_still, until
 
 from kv_transfer.codec import Data, Place, Placed
 from kv_transfer.grpc_transport import GrpcTransport
@@ -90,7 +90,7 @@ async def test_a_slow_receiver_bounds_what_is_in_the_store(ray_node: str, plasma
         rig.service._threads.submit(shut.wait)  # type: ignore[union-attr]
         sending = asyncio.create_task(rig.transfer(job, chunk=200))
         await until(lambda: rig.transport.counters.frames == 4)
-        await asyncio.sleep(0.2)
+        await stands_still(lambda: rig.transport.counters.frames)
         assert rig.transport.counters.frames == 4
         # An object of Ray's has a few bytes of its own.
         assert 4 * 65536 <= room - await asyncio.to_thread(plasma.room) <= 4 * 65600

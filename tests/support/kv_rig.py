@@ -50,6 +50,19 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
             await asyncio.sleep(0.002)
 
 
+async def stands_still(count: Callable[[], int]) -> None:
+    """Until it was the same for 100 looks in a row."""
+    seen, looks = -1, 0
+
+    def still() -> bool:
+        nonlocal seen, looks
+        now = count()
+        seen, looks = now, (looks + 1 if now == seen else 0)
+        return looks > 100
+
+    await until(still)
+
+
 def random_pool(fingerprint: Fingerprint, seed: int, blocks: int = POOL_BLOCKS) -> Tensor:
     layout = KVLayout.of(fingerprint)
     shape = (layout.num_layers, 2, blocks, layout.block_size, layout.num_kv_heads, layout.head_dim)
