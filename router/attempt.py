@@ -11,6 +11,7 @@ from router.placement import Demand, WorkerView, blocks_for, choose, choose_pref
 from router.registry import Registry
 from router.subscriptions import Mailbox
 from router.transports import LOCAL, pick
+from router.worker import Worker
 from tandem import logs, rpc
 from tandem.errors import InternalError, TandemError, Unavailable
 from tandem.timeline import Phase, Timeline
@@ -82,8 +83,10 @@ class Attempt:
         views = {view.worker_id: view for view in self._registry.snapshot(self._brief.block_names)}
         placement = choose(tuple(views.values()), demand)
         self._decode_on, self.decode_worker = self._registry[placement.decode], placement.decode
+        prefill_on = self._registry[placement.prefill]
+        # What may raise comes first: nothing would take back what is noted below.
+        self.transport = LOCAL if prefill_on is self._decode_on else self._pick(prefill_on)
         self._place_prefill(views[placement.prefill])
-        self.transport = LOCAL if self._prefill_on is self._decode_on else self._pick()
         block_size = self._decode_on.model.fingerprint.block_size
         self._decode_on.promised.place(request.request_id, blocks_for(demand.kv_tokens, block_size))
         self._decode_on.subscription.register(request.request_id, request.attempt, self.box)
@@ -107,7 +110,7 @@ class Attempt:
             raise
         former.queued.drop(self._request.request_id)
         self._place_prefill(chosen)
-        self.transport = self._pick()
+        self.transport = self._pick(self._prefill_on)
         self._log.info("moved from %s to %s before its prefill", former.id, chosen.worker_id)
 
     def _place_prefill(self, view: WorkerView) -> None:
@@ -115,8 +118,8 @@ class Attempt:
         to_compute = view.to_compute(self._demand.prompt_tokens)
         self._prefill_on.queued.place(self._request.request_id, to_compute)
 
-    def _pick(self) -> str:
-        source, target = self._prefill_on, self._decode_on
+    def _pick(self, source: Worker) -> str:
+        target = self._decode_on
         kv_bytes = self._demand.prompt_tokens * source.model.fingerprint.token_bytes
         return pick(self._brief.transport, source.hello.transports, target.hello.transports, kv_bytes)
 
