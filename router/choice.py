@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from typing import Any
 
 from router.aio import first_error
 from router.attempt import Attempt, Brief
@@ -17,7 +18,7 @@ from tandem.timeline import Phase
 from tandem.types import ChoiceFinished, Delta, Event, RequestReport
 from tandem.v1 import worker_pb2
 
-Emit = Callable[[Event], Awaitable[None]]
+Emit = Callable[[Event], Coroutine[Any, Any, None]]
 
 
 class Choice:
@@ -31,7 +32,8 @@ class Choice:
 
     The second attempt finds the prompt in the prefill worker's cache and samples the same first token (law 1), which
     the client is not given again. Of an attempt, one task reads the Prefill call, one waits for the mailbox to fail,
-    and this one hands tokens to the client: a slow client neither hides a loss nor delays a release.
+    and this one hands tokens to the client: a slow client neither hides a loss nor delays a release. Only handing over
+    the first token outlives its attempt: a write that has begun cannot be taken back.
     """
 
     def __init__(self, brief: Brief, output: ChoiceOutput, registry: Registry, emit: Emit) -> None:
@@ -41,8 +43,10 @@ class Choice:
         self._emit = emit
         self.timeline = brief.timeline
         self._attempt = Attempt(brief, registry)
-        # Of the first token, once the client has it.
+        # Of the first token, once the client has it or is about to.
         self._first_id: int | None = None
+        # Ends with the choice, not with an attempt.
+        self._tasks: asyncio.TaskGroup
         # Why it was ended from outside.
         self._doom: TandemError | None = None
         self._log = logs.of_request(__name__, brief.request.request_id)
@@ -81,6 +85,13 @@ class Choice:
 
     async def run(self) -> None:
         """Raises a TandemError unless the choice ends by stop or length."""
+        with first_error():
+            async with asyncio.TaskGroup() as self._tasks:
+                await self._answer()
+        self._log.info("finished: %s, %d tokens", self._output.reason, self.output_tokens)
+        await self._emit(self._finished())
+
+    async def _answer(self) -> None:
         try:
             await self._try(self._attempt)
         except TransferFailed as error:
@@ -91,8 +102,6 @@ class Choice:
             self._log.warning("attempt 0 by %s failed, once more by %s: %s", self._attempt.transport, GRPC, error)
             self._attempt = Attempt(self._second_brief(), self._registry)
             await self._try(self._attempt)
-        self._log.info("finished: %s, %d tokens", self._output.reason, self.output_tokens)
-        await self._emit(self._finished())
 
     def _second_brief(self) -> Brief:
         return replace(self._brief, request=replace(self._brief.request, attempt=1), transport=GRPC)
@@ -121,11 +130,15 @@ class Choice:
         await attempt.settle(prefill)
 
     async def _give(self, steps: list[Step]) -> None:
-        if self._first_id is None:
-            self._first_id = steps[0].tokens[0].id
         tokens, text = self._output.push(steps)
-        if tokens or text:
-            await self._emit(Delta(self._brief.index, tokens, text))
+        if not tokens and not text:
+            return
+        telling = self._emit(Delta(self._brief.index, tokens, text))
+        if self._first_id is None:
+            self._first_id = tokens[0].id
+            await asyncio.shield(self._tasks.create_task(telling))  # whoever emits next waits for it: they take turns
+        else:
+            await telling
 
     def _without_first(self, steps: list[Step]) -> list[Step]:
         """Of a second attempt, what the first has not told."""

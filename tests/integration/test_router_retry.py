@@ -6,7 +6,18 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from router_house import DECODE, PREFILL, House, collect, configuration, finish_of, ids_of, next_event, open_house
+from router_house import (
+    DECODE,
+    PREFILL,
+    WIDER_THAN_A_WINDOW,
+    House,
+    collect,
+    configuration,
+    finish_of,
+    ids_of,
+    next_event,
+    open_house,
+)
 from scripted_worker import GRPC, ScriptedWorker
 
 from tandem import errors
@@ -69,6 +80,23 @@ async def test_the_first_token_is_given_once(house: House) -> None:
     prefill.faults["seal"] = LOST
     prefill.let("seal")
     assert ids_of(await collect(call)) == [8, 9, 10]
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+async def test_a_failure_while_the_client_does_not_read_loses_no_token(house: House, answers: int) -> None:
+    """answers: the second one waits for its turn to write."""
+    prefill, decode = await pair(house)
+    house.cluster.top_logprobs = WIDER_THAN_A_WINDOW
+    prefill.hold("seal")
+    call = house.call(4, n=answers)
+    await house.cluster.saw("seal", answers)
+    prefill.errors["seal"] = LOST
+    prefill.let("seal")
+    await house.cluster.saw("abort", answers)
+    del prefill.errors["seal"]
+    events = await collect(call)
+    assert [ids_of(events, choice) for choice in range(answers)] == [[7, 8, 9, 10]] * answers
+    assert sorted(attempts(prefill, decode)) == [(0, "ray")] * answers + [(1, "grpc")] * answers
 
 
 async def test_another_first_token_is_an_error(house: House) -> None:
