@@ -24,7 +24,7 @@ from ray.autoscaler.sdk import request_resources
 from tandem import logs
 from tandem.addresses import dialable
 from tandem.client import Client, ServiceStatus
-from tandem.config import TandemConfig
+from tandem.config import TandemConfig, parse_config
 from tandem.errors import ConfigError, Refused, TandemError, Unavailable
 from tandem.launch.hosted import Hosted, Node, serve_spec
 from tandem.launch.ray_plan import (
@@ -130,7 +130,8 @@ class Cluster:
     def scale(self, counts: Mapping[str, int], wait_s: float) -> tuple[str, ServiceStatus]:
         """`serve`, with other numbers of workers than the running service has. Raises Unavailable if there is none."""
         config = config_of(self._survey())
-        return self.serve(config.model_copy(update={"serve": config.serve.model_copy(update=counts)}), wait_s)
+        pools = parse_config({"serve": {**config.serve.model_dump(), **counts}}).serve
+        return self.serve(config.model_copy(update={"serve": pools}), wait_s)
 
     def down(self) -> bool:
         """Ends the service, in order: no new requests, live ones finish within bounds. Whether there was anything."""

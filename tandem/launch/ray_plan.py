@@ -26,6 +26,8 @@ POOLS = {
     "decode": frozenset({Role.DECODE}),
     "colocated": frozenset(Role),
 }
+# Of a number of workers: far above any limit on it.
+MAX_DIGITS = 9
 # Settings that each node fills in for itself when nobody has set them: (section, key).
 _OF_THE_NODE = (("model", "path"), ("worker", "host"))
 
@@ -168,7 +170,7 @@ def parse_counts(words: Sequence[str]) -> dict[str, int]:
         pool, _, number = word.partition("=")
         if pool not in POOLS:
             raise ConfigError(f"there is no pool {pool!r}; pools are {', '.join(POOLS)}", field="pool")
-        if not number.isdecimal():
+        if not number.isdecimal() or len(number) > MAX_DIGITS:
             raise ConfigError(f"{pool} takes a number of workers, such as {pool}=2, not {number!r}", field=pool)
         if pool in counts:
             raise ConfigError(f"{pool} is given twice", field=pool)

@@ -194,6 +194,7 @@ def test_changed_settings_replace_the_workers_alone(service: RayService) -> None
     [
         (("scale", "speed=3"), "there is no pool 'speed'; pools are prefill, decode, colocated"),
         (("scale", "prefill=-1"), "prefill takes a number of workers, such as prefill=2, not '-1'"),
+        (("scale", "prefill=100000"), "config key serve.prefill: input should be less than or equal to 64, not 100000"),
         (("scale", "decode=0"), "nobody would play decode: serve.decode is 0"),
     ],
 )

@@ -136,6 +136,7 @@ def test_counts_are_read_from_words() -> None:
         (["speed=3"], "there is no pool 'speed'; pools are prefill, decode, colocated"),
         (["prefill=-1"], "prefill takes a number of workers"),
         (["decode=two"], "decode takes a number of workers"),
+        (["decode=" + "9" * 5000], "decode takes a number of workers"),
         (["decode"], "decode takes a number of workers"),
         (["decode=1", "decode=2"], "decode is given twice"),
     ],
