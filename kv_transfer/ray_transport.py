@@ -59,7 +59,8 @@ class RayTransport(PushTransport):
             return
         window = self._window * self._frame_bytes
         needed = min(len(target.travelling) * source.layout.token_bytes, window)
-        room = await loop.run_in_executor(self._place_threads, self._plasma.room)
+        async with _in_time("did not say how full it is"):
+            room = await loop.run_in_executor(self._place_threads, self._plasma.room)
         if room < needed:
             raise TransferFailed(f"Ray's object store has room for {room} bytes, the transfer needs {needed}")
         if room > _AMPLE_WINDOWS * window:
@@ -93,15 +94,8 @@ class _RayLink(PushLink):
 
     async def _place(self, sequence: int, payload: bytes) -> Place:
         loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(PLACE_TIMEOUT_S):
-                return await loop.run_in_executor(self._threads, self._put, sequence, payload)
-        except TimeoutError:
-            raise TransferFailed(
-                f"Ray's object store took no payload of {len(payload)} bytes within {PLACE_TIMEOUT_S} s"
-            ) from None
-        except RuntimeError:  # no thread takes work any more
-            raise TransferFailed("the transport was closed in mid-transfer") from None
+        async with _in_time(f"took no payload of {len(payload)} bytes"):
+            return await loop.run_in_executor(self._threads, self._put, sequence, payload)
 
     def _put(self, sequence: int, payload: bytes) -> Place:
         """In a thread, which cannot be stopped: the transfer may be over when the object is there."""
@@ -126,3 +120,15 @@ class _RayLink(PushLink):
     def _on_end(self, answer: asyncio.Task[Done]) -> None:
         super()._on_end(answer)
         self._fewer.set()
+
+
+@asynccontextmanager
+async def _in_time(failure: str) -> AsyncIterator[None]:
+    """Around the work of a thread, which may be busy with what the store did not take from another transfer."""
+    try:
+        async with asyncio.timeout(PLACE_TIMEOUT_S):
+            yield
+    except TimeoutError:
+        raise TransferFailed(f"Ray's object store {failure} within {PLACE_TIMEOUT_S} s") from None
+    except RuntimeError:  # no thread takes work any more
+        raise TransferFailed("the transport was closed in mid-transfer") from None

@@ -112,7 +112,7 @@ class RouterConfig(Section):
     # Below 5 s, so that a host that was cut off is out of it within 5 s.
     heartbeat_timeout_s: float = Field(4.0, gt=0)
     # How KV goes between two workers. "auto": the best that both share, as docs/kv_transfer.md says; any other name: by
-    # that one alone.
+    # that one, or not at all. Either way the second attempt after a failed transfer goes by grpc.
     transport: Literal["auto", "grpc", "ray"] = "auto"
     # A request message may be this large; workers, who get it next, take no more than 16 MiB.
     max_message_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 24)
