@@ -52,6 +52,8 @@ JOIN_TRIES = 5
 # Members that are up answer in milliseconds; one that has no process yet never does.
 ANSWER_S, LONG_ANSWER_S = 3.0, 5.0
 POLL_S = 0.5
+# The second one is for members that were silent at first, and turn out to run what was wanted earlier.
+ROUNDS = 2
 # Added to the time that draining members have by themselves; a killed actor's name is free again after moments.
 LEAVE_MARGIN_S, GONE_S = 15.0, 30.0
 
@@ -107,25 +109,32 @@ class Cluster:
         Raises ConfigError, Refused or Unavailable; members that this call started and that never served are gone then.
         """
         wanted = wanted_specs(config, self._head())
-        seen = self._survey()
-        plan = plan_changes(wanted, seen)
-        self._demand([*wanted, *plan.leave], config)
-        self._retire(plan.replace, config)
+        for _ in range(ROUNDS):
+            self._bring(wanted, config, wait_s)
+            left = plan_changes(wanted, self._survey())
+            if not left.replace:
+                break
+        else:
+            raise Unavailable(f"{', '.join(left.replace)} changed meanwhile: does somebody else change this service?")
+        self._retire(left.leave, config)
+        self._demand(wanted, config)
+        address = router_address(wanted)
+        with Client(address) as client:
+            return address, client.status()
+
+    def _bring(self, wanted: Mapping[str, str], config: TandemConfig, wait_s: float) -> None:
+        """Returns when all that is wanted serves; what is not wanted serves on."""
+        plan = plan_changes(wanted, self._survey())
         started = [*plan.start, *plan.replace]
         try:
+            self._demand([*wanted, *plan.leave], config)
+            self._retire(plan.replace, config)
             for name in started:
                 self._start(name, wanted[name])
             self._wait_serving(wanted, config, wait_s)
         except BaseException:
             self._withdraw(started, config)
             raise
-        if plan_changes(wanted, self._survey()).replace:
-            return self.serve(config, wait_s)  # some were silent before, and run what was wanted earlier
-        self._retire(plan.leave, config)
-        self._demand(wanted, config)
-        address = router_address(wanted)
-        with Client(address) as client:
-            return address, client.status()
 
     def scale(self, counts: Mapping[str, int], wait_s: float) -> tuple[str, ServiceStatus]:
         """`serve`, with other numbers of workers than the running service has. Raises Unavailable if there is none."""
@@ -181,8 +190,7 @@ class Cluster:
     # What is done about it.
 
     def _start(self, name: str, spec: str) -> None:
-        pool, config = pool_of(name), Spec.parse(spec).config()
-        needs = {HEAD: 0.001} if pool == ROUTER else {pool: place_of(pool, config.engine.device)[pool]}
+        place = {HEAD: 0.001} if name == ROUTER else place_of(pool_of(name), Spec.parse(spec).config().engine.device)
         actor = (
             ray.remote(MemberActor)
             .options(
@@ -192,8 +200,8 @@ class Cluster:
                 get_if_exists=True,
                 max_restarts=-1,
                 num_cpus=0,
-                num_gpus=0 if pool == ROUTER else place_of(pool, config.engine.device).get("GPU", 0),
-                resources=needs,
+                num_gpus=place.pop("GPU", 0),  # Ray wants it by itself
+                resources=place,
                 scheduling_strategy="SPREAD",
             )
             .remote(spec)
