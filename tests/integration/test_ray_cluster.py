@@ -144,8 +144,7 @@ def test_it_grows_and_shrinks_under_load_without_a_failed_request(service: RaySe
 
     with ThreadPoolExecutor(4) as threads:
         try:
-            for seed in range(4):
-                threads.submit(ask, seed)
+            asking = [threads.submit(ask, seed) for seed in range(4)]
             service.scale("prefill=2", "decode=2")
             grown = service.pids()
             reached = done[0]
@@ -155,6 +154,8 @@ def test_it_grows_and_shrinks_under_load_without_a_failed_request(service: RaySe
             wait_until(lambda: done[0] > reached + 5, 30, "load on the shrunken service")
         finally:
             stop.set()
+        for each in asking:
+            each.result()
     assert failures == []
     assert len(grown) == 5
     assert grown > before
