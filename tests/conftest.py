@@ -16,7 +16,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(scope="session")
 def ray_node() -> Iterator[str]:
     """Its address. This process is part of a private Ray cluster of one node until the last test is over."""
-    from ray_node import joined, running  # here, for the tests that need it: importing Ray takes seconds
+    from ray_head import joined, ray_head
 
-    with running() as address, joined(address):
-        yield address
+    # A store that is full stays so.
+    with ray_head(spills=False) as head, joined(head.address, head.token):
+        yield head.address

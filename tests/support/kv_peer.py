@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import ray_node
 from kv_rig import FINGERPRINT, FakeLandings, Rig, config_with, serving
+from ray_head import joined
 
 from kv_transfer.base import Transport
 from kv_transfer.codec import Place
@@ -81,7 +82,7 @@ async def peer(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Proces
         *arguments,
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
-        env={"PYTHONPATH": str(Path(__file__).parents[2]), **ray_node.ENVIRONMENT},
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), **_ray_token()},
     )
     try:
         assert process.stdout is not None
@@ -91,6 +92,11 @@ async def peer(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Proces
         if process.returncode is None:
             process.kill()
         await process.wait()
+
+
+def _ray_token() -> dict[str, str]:
+    """Of the cluster that this process is part of."""
+    return {key: value for key, value in os.environ.items() if key.startswith("RAY_AUTH_")}
 
 
 def main() -> None:
@@ -104,7 +110,7 @@ def main() -> None:
     given = parser.parse_args()
     with ExitStack() as stack:
         if given.ray:
-            stack.enter_context(ray_node.joined(given.ray))
+            stack.enter_context(joined(given.ray, os.environ["RAY_AUTH_TOKEN"]))
         if given.end == "receive":
             asyncio.run(receive())
         elif given.lose:

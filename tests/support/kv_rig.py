@@ -251,7 +251,7 @@ async def grpc_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncItera
 
 @asynccontextmanager
 async def ray_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
-    """In a process that is part of a Ray cluster: see support/ray_node.py."""
+    """In a process that is part of a Ray cluster: see support/ray_head.py."""
     plasma = connect()
     assert plasma is not None
     async with _push_rig(fingerprint, config, RayTransport(config, plasma), plasma) as rig:

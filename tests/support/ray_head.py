@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ import psutil
 from service import ROOT, wait_until
 
 START_S = 60.0
+STORE_BYTES = 256 << 20
 
 
 def free_ports(count: int) -> list[int]:
@@ -32,7 +35,7 @@ def environment(token: str) -> dict[str, str]:
 
 
 class RayHead:
-    def __init__(self, folder: Path, resources: Mapping[str, int], path: Path) -> None:
+    def __init__(self, folder: Path, resources: Mapping[str, int], path: Path, spills: bool) -> None:
         self._log = folder / "ray.log"
         self.token = secrets.token_hex(16)
         port, *others = free_ports(5)
@@ -42,8 +45,9 @@ class RayHead:
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"),
             *(f"--{name}={other}" for name, other in zip(options, others, strict=True)),
             *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}"),
-            *("--object-store-memory=80000000", "--include-dashboard=false", "--disable-usage-stats"),
-            f"--resources={json.dumps(resources)}",
+            *(f"--object-store-memory={STORE_BYTES}", "--include-dashboard=false", "--disable-usage-stats"),
+            *("--num-cpus=0", f"--resources={json.dumps(resources)}"),
+            f"--system-config={json.dumps({'automatic_object_spilling_enabled': spills})}",
         ]
         with self._log.open("w") as log:
             self._popen = subprocess.Popen(
@@ -85,13 +89,34 @@ class RayHead:
 
 
 @contextmanager
-def ray_head(path: Path = ROOT, **resources: int) -> Iterator[RayHead]:
-    """path: where its processes import from; resources: custom ones of its node."""
+def ray_head(path: Path = ROOT, spills: bool = True, **resources: int) -> Iterator[RayHead]:
+    """path: where its processes import from; resources: custom ones of its node.
+
+    spills: objects go to disk when the store is full.
+    """
     # Paths of unix sockets are short: pytest's own folders are too deep.
     with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        head = RayHead(Path(folder), resources, path)
+        head = RayHead(Path(folder), resources, path, spills)
         try:
             head.wait_ready()
             yield head
         finally:
             head.stop()
+
+
+@contextmanager
+def joined(address: str, token: str) -> Iterator[None]:
+    """This process is a part of the cluster. Ray reads a process's token once: no second cluster in it."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
+    import ray
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)  # Ray has put its own there
+    try:
+        yield
+    finally:
+        ray.shutdown()
