@@ -108,9 +108,13 @@ def ray_head(path: Path = ROOT, spills: bool = True, **resources: int) -> Iterat
 def joined(address: str, token: str) -> Iterator[None]:
     """This process is a part of the cluster. Ray reads a process's token once: no second cluster in it."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
+    os.environ.pop("RAY_AUTH_MODE", None)
+    os.environ["RAY_AUTH_TOKEN"] = token
     import ray
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
+    # Ray reads its environment when it is imported, which another test may have done already; this reads it again.
+    maybe_enable_token_auth_if_token_available()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
