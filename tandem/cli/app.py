@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import tandem
+from tandem.cli.bench import bench
 from tandem.cli.cluster import down, scale
 from tandem.cli.demo import demo
 from tandem.cli.generate import generate
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for command in (serve, scale, down, generate, status, worker, demo):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,152 @@
+"""Any OpenAI-compatible endpoint: POST /v1/completions, streamed, with usage."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import aiohttp
+
+from loadtest.metrics import Outcome
+from loadtest.sse import EventSplitter
+from loadtest.target import SendOptions, Served
+from loadtest.workloads import LoadRequest
+from tandem.errors import ModelNotFound, Refused, Unavailable
+from tandem.types import shown
+
+# Of what an endpoint says of an error.
+MAX_ERROR_CHARS = 300
+MAX_BODY_BYTES = 1 << 20
+DESCRIBE_TIMEOUT_S = 10.0
+# What says that the transport failed, not the endpoint.
+_BROKEN = (aiohttp.ClientError, OSError)
+
+
+class _Failed(Exception):
+    """An answer that is none: the kind to count it by, and words."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class OpenAITarget:
+    backend = "openai"
+
+    def __init__(self, base_url: str, options: SendOptions, api_key: str | None = None) -> None:
+        """`base_url` is http://HOST:PORT, with or without /v1. Needs a running loop."""
+        self._base = base_url.rstrip("/").removesuffix("/v1")
+        self._options = options
+        self._model = options.model
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+            timeout=aiohttp.ClientTimeout(total=options.timeout_s),
+            # Requests must not wait for a free connection: that would close the loop.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+        )
+
+    async def describe(self) -> Served:
+        models = await self._models()
+        found = next((model for model in models if self._options.model in ("", model["id"])), None)
+        if found is None:
+            wanted = f"a model {self._options.model}" if self._options.model else "any model"
+            raise ModelNotFound(f"{self._base} does not serve {wanted}")
+        self._model = found["id"]
+        longest = found.get("max_model_len")  # vLLM's extension
+        return Served(self._model, max_model_len=longest if isinstance(longest, int) else None)
+
+    async def _models(self) -> list[dict[str, Any]]:
+        timeout = aiohttp.ClientTimeout(total=DESCRIBE_TIMEOUT_S)
+        try:
+            async with self._session.get(f"{self._base}/v1/models", timeout=timeout) as response:
+                body = await _body(response)
+                if response.status != 200:
+                    raise Refused(f"{self._base}/v1/models answered {response.status}: {_text(body)}")
+                return [model for model in json.loads(body)["data"] if isinstance(model["id"], str)]
+        except (*_BROKEN, TimeoutError) as error:
+            raise Unavailable(f"cannot reach an OpenAI endpoint at {self._base}: {_words(error)}") from None
+        except (ValueError, TypeError, KeyError):
+            raise Refused(f"{self._base}/v1/models did not answer with a list of models") from None
+
+    async def send(self, request: LoadRequest, outcome: Outcome) -> None:
+        outcome.sent_s = time.perf_counter()
+        try:
+            await self._stream(request, outcome)
+        except _Failed as failed:
+            outcome.fail(failed.kind, str(failed))
+        except TimeoutError:
+            outcome.fail("deadline_exceeded", f"no whole answer within {self._options.timeout_s:g} s")
+        except _BROKEN as error:
+            outcome.fail("connection", _words(error))
+        except ValueError as error:
+            outcome.fail("bad_stream", f"not the stream of an OpenAI endpoint: {shown(str(error))}")
+
+    def _payload(self, request: LoadRequest) -> dict[str, Any]:
+        payload = {
+            "model": self._model,
+            "prompt": request.prompt_ids.tolist(),
+            "max_tokens": request.output_tokens,
+            "temperature": self._options.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        # Not OpenAI's own; vLLM and Tandem know it.
+        return {**payload, "ignore_eos": True} if self._options.ignore_eos else payload
+
+    async def _stream(self, request: LoadRequest, outcome: Outcome) -> None:
+        """Raises _Failed, and what aiohttp raises."""
+        url = f"{self._base}/v1/completions"
+        async with self._session.post(url, json=self._payload(request)) as response:
+            if response.status != 200:
+                body = await _body(response)
+                raise _Failed(f"http_{response.status}", _text(body))
+            splitter = EventSplitter()
+            async for chunk in response.content.iter_any():
+                for data in splitter.feed(chunk):
+                    if data == b"[DONE]":
+                        return
+                    _take(json.loads(data), outcome)
+        raise _Failed("truncated", "the stream ended before [DONE]")
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+def _take(event: Any, outcome: Outcome) -> None:
+    """One event of the stream: an arrival if it has a choice, even one without text, as vLLM counts."""
+    if not isinstance(event, dict):
+        raise ValueError("an event that is no object")
+    if event.get("error"):
+        raise _Failed("error_event", shown(event["error"]))
+    if event.get("choices"):
+        outcome.arrivals_s.append(time.perf_counter())
+    if usage := event.get("usage"):
+        outcome.prompt_tokens, outcome.counted_tokens = (
+            _count(usage, "prompt_tokens"),
+            _count(usage, "completion_tokens"),
+        )
+
+
+def _count(usage: Any, key: str) -> int:
+    count = usage.get(key) if isinstance(usage, dict) else None
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"usage without {key}")
+    return count
+
+
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    body = b""
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            break
+    return body[:MAX_BODY_BYTES]
+
+
+def _text(body: bytes) -> str:
+    return body.decode(errors="replace")[:MAX_ERROR_CHARS]
+
+
+def _words(error: Exception) -> str:
+    return str(error)[:MAX_ERROR_CHARS] or type(error).__name__

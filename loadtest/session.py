@@ -1,0 +1,82 @@
+"""One whole measurement: ask what is served, warm up, run the schedule, sum up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from loadtest.metrics import Goodput, Outcome, details, summarize
+from loadtest.plan import Plan, Schedule
+from loadtest.runner import Arrival, Run, Runner, Watch
+from loadtest.target import Served, Target
+from tandem.errors import TandemError, Unavailable
+
+DEFAULT_PERCENTILES = (50.0, 90.0, 95.0, 99.0)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a plan is carried out."""
+
+    max_concurrency: int | None = None
+    # Requests before the clock starts.
+    num_warmups: int = 0
+    goodput: Goodput = field(default_factory=dict)
+    percentiles: Sequence[float] = DEFAULT_PERCENTILES
+
+
+@dataclass(frozen=True)
+class Result:
+    served: Served
+    schedule: Schedule
+    run: Run
+    # The keys of `vllm bench serve`, and ours.
+    figures: dict[str, Any]
+
+    def details(self) -> dict[str, list[Any]]:
+        """Of every request."""
+        return details(self.run.outcomes)
+
+
+async def measure(
+    target: Target, plan: Plan, measuring: Measuring, stop: asyncio.Event, watch: Watch | None = None
+) -> Result:
+    """Until the schedule is done or `stop` is set. Raises TandemError when it cannot begin."""
+    served = await target.describe()
+    schedule = plan.schedule(served)
+    await _warm_up(target, schedule, measuring, stop)
+    run = await Runner(target, schedule.arrivals, measuring.max_concurrency, watch).send_all(stop)
+    return Result(served, schedule, run, _figures(target, plan, measuring, served, schedule, run))
+
+
+async def _warm_up(target: Target, schedule: Schedule, measuring: Measuring, stop: asyncio.Event) -> None:
+    """All at once, as many as may be. Raises Unavailable if none of them was answered: so would be no other."""
+    requests = schedule.warm_up(measuring.num_warmups)
+    runner = Runner(target, [Arrival(0.0, request) for request in requests], measuring.max_concurrency)
+    run = await runner.send_all(stop)
+    if requests and run.failed == len(requests) and not run.interrupted:
+        raise _why(run.outcomes[0])
+
+
+def _why(outcome: Outcome) -> TandemError:
+    return Unavailable(f"no warm-up request was answered; the first ended in {outcome.failure}: {outcome.error}")
+
+
+def _figures(
+    target: Target, plan: Plan, measuring: Measuring, served: Served, schedule: Schedule, run: Run
+) -> dict[str, Any]:
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "backend": target.backend,
+        "model_id": served.model,
+        **plan.as_json(),
+        "max_concurrency": measuring.max_concurrency,
+        "goodput": dict(measuring.goodput),
+        "left_out": schedule.left_out,
+        "interrupted": run.interrupted,
+        "not_offered": run.planned - len(run.outcomes),
+        **summarize(run.outcomes, run.duration_s, measuring.percentiles, measuring.goodput),
+    }
