@@ -94,17 +94,21 @@ class Plan:
         return self.workload == "random" or self.request_rate is not None or self.ramp_up is not None
 
     @property
+    def _rate_rps(self) -> float:
+        return math.inf if self.request_rate is None else self.request_rate
+
+    @property
     def source(self) -> str:
         """Where the lengths come from, in a word."""
         return "drawn" if self.workload == "random" else self.trace.name if self.trace else "made up"
 
     def as_json(self) -> dict[str, Any]:
         """What vLLM's result files say of the load, and what a trace adds."""
-        rate = math.inf if self.request_rate is None else self.request_rate
         found: dict[str, Any] = {
             "num_prompts": self.num_prompts,
-            "request_rate": rate if math.isfinite(rate) else "inf",
-            "burstiness": self.burstiness if math.isfinite(self.burstiness) else "inf",
+            # None: a trace's own times.
+            "request_rate": _json_number(self._rate_rps) if self.has_rate else None,
+            "burstiness": _json_number(self.burstiness),
             "workload": self.workload,
             "source": self.source,
             "seed": self.seed,
@@ -150,8 +154,8 @@ class Plan:
     def _times(self, rows: Sequence[traces.TraceRow]) -> arrivals.Times:
         if not self.has_rate:
             return arrivals.replayed([row.at_s for row in rows], self.scale_time, self._jitter_s, self.seed)
-        rate = math.inf if self.request_rate is None else self.request_rate
-        return arrivals.drawn(len(rows) or self.num_prompts, rate, self.burstiness, self.seed, self.ramp_up)
+        count = len(rows) or self.num_prompts
+        return arrivals.drawn(count, self._rate_rps, self.burstiness, self.seed, self.ramp_up)
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,11 @@ def _check_size(prompt_tokens: float) -> None:
             "ask for fewer or shorter prompts",
             field="num_prompts",
         )
+
+
+def _json_number(value: float) -> float | str:
+    """JSON has no infinity; vLLM writes it so."""
+    return value if math.isfinite(value) else "inf"
 
 
 def _positive(value: float) -> bool:

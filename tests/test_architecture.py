@@ -209,7 +209,8 @@ def test_importing_it_pulls_no_torch(module: str) -> None:
     assert ran.stdout.strip() == "[]"
 
 
-def test_the_cli_starts_without_torch() -> None:
-    code = f"import sys, tandem.cli.app; print(sorted({set(HEAVY)!r} & set(sys.modules)))"
+def test_the_cli_starts_without_torch_and_what_load_tests_need() -> None:
+    unwanted = {*HEAVY, "aiohttp", "numpy"}
+    code = f"import sys, tandem.cli.app; print(sorted({unwanted!r} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert ran.stdout.strip() == "[]"

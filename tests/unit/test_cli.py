@@ -51,7 +51,7 @@ def test_version() -> None:
     assert tandem("--version").stdout.startswith("tandem ")
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "status", "worker", "demo"])
+@pytest.mark.parametrize("command", ["serve", "generate", "status", "worker", "demo", "bench"])
 def test_every_command_explains_itself(command: str) -> None:
     assert tandem(command, "--help").exit_code == 0
 
