@@ -14,6 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="YAML file; tandem/config.py lists its keys")
     parser.add_argument("--host", help="address to listen on; overrides router.host")
     parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one; overrides router.port")
+    parser.add_argument("--http-port", type=int, help="of the HTTP door, 0: any, -1: none; overrides router.http_port")
     parser.add_argument("--model", help="directory or hub id of the served model; overrides model.path")
     options = parser.parse_args(arguments)
     with starting():
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         from tandem.errors import ConfigError
     logs.configure()
     try:
-        router = {"host": options.host, "port": options.port}
+        router = {"host": options.host, "port": options.port, "http_port": options.http_port}
         config = load_config(options.config, {"router": router, "model": {"path": options.model}})
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from router.admission import Admission
 from router.generation import GenerationService
@@ -67,19 +67,37 @@ async def open_router(config: TandemConfig) -> AsyncIterator[str]:
     registry = Registry(config.router, config.model.served_name)
     admission = Admission(load_tokenizer(config.model), lambda: registry.model)
     orchestrator = Orchestrator(config.router, registry, admission)
-    server = rpc.make_server(config.router.max_message_bytes)
-    generation, join = GenerationService(orchestrator, registry), JoinService(registry, config.router)
-    generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
-    registry_pb2_grpc.add_RegistryServicer_to_server(join, server)
-    health_service = await rpc.add_health(server, _SERVICES)
-    port = rpc.bind(server, host, config.router.port)
-    if loopback is not None:
-        rpc.bind(server, loopback, port)
-    await server.start()
+    hosts = [host] if loopback is None else [host, loopback]
+    async with _http_door(config, hosts, orchestrator, registry, admission) as http_port:
+        server = rpc.make_server(config.router.max_message_bytes)
+        generation, join = GenerationService(orchestrator, registry, http_port), JoinService(registry, config.router)
+        generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
+        registry_pb2_grpc.add_RegistryServicer_to_server(join, server)
+        health_service = await rpc.add_health(server, _SERVICES)
+        port = config.router.port
+        for each in hosts:
+            port = rpc.bind(server, each, port)
+        await server.start()
+        try:
+            yield join_address(host, port)
+        finally:
+            await health_service.enter_graceful_shutdown()
+            await orchestrator.close(STOP_GRACE_S)
+            registry.close()
+            await server.stop(HANG_UP_S)
+
+
+def _http_door(
+    config: TandemConfig, hosts: list[str], orchestrator: Orchestrator, registry: Registry, admission: Admission
+) -> AbstractAsyncContextManager[int]:
+    """Yields its port; 0 when there is none. Raises ConfigError."""
+    if config.router.http_port < 0:
+        return nullcontext(0)
     try:
-        yield join_address(host, port)
-    finally:
-        await health_service.enter_graceful_shutdown()
-        await orchestrator.close(STOP_GRACE_S)
-        registry.close()
-        await server.stop(HANG_UP_S)
+        from router.http.door import open_door
+    except ModuleNotFoundError as error:
+        words = (
+            f"the HTTP door needs {error.name}: pip install 'tandem[http]', or say router.http_port: -1 (no such door)"
+        )
+        raise ConfigError(words, field="router.http_port") from None
+    return open_door(config, hosts, orchestrator, registry, admission.tokenizer)

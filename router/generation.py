@@ -23,9 +23,11 @@ INTEGRITY_TIMEOUT_S = 5.0
 
 
 class GenerationService(generation_pb2_grpc.GenerationServicer):
-    def __init__(self, orchestrator: Orchestrator, registry: Registry) -> None:
+    def __init__(self, orchestrator: Orchestrator, registry: Registry, http_port: int) -> None:
+        """http_port: of the other door; 0 when there is none."""
         self._orchestrator = orchestrator
         self._registry = registry
+        self._http_port = http_port
         self._started_s = time.monotonic()
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> None:
@@ -61,6 +63,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             workers=[_worker_status(worker, check) for worker, check in zip(workers, checks, strict=True)],
             models=self._models(),
             requests=[_live_request(entry) for entry in live[:MAX_LISTED_REQUESTS]],
+            http_port=self._http_port,
         )
 
     def _models(self) -> list[registry_pb2.ModelInfo]:

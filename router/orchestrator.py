@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from router.registry import Registry
 from tandem import errors, logs
 from tandem.config import RouterConfig
 from tandem.timeline import Phase, Timeline
-from tandem.types import Accepted, Completed, Event, Usage
+from tandem.types import Accepted, ChoiceFinished, Completed, Event, Usage
 from tandem.v1 import generation_pb2
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,16 @@ class Live:
     jobs: tuple[Job, ...]
 
 
+class Observer(Protocol):
+    """Hears how requests fare, for metrics."""
+
+    def answered(self, finished: ChoiceFinished) -> None:
+        """One choice ended by stop or length."""
+
+    def ended(self, outcome: str) -> None:
+        """A request ended, or was refused: "ok", or its error's code."""
+
+
 class Orchestrator:
     """Every door calls `generate`; who is live and how others ended is counted here.
 
@@ -71,6 +81,7 @@ class Orchestrator:
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
+        self.observers: list[Observer] = []
         # Accepted requests that completed, and that ended otherwise (an error, or the client left).
         self.finished = self.failed = self.cancelled = 0
 
@@ -79,34 +90,45 @@ class Orchestrator:
         """Oldest first."""
         return tuple(self._live.values())
 
-    async def generate(self, request: generation_pb2.GenerateRequest, remaining_s: float | None, emit: Emit) -> None:
+    async def generate(
+        self,
+        request: generation_pb2.GenerateRequest,
+        remaining_s: float | None,
+        emit: Emit,
+        *,
+        counted: bool = True,
+    ) -> None:
         """Emits the events of one request; returns after Completed, or raises a TandemError.
 
         remaining_s: the caller's deadline. emit is never called twice at once, and its waiting slows the request
-        down, not the workers. Cancelling the call releases everything.
+        down, not the workers. Cancelling the call releases everything. counted: observers hear of it.
         """
-        timeline = Timeline()
-        async with self._let_in(remaining_s) as deadline:
-            admitted = await self._admission.admit(request)
-            timeline.mark(Phase.ADMITTED)
-            self._check_open()
-            await self._run(admitted, timeline, deadline, _one_at_a_time(emit))
+        timeline, observers = Timeline(), tuple(self.observers) if counted else ()
+        with _observed(observers):
+            async with self._let_in(remaining_s) as deadline:
+                admitted = await self._admission.admit(request)
+                timeline.mark(Phase.ADMITTED)
+                self._check_open()
+                await self._run(admitted, timeline, deadline, _one_at_a_time(emit, observers))
 
     async def embed(
         self, request: generation_pb2.EmbedRequest, remaining_s: float | None
     ) -> generation_pb2.EmbedResponse:
         """Raises a TandemError. Cancelling the call releases everything."""
-        timeline = Timeline()
-        async with self._let_in(remaining_s) as deadline:
-            admitted = await self._admission.admit_embed(request)
-            timeline.mark(Phase.ADMITTED)
-            self._check_open()
-            job = EmbedJob(admitted, deadline, timeline, self._registry)
-            note = (
-                f"{len(admitted.prompts)} inputs to embed, {admitted.prompt_tokens} tokens, tag {admitted.user_tag!r}"
-            )
-            async with self._counted(Live(admitted.request_id, timeline, (job,)), note):
-                return self._sendable(await job.run())
+        with _observed(tuple(self.observers)):
+            async with self._let_in(remaining_s) as deadline:
+                return await self._embed(request, Timeline(), deadline)
+
+    async def _embed(
+        self, request: generation_pb2.EmbedRequest, timeline: Timeline, deadline: float
+    ) -> generation_pb2.EmbedResponse:
+        admitted = await self._admission.admit_embed(request)
+        timeline.mark(Phase.ADMITTED)
+        self._check_open()
+        job = EmbedJob(admitted, deadline, timeline, self._registry)
+        note = f"{len(admitted.prompts)} inputs to embed, {admitted.prompt_tokens} tokens, tag {admitted.user_tag!r}"
+        async with self._counted(Live(admitted.request_id, timeline, (job,)), note):
+            return self._sendable(await job.run())
 
     @asynccontextmanager
     async def _let_in(self, remaining_s: float | None) -> AsyncIterator[float]:
@@ -213,10 +235,32 @@ async def _deadline(seconds: float) -> AsyncIterator[float]:
         raise errors.DeadlineExceeded(f"the request's deadline of {seconds:.3g} s passed") from None
 
 
-def _one_at_a_time(emit: Emit) -> Emit:
+@contextmanager
+def _observed(observers: tuple[Observer, ...]) -> Iterator[None]:
+    outcome = "ok"
+    try:
+        yield
+    except asyncio.CancelledError:
+        outcome = errors.Cancelled.code
+        raise
+    except errors.TandemError as error:
+        outcome = error.code
+        raise
+    except BaseException:
+        outcome = errors.InternalError.code
+        raise
+    finally:
+        for observer in observers:
+            observer.ended(outcome)
+
+
+def _one_at_a_time(emit: Emit, observers: tuple[Observer, ...]) -> Emit:
     lock = asyncio.Lock()
 
     async def locked(event: Event) -> None:
+        if isinstance(event, ChoiceFinished):
+            for observer in observers:
+                observer.answered(event)
         async with lock:
             await emit(event)
 

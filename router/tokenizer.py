@@ -42,10 +42,10 @@ def _from_hub(name: str) -> Tokenizer | None:
         return None
 
 
-async def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Token ids, with the special tokens that the model expects around a prompt."""
+async def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+    """Token ids, with the special tokens that the model expects around a prompt, unless the text has them."""
     if len(text) <= INLINE_CHARS:
-        return tuple(tokenizer.encode(text).ids)
+        return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
     # The batch call releases the interpreter's lock while it works; the single one may not.
-    (encoding,) = await asyncio.to_thread(tokenizer.encode_batch, [text])
+    (encoding,) = await asyncio.to_thread(tokenizer.encode_batch, [text], add_special_tokens=add_special_tokens)
     return tuple(encoding.ids)

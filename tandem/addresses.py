@@ -14,7 +14,7 @@ ANY_ADDRESS = frozenset({"0.0.0.0", "::"})
 # What is wrong with a port, and not with the host beside it.
 _OF_THE_PORT = {errno.EADDRINUSE: "the port is in use", errno.EACCES: "this user may not have the port"}
 # Where a person says it, besides the configuration file.
-_FLAGS = {"router": "--{key}", "worker": "tandem worker --{key}"}
+_FLAGS = {"router": "--{flag}", "worker": "tandem worker --{flag}"}
 
 
 def dialable(value: str) -> str:
@@ -46,7 +46,7 @@ def loopback_beside(host: str) -> str | None:
     return "127.0.0.1" if address.version == 4 else "::1"
 
 
-def check_listening(section: str, host: str, port: int) -> None:
+def check_listening(section: str, host: str, port: int, port_key: str = "port") -> None:
     """Raises ConfigError, naming the key and why, when this machine cannot listen there.
 
     Tried on a socket of its own: quick, before anything slow, and with the system's reason, which gRPC keeps.
@@ -61,7 +61,7 @@ def check_listening(section: str, host: str, port: int) -> None:
         return
     problem = problems[0]
     assert problem is not None
-    key = "port" if problem.errno in _OF_THE_PORT else "host"
+    key = port_key if problem.errno in _OF_THE_PORT else "host"
     reason = _OF_THE_PORT.get(problem.errno or 0) or os.strerror(problem.errno or 0).lower()
     raise _refusal(section, key, f"cannot listen on {join_address(host, port)}: {reason}")
 
@@ -78,5 +78,5 @@ def _try(family: int, address: tuple[object, ...]) -> OSError | None:
 
 
 def _refusal(section: str, key: str, words: str) -> ConfigError:
-    flag = _FLAGS[section].format(key=key)
+    flag = _FLAGS[section].format(flag=key.replace("_", "-"))
     return ConfigError(f"{section}.{key} ({flag}): {words}", field=f"{section}.{key}")

@@ -100,6 +100,8 @@ class RouterConfig(Section):
     # The router listens on loopback too, on the same port: the end of an ssh tunnel.
     host: str = "127.0.0.1"
     port: int = Field(8700, ge=0, le=65535)
+    # Of the OpenAI-compatible HTTP door, on the same hosts. 0: any free port; -1: no such door.
+    http_port: int = Field(8701, ge=-1, le=65535)
     # Requests in the house at once; one more is refused as overloaded.
     max_live_requests: int = Field(1024, ge=1)
     # Of a request that brings no deadline, seconds.
@@ -114,7 +116,7 @@ class RouterConfig(Section):
     # How KV goes between two workers. "auto": the best that both share, as docs/kv_transfer.md says; any other name: by
     # that one, or not at all. Either way the second attempt after a failed transfer goes by grpc.
     transport: Literal["auto", "grpc", "ray"] = "auto"
-    # A request message may be this large; workers, who get it next, take no more than 16 MiB.
+    # A request message, or the body of an HTTP request, may be this large; workers, who get it next, take no more than 16 MiB.
     max_message_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 24)
 
 

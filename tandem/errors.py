@@ -14,8 +14,8 @@
     ├── ModelRefused         a model cannot be loaded, or would not be served exactly
     └── InternalError        a bug; details are in the log of the process, never in the message
 
-Each class has one stable `code`. `CODES` maps codes to classes for the receiving side of a wire; gRPC status codes
-are in tandem/rpc.py, beside the one interceptor that translates.
+Each class has one stable `code`. `CODES` maps codes to classes for the receiving side of a wire; the one table of gRPC
+and HTTP statuses is in tandem/rpc.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""gRPC as Tandem uses it: channel and server settings, and the one translation of errors to and from status codes."""
+"""gRPC as Tandem uses it: channel and server settings, and the one table of errors and their statuses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import logging
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -29,19 +29,28 @@ KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 2000, 3000
 # Dialling a host that does not answer ends after this long, not after gRPC's 20 s: the next try may find it back.
 DIAL_TIMEOUT_MS = 2000
 
-# The table: error class (nearest base counts) → gRPC status.
-STATUS: dict[type[errors.TandemError], grpc.StatusCode] = {
-    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
-    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-    errors.Cancelled: grpc.StatusCode.CANCELLED,
-    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
-    errors.TransferFailed: grpc.StatusCode.DATA_LOSS,
-    errors.Refused: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.ModelRefused: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.TandemError: grpc.StatusCode.INTERNAL,
+
+class Status(NamedTuple):
+    """What an error is called outside: on a gRPC call, and at the HTTP door."""
+
+    grpc: grpc.StatusCode
+    http: int
+
+
+# The table: error class (nearest base counts) → status.
+STATUS: dict[type[errors.TandemError], Status] = {
+    errors.InvalidRequest: Status(grpc.StatusCode.INVALID_ARGUMENT, 400),
+    errors.ModelNotFound: Status(grpc.StatusCode.NOT_FOUND, 404),
+    errors.Overloaded: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, 429),
+    errors.DeadlineExceeded: Status(grpc.StatusCode.DEADLINE_EXCEEDED, 504),
+    # 499, nginx's own: nobody is there to read it, but logs and metrics have a number.
+    errors.Cancelled: Status(grpc.StatusCode.CANCELLED, 499),
+    errors.Unavailable: Status(grpc.StatusCode.UNAVAILABLE, 503),
+    errors.TransferFailed: Status(grpc.StatusCode.DATA_LOSS, 502),
+    errors.Refused: Status(grpc.StatusCode.FAILED_PRECONDITION, 500),
+    errors.ConfigError: Status(grpc.StatusCode.INVALID_ARGUMENT, 500),
+    errors.ModelRefused: Status(grpc.StatusCode.FAILED_PRECONDITION, 500),
+    errors.TandemError: Status(grpc.StatusCode.INTERNAL, 500),
 }
 # What a status means when no Tandem process attached a code: gRPC itself or a proxy spoke.
 _PLAIN: dict[grpc.StatusCode, type[errors.TandemError]] = {
@@ -136,7 +145,7 @@ async def ended(call: Any) -> errors.TandemError:
     return _error_of(await call.code(), details, trailing)
 
 
-def status_of(error: errors.TandemError) -> grpc.StatusCode:
+def status_of(error: errors.TandemError) -> Status:
     return next(STATUS[base] for base in type(error).__mro__ if base in STATUS)
 
 
@@ -178,7 +187,7 @@ async def abort_with(context: Any, error: Exception) -> NoReturn:
         log.error("unexpected error in a call", exc_info=error)
         error = errors.InternalError("internal error; the server's log has the details")
     try:
-        await context.abort(status_of(error), error.message, _metadata_of(error))
+        await context.abort(status_of(error).grpc, error.message, _metadata_of(error))
     except grpc.aio.AbortError:
         raise
     except Exception as failure:  # gRPC's own, private kinds: the call ended while the handler did, and nobody listens

@@ -78,7 +78,13 @@ def ready_line(address: str, status: ServiceStatus) -> str:
     models = ", ".join(model.name for model in status.models)
     kinds = Counter("colocated" if len(worker.roles) > 1 else "+".join(worker.roles) for worker in status.workers)
     pools = " + ".join(f"{kinds[kind]} {kind}" for kind in ("prefill", "decode", "colocated") if kinds[kind])
-    return f"ready at {address}: model {models}, {pools}"
+    door = f"; OpenAI API at {openai_url(address, status.http_port)}" if status.http_port else ""
+    return f"ready at {address}: model {models}, {pools}{door}"
+
+
+def openai_url(router: str, http_port: int) -> str:
+    """router: its host:port."""
+    return f"http://{router.rpartition(':')[0]}:{http_port}/v1"
 
 
 def printable(text: str) -> str:

@@ -31,7 +31,11 @@ def demo() -> None:
     with reported():
         # Small enough for any laptop; any free ports, so that a service that runs already is not disturbed.
         config = load_config(
-            overrides={"router": {"port": 0}, "engine": {"kv_memory_mib": 64}, "worker": {"drain_timeout_s": 2.0}}
+            overrides={
+                "router": {"port": 0, "http_port": -1},
+                "engine": {"kv_memory_mib": 64},
+                "worker": {"drain_timeout_s": 2.0},
+            }
         )
         asyncio.run(_demo(console, config))
 

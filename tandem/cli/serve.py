@@ -37,6 +37,9 @@ def serve(
     load_format: Annotated[LoadFormat | None, typer.Option(help="dummy: random weights, for load tests.")] = None,
     host: Annotated[str | None, typer.Option(help="Address that the router listens on.")] = None,
     port: Annotated[int | None, typer.Option(help="The router's port; 0: any free one.")] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="Of its OpenAI-compatible HTTP door; 0: any free one, -1: none.")
+    ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster: returns when the service is ready.")] = False,
     address: Annotated[
         str | None,
@@ -64,7 +67,7 @@ def serve(
             {
                 "model": {"path": model, "load_format": load_format},
                 "engine": {"device": device},
-                "router": {"host": host, "port": port},
+                "router": {"host": host, "port": port, "http_port": http_port},
                 "serve": pool_sizes(prefill, decode, colocated),
             },
         )

@@ -89,6 +89,8 @@ class ServiceStatus:
     models: tuple[ModelInfo, ...]
     # Oldest first; at most 100.
     requests: tuple[LiveRequest, ...]
+    # Of the OpenAI-compatible HTTP door, on the router's host; 0: there is none.
+    http_port: int
 
     def problems(self) -> list[str]:
         """What breaks the law "no orphan", one line each, after `status(check_integrity=True)`; empty: all is well.

@@ -89,6 +89,8 @@ class Supervisor:
         for spec in self._worker_specs():
             await self._launch(spec)
         status = await self._joined()
+        if status.http_port:
+            self._fix_router(http_port=status.http_port)
         self._watchers = [asyncio.create_task(self._watch(child)) for child in self._children.values()]
         return status
 
@@ -100,11 +102,12 @@ class Supervisor:
             raise _early_exit(router)
         host, _, port_text = listening.rpartition(":")
         self.address = f"{_LOOPBACK.get(host, host)}:{port_text}"
-        # A router that is started again must listen where the workers and clients look for it.
-        port = int(port_text)
-        self._config = self._config.model_copy(
-            update={"router": self._config.router.model_copy(update={"port": port})},
-        )
+        self._fix_router(port=int(port_text))
+
+    def _fix_router(self, **ports: int) -> None:
+        """A router that is started again must listen where the workers and clients look for it."""
+        router = self._config.router.model_copy(update=ports)
+        self._config = self._config.model_copy(update={"router": router})
 
     def _worker_specs(self) -> list[ProcessSpec]:
         serve = self._config.serve

@@ -105,8 +105,9 @@ def wanted_specs(config: TandemConfig, head: str) -> dict[str, str]:
     """Spec texts by member name. head: the head node's address. Raises ConfigError for what cannot serve."""
     check_pools(config)
     router, model = config.router, config.model
-    if router.port == 0:
-        raise ConfigError("router.port must be fixed on a cluster, for workers and clients to find it; not 0")
+    for key in ("port", "http_port"):
+        if getattr(router, key) == 0:
+            raise ConfigError(f"router.{key} must be fixed on a cluster, for workers and clients to find it; not 0")
     # Without it, a restarted router would be known under another name.
     model = model.model_copy(update={"name": model.served_name})
     host = router.host if "host" in router.model_fields_set else head

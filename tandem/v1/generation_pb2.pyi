@@ -179,7 +179,7 @@ class StatusRequest(_message.Message):
     def __init__(self, check_integrity: _Optional[bool] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("version", "uptime_ms", "live_requests", "finished_requests", "failed_requests", "cancelled_requests", "workers", "models", "requests")
+    __slots__ = ("version", "uptime_ms", "live_requests", "finished_requests", "failed_requests", "cancelled_requests", "workers", "models", "requests", "http_port")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_MS_FIELD_NUMBER: _ClassVar[int]
     LIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -189,6 +189,7 @@ class StatusResponse(_message.Message):
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    HTTP_PORT_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_ms: float
     live_requests: int
@@ -198,7 +199,8 @@ class StatusResponse(_message.Message):
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     models: _containers.RepeatedCompositeFieldContainer[_registry_pb2.ModelInfo]
     requests: _containers.RepeatedCompositeFieldContainer[LiveRequest]
-    def __init__(self, version: _Optional[str] = ..., uptime_ms: _Optional[float] = ..., live_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[_registry_pb2.ModelInfo, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[LiveRequest, _Mapping]]] = ...) -> None: ...
+    http_port: int
+    def __init__(self, version: _Optional[str] = ..., uptime_ms: _Optional[float] = ..., live_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[_registry_pb2.ModelInfo, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[LiveRequest, _Mapping]]] = ..., http_port: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("hello", "load", "heartbeat_age_ms", "draining", "integrity", "cached_blocks")

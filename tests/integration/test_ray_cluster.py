@@ -33,12 +33,13 @@ class RayService:
 
     def __init__(self, head: RayHead, folder: Path) -> None:
         self.head = head
-        self.port = free_ports(1)[0]
+        self.port, self.http_port = free_ports(2)
         self._config = folder / "service.json"
         self.configure(kv_memory_mib=32)
 
     def configure(self, **engine: int) -> None:
-        settings = {"engine": {"threads": 1, **engine}, "router": {"port": self.port, "transport": "ray"}}
+        router = {"port": self.port, "http_port": self.http_port, "transport": "ray"}
+        settings = {"engine": {"threads": 1, **engine}, "router": router}
         self._config.write_text(json.dumps(settings))
 
     def serve(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -90,7 +91,8 @@ def service(head: RayHead, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     service = RayService(head, tmp_path_factory.mktemp("service"))
     ran = service.serve("--wait", "100")
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.endswith(f":{service.port}: model tiny, 1 prefill + 1 decode\n")
+    words = rf"ready at (\S+):{service.port}: model tiny, 1 prefill \+ 1 decode; OpenAI API at http://\1:{service.http_port}/v1\n"
+    assert re.search(words + "$", ran.stdout)
     yield service
     assert head.tandem("down").returncode == 0
 

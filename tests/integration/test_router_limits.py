@@ -244,7 +244,7 @@ async def process(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 async def test_the_process_says_ready_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
     config = tmp_path / "tandem.yaml"
-    config.write_text("router: {port: 1}")
+    config.write_text("router: {port: 1, http_port: 0}")
     async with process("--config", str(config), "--port", "0") as child:
         assert child.stdout is not None
         ready = (await asyncio.wait_for(child.stdout.readline(), 20)).decode()

@@ -118,9 +118,14 @@ class Service:
         self._folder = folder
         self._settings = settings
         self.processes: dict[str, Process] = {}
-        self.router = self.start("router", "router", "--port", "0", router={})
+        self.router = self.start("router", "router", "--port", "0", "--http-port", "0", router={})
         self.address = self.router.wait_ready()
         self.client = tandem.Client(self.address)
+
+    @property
+    def http(self) -> str:
+        """Of its HTTP door: http://host:port"""
+        return f"http://{self.address.rpartition(':')[0]}:{self.status().http_port}"
 
     def start(self, name: str, *command: str, **overrides: dict[str, Any]) -> Process:
         """A process with this service's settings, sections overridden."""

@@ -308,6 +308,10 @@ def test_colocated_alone_means_no_split(flags: tuple[Any, Any, Any], sizes: tupl
 def test_the_ready_line_names_address_model_and_pools() -> None:
     line = ready_line("127.0.0.1:8700", status_from_wire(status_of()))
     assert line == "ready at 127.0.0.1:8700: model tiny, 1 prefill"
+    with_door = status_of()
+    with_door.http_port = 8701
+    line = ready_line("[::1]:8700", status_from_wire(with_door))
+    assert line == "ready at [::1]:8700: model tiny, 1 prefill; OpenAI API at http://[::1]:8701/v1"
 
 
 @pytest.mark.parametrize("text", ["zero", "", "1,", "99999", "-1"])

@@ -63,11 +63,13 @@ def test_an_unknown_code_is_internal() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_class_has_a_status(kind: type[errors.TandemError]) -> None:
-    assert rpc.status_of(kind("m")) is not grpc.StatusCode.OK
+    status = rpc.status_of(kind("m"))
+    assert status.grpc is not grpc.StatusCode.OK
+    assert 400 <= status.http < 600
 
 
 def test_a_class_without_a_line_takes_its_bases_status() -> None:
-    assert rpc.status_of(errors.WorkerLost("m")) is grpc.StatusCode.UNAVAILABLE
+    assert rpc.status_of(errors.WorkerLost("m")) == (grpc.StatusCode.UNAVAILABLE, 503)
 
 
 @pytest.mark.parametrize("retry", ["soon", "-5", "1e3", "", "9" * 5000, "\u0665"])

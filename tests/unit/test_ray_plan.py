@@ -62,6 +62,7 @@ def test_workers_dial_where_the_router_listens(host: str, address: str) -> None:
     ("settings", "words"),
     [
         ({"router": {"port": 0}}, "router.port must be fixed"),
+        ({"router": {"http_port": 0}}, "router.http_port must be fixed"),
         ({"serve": {"prefill": 0}}, "nobody would play prefill"),
         ({"worker": {"port": 9000}}, "worker.port can belong to one worker only"),
     ],

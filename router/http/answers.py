@@ -1,0 +1,211 @@
+"""Events of the orchestrator to OpenAI's objects. Each endpoint has its own shapes; the way there is the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from router.http.token_text import TokenText
+from tandem.timeline import Phase
+from tandem.types import ChoiceFinished, Delta, RequestReport, Token, Usage
+
+# What a user sees of where the time went: name → from which phase to which.
+SPANS: dict[str, tuple[Phase, Phase]] = {
+    "queue_ms": (Phase.RECEIVED, Phase.PREFILL_STARTED),
+    "prefill_ms": (Phase.PREFILL_STARTED, Phase.FIRST_TOKEN),
+    "handoff_ms": (Phase.FIRST_TOKEN, Phase.KV_SEALED),
+    "first_decode_ms": (Phase.KV_SEALED, Phase.DECODE_STARTED),
+    "decode_ms": (Phase.DECODE_STARTED, Phase.FINISHED),
+    "ttft_ms": (Phase.RECEIVED, Phase.FIRST_TOKEN),
+    "total_ms": (Phase.RECEIVED, Phase.FINISHED),
+}
+
+
+@dataclass
+class Progress:
+    """What one choice has told so far."""
+
+    text: list[str] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    # Characters of token texts before the next one, for completions' text_offset.
+    offset: int = 0
+    finished: ChoiceFinished | None = None
+
+
+class Shape(Protocol):
+    """One endpoint's objects."""
+
+    prefix: str
+    whole: str
+    piece: str
+
+    def choice(self, progress: Progress) -> dict[str, Any]:
+        """Of a whole answer, without index and reason."""
+
+    def delta(self, progress: Progress, text: str, tokens: tuple[Token, ...]) -> dict[str, Any]:
+        """Of a stream."""
+
+
+class CompletionShape:
+    prefix, whole, piece = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, spell: TokenText | None, logprobs: bool) -> None:
+        self._spell = spell
+        self._logprobs = logprobs
+
+    def choice(self, progress: Progress) -> dict[str, Any]:
+        return {"text": "".join(progress.text), "logprobs": self._lists(progress, progress.tokens)}
+
+    def delta(self, progress: Progress, text: str, tokens: tuple[Token, ...]) -> dict[str, Any]:
+        return {"text": text, "logprobs": self._lists(progress, tokens)}
+
+    def _lists(self, progress: Progress, tokens: Iterable[Token]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        texts, offsets = [], []
+        for token in tokens:
+            texts.append(spelled(self._spell, token.id)[0])
+            offsets.append(progress.offset)
+            progress.offset += len(texts[-1])
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: Token) -> dict[str, float]:
+        """Of two tokens that are spelled alike, the likelier one."""
+        return {spelled(self._spell, id_)[0]: logprob for id_, logprob in reversed(token.top_logprobs)}
+
+
+class ChatShape:
+    prefix, whole, piece = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, spell: TokenText | None, logprobs: bool) -> None:
+        self._spell = spell
+        self._logprobs = logprobs
+
+    def choice(self, progress: Progress) -> dict[str, Any]:
+        message = {"role": "assistant", "content": "".join(progress.text), "refusal": None}
+        return {"message": message, "logprobs": self._list(progress.tokens)}
+
+    def delta(self, progress: Progress, text: str, tokens: tuple[Token, ...]) -> dict[str, Any]:
+        if not tokens and not text:
+            return {"delta": {}, "logprobs": None}
+        delta = {"content": text} if progress.tokens else {"role": "assistant", "content": text}
+        return {"delta": delta, "logprobs": self._list(tokens)}
+
+    def _list(self, tokens: Iterable[Token]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        entries = [
+            {**self._entry(token.id, token.logprob), "top_logprobs": [self._entry(*top) for top in token.top_logprobs]}
+            for token in tokens
+        ]
+        return {"content": entries, "refusal": None}
+
+    def _entry(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        text, data = spelled(self._spell, token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(data)}
+
+
+def spelled(spell: TokenText | None, token_id: int) -> tuple[str, bytes]:
+    """A model without a tokenizer has numbers only."""
+    if spell is None:
+        return f"token_id:{token_id}", b""
+    return spell.of(token_id)
+
+
+@dataclass
+class Answer:
+    """All of one body's choices, in order: those of the first prompt, of the second, and so on."""
+
+    shape: Shape
+    model: str
+    id: str
+    token_ids: bool
+    choices: list[Progress]
+    usages: list[Usage] = field(default_factory=list)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def note(self, index: int, event: Delta | ChoiceFinished) -> None:
+        """For the whole answer."""
+        progress = self.choices[index]
+        if isinstance(event, ChoiceFinished):
+            progress.finished = event
+        else:
+            progress.text.append(event.text)
+            progress.tokens.extend(event.tokens)
+
+    def chunk(self, index: int, event: Delta | ChoiceFinished) -> dict[str, Any]:
+        """For a stream: what is new in this event."""
+        progress = self.choices[index]
+        tokens, text, reason = (
+            ((), "", event) if isinstance(event, ChoiceFinished) else (event.tokens, event.text, None)
+        )
+        choice = {"index": index, **self.shape.delta(progress, text, tokens), **_ending(reason)}
+        if self.token_ids:
+            choice["token_ids"] = [token.id for token in tokens]
+        if reason is not None:
+            progress.finished = reason
+        elif not progress.tokens:
+            progress.tokens.extend(tokens)  # a stream keeps nothing but that it has begun
+        return self._object(self.shape.piece, [choice])
+
+    def usage_chunk(self) -> dict[str, Any]:
+        return {**self._object(self.shape.piece, []), "usage": self.usage()}
+
+    def object(self) -> dict[str, Any]:
+        choices = [self._whole(index, progress) for index, progress in enumerate(self.choices)]
+        return {**self._object(self.shape.whole, choices), "usage": self.usage()}
+
+    def _whole(self, index: int, progress: Progress) -> dict[str, Any]:
+        choice = {"index": index, **self.shape.choice(progress), **_ending(progress.finished)}
+        if self.token_ids:
+            choice["token_ids"] = [token.id for token in progress.tokens]
+        return choice
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"{self.shape.prefix}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def usage(self) -> dict[str, Any]:
+        """Of all prompts and choices; where the time went is told of the first."""
+        prompt = sum(usage.prompt_tokens for usage in self.usages)
+        output = sum(usage.output_tokens for usage in self.usages)
+        cached = sum(usage.cached_prompt_tokens for usage in self.usages)
+        first = self.choices[0].finished
+        assert first is not None, "every choice has ended"
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "tandem": time_table(first.report),
+        }
+
+
+def _ending(finished: ChoiceFinished | None) -> dict[str, Any]:
+    if finished is None:
+        return {"finish_reason": None}
+    return {"finish_reason": str(finished.reason), "stop_reason": finished.stop}
+
+
+def time_table(report: RequestReport) -> dict[str, Any]:
+    """Milliseconds by span (null for a phase that there was not: one token needs no handoff), and what KV took."""
+    spans = {name: report.timeline.between_ms(*phases) for name, phases in SPANS.items()}
+    return {
+        **{name: None if span is None else round(span, 3) for name, span in spans.items()},
+        "kv_bytes": report.kv_bytes,
+        "kv_transfer_ms": round(report.kv_transfer_ms, 3),
+        "kv_reused_tokens": report.kv_reused_tokens,
+        "transport": report.transport,
+    }

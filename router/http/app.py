@@ -1,0 +1,132 @@
+"""Which path of the HTTP door is what."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from tokenizers import Tokenizer
+
+from router.http import failures
+from router.http.answers import Answer, ChatShape, CompletionShape, Progress, Shape
+from router.http.body import parse, read_body
+from router.http.chat_template import ChatTemplate
+from router.http.exchange import Exchange
+from router.http.fields import ChatRequest, CompletionRequest
+from router.http.fields import Request as Fields
+from router.http.metrics import Metrics
+from router.http.probe import Probe
+from router.http.prompts import chat_request, completion_requests
+from router.http.token_text import TokenText
+from router.orchestrator import Orchestrator
+from router.registry import Registry
+from router.tokenizer import encode
+from tandem.config import RouterConfig
+from tandem.errors import InvalidRequest, ModelNotFound, TandemError, Unavailable
+from tandem.types import ModelInfo
+from tandem.v1 import generation_pb2
+
+
+class OpenAIDoor:
+    """The endpoints. No page of documentation, no cross-origin access: what is not here is not found."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        orchestrator: Orchestrator,
+        registry: Registry,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+    ) -> None:
+        self._limit = config.max_message_bytes
+        self._orchestrator = orchestrator
+        self._registry = registry
+        self._tokenizer = tokenizer
+        self._spell = tokenizer and TokenText(tokenizer)
+        self._template = template
+        self._probe = Probe(orchestrator)
+        self._metrics = Metrics(orchestrator, registry)
+        orchestrator.observers.append(self._metrics)
+        self._started = int(time.time())
+
+    def app(self) -> FastAPI:
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        app.add_exception_handler(TandemError, failures.on_tandem_error)
+        app.add_exception_handler(HTTPException, failures.on_http_error)
+        app.add_exception_handler(Exception, failures.on_bug)
+        routes = APIRouter(default_response_class=Response)
+        routes.post("/v1/completions")(self.completions)
+        routes.post("/v1/chat/completions")(self.chat)
+        routes.get("/v1/models")(self.models)
+        routes.get("/v1/models/{name:path}")(self.one_model)
+        routes.get("/health")(self.health)
+        routes.get("/ready")(self.ready)
+        routes.get("/metrics")(self.metrics)
+        app.include_router(routes)
+        return app
+
+    async def completions(self, request: Request) -> Response:
+        body = parse(CompletionRequest, await read_body(request, self._limit))
+        shape = CompletionShape(self._spell, body.logprobs is not None)
+        return self._exchange(body, shape, completion_requests(body))
+
+    async def chat(self, request: Request) -> Response:
+        body = parse(ChatRequest, await read_body(request, self._limit))
+        model = self._model(body.model)
+        if self._template is None or self._tokenizer is None:
+            lacks = "tokenizer" if self._tokenizer is None else "chat template"
+            raise InvalidRequest(f"model {model.name} has no {lacks}: use /v1/completions", field="messages")
+        # The template writes the special tokens itself.
+        text = self._template.render(body.messages)
+        prompt_ids = await encode(self._tokenizer, text, add_special_tokens=False)
+        shape = ChatShape(self._spell, bool(body.logprobs))
+        return self._exchange(body, shape, [chat_request(body, list(prompt_ids), model.max_model_len)])
+
+    def _exchange(self, body: Fields, shape: Shape, requests: Sequence[generation_pb2.GenerateRequest]) -> Response:
+        if body.stream_options is not None and not body.streamed:
+            raise InvalidRequest("stream_options needs stream to be true", field="stream_options")
+        choices = [Progress() for request in requests for _ in range(request.n)]
+        name = self._model(body.model).name
+        answer = Answer(shape, name, secrets.token_hex(16), bool(body.return_token_ids), choices)
+        return Exchange(self._orchestrator, requests, answer, body.streamed, body.usage_in_stream)
+
+    def _model(self, name: str | None) -> ModelInfo:
+        """Raises ModelNotFound or Unavailable."""
+        model = self._registry.model
+        if model is None:
+            raise Unavailable("no worker has joined, so no model is served")
+        if name and name != model.name:
+            raise ModelNotFound(f"model {name[:200]!r} is not served; served: {model.name}", field="model")
+        return model
+
+    async def models(self) -> Response:
+        model = self._registry.model
+        return JSONResponse({"object": "list", "data": [] if model is None else [self._model_object(model)]})
+
+    async def one_model(self, name: str) -> Response:
+        return JSONResponse(self._model_object(self._model(name)))
+
+    def _model_object(self, model: ModelInfo) -> dict[str, Any]:
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "tandem",
+            "max_model_len": model.max_model_len,
+        }
+
+    async def health(self) -> Response:
+        """The router's process answers; more is /ready's to say."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self) -> Response:
+        report = (await self._probe.check()).report
+        return JSONResponse({"status": "ready", "transport": report.transport, "kv_bytes": report.kv_bytes})
+
+    async def metrics(self) -> Response:
+        return Response(self._metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")

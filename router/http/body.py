@@ -1,0 +1,99 @@
+"""The body of a request: bounded bytes, then fields of the right types. What is wrong is named."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from router.http.failures import Impolite
+from tandem.errors import InvalidRequest
+from tandem.types import shown
+
+M = TypeVar("M", bound=BaseModel)
+
+# A body must have arrived after this long.
+READ_S = 30.0
+# Of a body that is too large so much is read and dropped: a client that still writes does not read the answer.
+LINGER_BYTES = 64 << 20
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Raises Impolite."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # A page in a browser may send other types to any address unasked.
+        raise Impolite(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the content-type must be application/json")
+    try:
+        async with asyncio.timeout(READ_S):
+            return await _read(request, limit)
+    except TimeoutError:
+        raise Impolite(HTTPStatus.REQUEST_TIMEOUT, f"the body did not arrive within {READ_S:g} s") from None
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    chunks: list[bytes] = []
+    size = _declared(request)
+    if size <= LINGER_BYTES:
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > LINGER_BYTES:
+                break
+            if size <= limit:
+                chunks.append(chunk)
+    if size > limit:
+        words = f"the body has more than {limit} bytes, the most this router takes (router.max_message_bytes)"
+        raise Impolite(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, words)
+    return b"".join(chunks)
+
+
+def _declared(request: Request) -> int:
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isdecimal() and len(length) < 20 else 0
+
+
+def parse(kind: type[M], data: bytes) -> M:
+    """Raises InvalidRequest naming the field."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise _explain(kind, error) from None
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> InvalidRequest:
+    first = error.errors(include_url=False, include_context=False)[0]
+    if first["type"] == "json_invalid":
+        return InvalidRequest(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    if not first["loc"]:
+        return InvalidRequest("the body must be a JSON object")
+    field = _place(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"{field} {_unknown(kind, first['loc'])}", field=field)
+    if first["type"] == "missing":
+        return InvalidRequest(f"{field} is missing", field=field)
+    wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("should be ")
+    return InvalidRequest(f"{field} must be {wanted}, not {shown(first['input'])}", field=field)
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """`messages[0].content`, without pydantic's names for the members of a union."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in ("str", "int", "float", "bool", "list", "dict"):
+            path += f".{part}" if path else part
+    return path[:200]
+
+
+def _unknown(kind: type[BaseModel], location: tuple[Any, ...]) -> str:
+    name = str(location[-1])
+    if len(location) > 1:
+        return "is not supported"
+    near = difflib.get_close_matches(name, kind.model_fields, n=1)
+    return "is no field of this request" + (f"; did you mean {near[0]}?" if near else "")

@@ -1,0 +1,165 @@
+"""The HTTP door's sockets and server, and how long its clients may take."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from tokenizers import Tokenizer
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from router.http.app import OpenAIDoor
+from router.http.chat_template import load_chat_template
+from router.orchestrator import Orchestrator
+from router.registry import Registry
+from tandem.addresses import check_listening, join_address
+from tandem.config import TandemConfig
+from tandem.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# A request line and its headers must have arrived after this long.
+HEADERS_S = 10.0
+# A client that takes nothing for this long is gone, as far as we are concerned. What waits for it is bounded by then:
+# the transport's buffer, and the tokens that its request may have.
+STALL_S = 30.0
+# Connections beside those that have a live request: idle ones, and those whose request is still arriving.
+SPARE_CONNECTIONS = 512
+# Of a stopping door, for answers that are on their way.
+STOP_S = 1
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+
+
+@asynccontextmanager
+async def open_door(
+    config: TandemConfig,
+    hosts: Sequence[str],
+    orchestrator: Orchestrator,
+    registry: Registry,
+    tokenizer: Tokenizer | None,
+) -> AsyncIterator[int]:
+    """A serving door; yields its port. Raises ConfigError."""
+    template = load_chat_template(config.model)
+    sockets = _listen(hosts, config.router.http_port)
+    door = OpenAIDoor(config.router, orchestrator, registry, tokenizer, template)
+    async with _serving(door.app(), sockets, config.router.max_live_requests):
+        yield sockets[0].getsockname()[1]
+
+
+def _listen(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """One port on all of these hosts; 0: any. Raises ConfigError."""
+    sockets: list[socket.socket] = []
+    for host in hosts:
+        check_listening("router", host, port, "http_port")
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        try:
+            sockets.append(socket.create_server(address[:2], family=family, backlog=1024))
+        except OSError as error:
+            for each in sockets:
+                each.close()
+            words = f"router.http_port: cannot listen on {join_address(host, port)}: {error.strerror}"
+            raise ConfigError(words, field="router.http_port") from None
+        port = sockets[0].getsockname()[1]
+    return sockets
+
+
+@asynccontextmanager
+async def _serving(app: ASGIApp, sockets: list[socket.socket], max_requests: int) -> AsyncIterator[None]:
+    """Serves the app on these sockets, and closes them in the end."""
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http=_protocol(max_requests + SPARE_CONNECTIONS),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=STOP_S,
+        )
+    )
+    task = asyncio.create_task(server.serve(sockets))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the router's."""
+        yield
+
+
+def _protocol(limit: int) -> type[asyncio.Protocol]:
+    class Limited(Patience):
+        max_connections = limit
+
+    return Limited
+
+
+class Patience(H11Protocol):
+    """uvicorn's HTTP/1.1, with bounds on clients that send or take nothing.
+
+    waiting for headers ──HEADERS_S──▶ closed        answering ──the client takes nothing for STALL_S──▶ aborted
+    """
+
+    max_connections: int
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._headers_due: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            transport.write(_FULL)
+            transport.close()
+            return
+        self._expect_headers()
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._headers_due is None and not self._answering:
+            self._expect_headers()  # of the connection's next request
+        super().data_received(data)
+        if self._answering:
+            self._headers_due = _cancelled(self._headers_due)
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _expect_headers(self) -> None:
+        self._headers_due = self.loop.call_later(HEADERS_S, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stalled = _cancelled(self._stalled)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self._headers_due, self._stalled = _cancelled(self._headers_due), _cancelled(self._stalled)
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

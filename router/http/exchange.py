@@ -1,0 +1,122 @@
+"""Requests through the orchestrator, for as long as their client stays."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from fastapi import Response
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from router.aio import first_error, first_of
+from router.http import failures
+from router.http.answers import Answer
+from router.http.failures import stream_event
+from router.orchestrator import Orchestrator
+from tandem.errors import TandemError
+from tandem.types import Accepted, ChoiceFinished, Completed, Delta, Event, Usage
+from tandem.v1 import generation_pb2
+
+log = logging.getLogger(__name__)
+
+Requests = Sequence[generation_pb2.GenerateRequest]
+# Gets the index of the choice among all of the body's, and what is new of it.
+Take = Callable[[int, Delta | ChoiceFinished], Awaitable[None]]
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+async def run_all(orchestrator: Orchestrator, requests: Requests, answer: Answer, take: Take) -> None:
+    """All prompts at once; `answer` gets their usages. The first failure ends the others. Raises a TandemError."""
+    usages: list[Usage] = [Usage(0, 0)] * len(requests)
+    turn = asyncio.Lock()
+
+    async def run(place: int, request: generation_pb2.GenerateRequest) -> None:
+        async def emit(event: Event) -> None:
+            match event:
+                case Delta() | ChoiceFinished():
+                    async with turn:
+                        await take(place * request.n + event.choice, event)
+                case Completed():
+                    usages[place] = event.usage
+                case Accepted():
+                    pass
+
+        await orchestrator.generate(request, None, emit)
+
+    with first_error():
+        async with asyncio.TaskGroup() as tasks:
+            for place, request in enumerate(requests):
+                tasks.create_task(run(place, request))
+    answer.usages = usages
+
+
+class Exchange(Response):
+    """The answer to one body. A client that leaves cancels its requests, which frees what they hold on both pools.
+
+        running ──first token──▶ streaming ──▶ ended       a stream; a failure is its last event
+           └──────────────────────────────────▶ answered    one object, or an error with its own status
+
+    The status line waits for the first token, so a request that is refused, or fails before, gets the right one.
+    """
+
+    def __init__(
+        self, orchestrator: Orchestrator, requests: Requests, answer: Answer, streamed: bool, usage_in_stream: bool
+    ) -> None:
+        super().__init__()
+        self._orchestrator = orchestrator
+        self._requests = requests
+        self._answer = answer
+        self._streamed = streamed
+        self._usage_in_stream = usage_in_stream
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await first_of(self._answer_with(scope, receive, send), _left(receive))
+
+    async def _answer_with(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if self._streamed:
+                await self._stream(send)
+                return
+            await run_all(self._orchestrator, self._requests, self._answer, self._note)
+            response: Response = JSONResponse(self._answer.object())
+        except TandemError as error:
+            if self._begun:
+                await self._break_off(send, error)
+                return
+            response = failures.response_to(error)
+        await response(scope, receive, send)
+
+    async def _note(self, index: int, event: Delta | ChoiceFinished) -> None:
+        self._answer.note(index, event)
+
+    async def _stream(self, send: Send) -> None:
+        async def take(index: int, event: Delta | ChoiceFinished) -> None:
+            chunk = self._answer.chunk(index, event)
+            if self._usage_in_stream:
+                chunk["usage"] = None
+            if not self._begun:
+                self._begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            await send({"type": "http.response.body", "body": stream_event(chunk), "more_body": True})
+
+        await run_all(self._orchestrator, self._requests, self._answer, take)
+        last = stream_event(self._answer.usage_chunk()) if self._usage_in_stream else b""
+        await send({"type": "http.response.body", "body": last + b"data: [DONE]\n\n", "more_body": False})
+
+    async def _break_off(self, send: Send, error: TandemError) -> None:
+        log.info("a stream broke off: %s: %s", error.code, error)
+        body = stream_event(failures.object_of(error))
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _left(receive: Receive) -> None:
+    """Returns when the client has gone; the body was read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

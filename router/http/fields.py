@@ -1,0 +1,130 @@
+"""What may stand in a request's body. OpenAI's names, and vLLM's for what OpenAI has not."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from tandem.errors import InvalidRequest
+from tandem.types import MAX_CHOICES, shown
+
+# One body may ask for so many completions at once.
+MAX_PROMPTS = 128
+MAX_MESSAGES = 2048
+# OpenAI's own default of /v1/completions.
+COMPLETION_TOKENS = 16
+
+# Fields of OpenAI's that mean something which this server does not do, and the values that ask for nothing. Null and
+# nothing at all always do.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "prompt_cache_key": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+class Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StreamOptions(Fields):
+    include_usage: bool = False
+
+
+def _listed(value: object) -> object:
+    """One string is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+class Request(Fields):
+    """What both endpoints take. Limits that are missing here are checked where gRPC's are: by admission."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Annotated[list[str], BeforeValidator(_listed)] | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    user: str | None = None
+    # From here on vLLM's, and Tandem's cache_salt.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    # Choices carry the ids of their tokens too.
+    return_token_ids: bool | None = None
+    cache_salt: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, body: Any) -> Any:
+        """Raises InvalidRequest for what asks for something that is not supported."""
+        if not isinstance(body, dict):
+            return body
+        for name in body.keys() & UNSUPPORTED.keys():
+            if body[name] is not None and body[name] not in UNSUPPORTED[name]:
+                words = f"{name} is not supported by this server (its value was {shown(body[name])})"
+                raise InvalidRequest(words, field=name)
+        return {name: value for name, value in body.items() if name not in UNSUPPORTED}
+
+    @property
+    def streamed(self) -> bool:
+        return bool(self.stream)
+
+    @property
+    def usage_in_stream(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(Request):
+    # One or many, as text or as token ids.
+    prompt: str | list[str] | list[int] | list[list[int]]
+    # Of each chosen token, and of so many most probable ones.
+    logprobs: int | None = None
+
+
+class TextPart(Fields):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Fields):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class ChatRequest(Request):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None

@@ -1,0 +1,142 @@
+"""What Prometheus reads at /metrics: how requests fared, through whatever door, and how the service stands now."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Count
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from router.http.answers import SPANS
+from router.orchestrator import Orchestrator
+from router.registry import Registry
+from tandem.timeline import Phase
+from tandem.types import ChoiceFinished
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+# "queue", "prefill", "handoff" and so on; the two totals have histograms of their own.
+_PHASES = {name.removesuffix("_ms"): span for name, span in SPANS.items() if name not in ("ttft_ms", "total_ms")}
+
+
+class Metrics:
+    """An observer of the orchestrator (router/orchestrator.py)."""
+
+    def __init__(self, orchestrator: Orchestrator, registry: Registry) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "tandem_requests",
+            "Requests by how they ended: ok, or the error's code.",
+            ["outcome"],
+            registry=self._registry,
+        )
+        self._output_tokens = Counter("tandem_output_tokens", "Tokens given to clients.", registry=self._registry)
+        self._kv_bytes = Counter(
+            "tandem_kv_transferred_bytes",
+            "KV handed over, of answers that ended well.",
+            ["transport"],
+            registry=self._registry,
+        )
+        self._ttft = self._histogram("ttft", "From receiving a request to its first token.", _SECONDS)
+        self._tpot = self._histogram("tpot", "Between an answer's first and last token, a token.", _TOKEN_SECONDS)
+        self._e2e = self._histogram("e2e", "From receiving a request to an answer's end.", _SECONDS)
+        self._phases = Histogram(
+            "tandem_phase_seconds", "Phases of answers.", ["phase"], buckets=_SECONDS, registry=self._registry
+        )
+        self._registry.register(Standing(orchestrator, registry))
+
+    def _histogram(self, name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"tandem_{name}_seconds", words, buckets=buckets, registry=self._registry)
+
+    def ended(self, outcome: str) -> None:
+        self._requests.labels(outcome).inc()
+
+    def answered(self, finished: ChoiceFinished) -> None:
+        timeline, tokens = finished.report.timeline, finished.output_tokens
+        self._output_tokens.inc(tokens)
+        _observe(self._ttft, timeline.between_ms(Phase.RECEIVED, Phase.FIRST_TOKEN))
+        _observe(self._e2e, timeline.between_ms(Phase.RECEIVED, Phase.FINISHED))
+        decoding_ms = timeline.between_ms(Phase.FIRST_TOKEN, Phase.FINISHED)
+        if decoding_ms is not None and tokens > 1:
+            _observe(self._tpot, decoding_ms / (tokens - 1))
+        for phase, span in _PHASES.items():
+            _observe(self._phases.labels(phase), timeline.between_ms(*span))
+        if finished.report.kv_bytes:
+            self._kv_bytes.labels(finished.report.transport).inc(finished.report.kv_bytes)
+
+    def page(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+def _observe(histogram: Histogram, span_ms: float | None) -> None:
+    if span_ms is not None:
+        histogram.observe(span_ms / 1000)
+
+
+class Standing:
+    """What is so at the moment of asking, and what workers count themselves."""
+
+    def __init__(self, orchestrator: Orchestrator, registry: Registry) -> None:
+        self._orchestrator = orchestrator
+        self._workers = registry
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("tandem_live_requests", "Accepted and not ended.", len(self._orchestrator.live))
+        yield self._live_phases()
+        yield from self._by_worker()
+        yield self._kv_counters()
+
+    def _live_phases(self) -> Metric:
+        family = GaugeMetricFamily(
+            "tandem_live_choices", "Live answers by the phase they have reached.", labels=["phase"]
+        )
+        phases = Count(job.phase for live in self._orchestrator.live for job in live.jobs)
+        for phase in Phase:
+            family.add_metric([phase], phases[phase])
+        return family
+
+    def _by_worker(self) -> Iterator[Metric]:
+        labels = ["worker", "roles"]
+        families = {
+            "up": GaugeMetricFamily("tandem_worker_up", "1 while requests can be placed on it.", labels=labels),
+            "draining": GaugeMetricFamily("tandem_worker_draining", "1 while it takes no new work.", labels=labels),
+            "heartbeat_age_s": GaugeMetricFamily("tandem_worker_heartbeat_age_seconds", "Silence.", labels=labels),
+            "total_blocks": GaugeMetricFamily("tandem_worker_kv_blocks", "In its pool.", labels=labels),
+            "free_blocks": GaugeMetricFamily("tandem_worker_kv_blocks_free", "Of them free.", labels=labels),
+            "queued_prompt_tokens": GaugeMetricFamily(
+                "tandem_worker_queued_prompt_tokens", "Prompt tokens not yet computed.", labels=labels
+            ),
+            "waiting_prefills": GaugeMetricFamily(
+                "tandem_worker_waiting_prefills", "Prompts that wait.", labels=labels
+            ),
+            "running_decodes": GaugeMetricFamily(
+                "tandem_worker_running_decodes", "Sequences in decode.", labels=labels
+            ),
+            "waiting_reservations": GaugeMetricFamily(
+                "tandem_worker_waiting_reservations", "Requests that wait for its blocks.", labels=labels
+            ),
+        }
+        for worker in self._workers.workers:
+            values = {
+                "up": worker.routable,
+                "draining": worker.draining,
+                "heartbeat_age_s": time.monotonic() - worker.heard_s,
+                "total_blocks": worker.hello.total_blocks,
+            }
+            for name, family in families.items():
+                value = values[name] if name in values else getattr(worker.load, name)
+                family.add_metric([worker.id, "+".join(sorted(worker.roles))], float(value))
+        yield from families.values()
+
+    def _kv_counters(self) -> Metric:
+        family = CounterMetricFamily(
+            "tandem_worker_kv_bytes", "KV moved since the worker started.", labels=["worker", "direction", "transport"]
+        )
+        for worker in self._workers.workers:
+            moved = {"sent": worker.load.kv_bytes_sent, "received": worker.load.kv_bytes_received}
+            for direction, by_transport in moved.items():
+                for transport, count in by_transport.items():
+                    family.add_metric([worker.id, direction, transport], count)
+        return family

@@ -1,0 +1,116 @@
+"""What a body's fields ask of the orchestrator: one GenerateRequest for each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from router.http.fields import COMPLETION_TOKENS, MAX_PROMPTS, ChatRequest, CompletionRequest, Request
+from tandem.errors import InvalidRequest
+from tandem.types import SamplingParams, shown
+from tandem.v1 import generation_pb2
+from tandem.wire import sampling_to_wire
+
+# OpenAI samples unless told otherwise; Tandem's own default is greedy.
+TEMPERATURE = 1.0
+# A chat answer may be as long as the model's length allows, but blocks are reserved for all of it: so much, if nothing
+# is said.
+CHAT_TOKENS = 1024
+# Fields that have the same name and meaning in SamplingParams.
+_SAME = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "ignore_eos",
+)
+Prompt = bytes | list[int]
+
+
+def completion_requests(body: CompletionRequest) -> list[generation_pb2.GenerateRequest]:
+    """Raises InvalidRequest."""
+    max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    sampling = _sampling(body, max_tokens, body.logprobs)
+    return [_message(body, sampling, prompt) for prompt in _prompts(body.prompt)]
+
+
+def chat_request(body: ChatRequest, prompt_ids: list[int], max_model_len: int) -> generation_pb2.GenerateRequest:
+    """Raises InvalidRequest."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true", field="top_logprobs")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    max_tokens = _chat_tokens(body)
+    if max_tokens is None:
+        max_tokens = max(1, min(CHAT_TOKENS, max_model_len - len(prompt_ids)))
+    return _message(body, _sampling(body, max_tokens, logprobs), prompt_ids)
+
+
+def _chat_tokens(body: ChatRequest) -> int | None:
+    asked = {body.max_tokens, body.max_completion_tokens} - {None}
+    if len(asked) > 1:
+        words = "max_tokens is the old name of max_completion_tokens: say one of them, or both with the same value"
+        raise InvalidRequest(words, field="max_completion_tokens")
+    return asked.pop() if asked else None
+
+
+def _sampling(body: Request, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    given: dict[str, Any] = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
+    return SamplingParams(
+        **{"temperature": TEMPERATURE, **given},
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        top_k=0 if body.top_k in (None, -1) else body.top_k,  # vLLM's clients turn it off by -1
+        # OpenAI's seeds may be negative: the same 64 bits, without a sign.
+        seed=body.seed if body.seed is None or not -(2**63) <= body.seed < 0 else body.seed + 2**64,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logit_bias=_biases(body.logit_bias or {}),
+    )
+
+
+def _biases(biases: Mapping[str, float]) -> dict[int, float]:
+    """JSON has no keys but strings."""
+    for token in biases:
+        if not (token.isascii() and token.isdecimal() and len(token) <= 10):
+            raise InvalidRequest(f"logit_bias must be keyed by token ids, not {shown(token)}", field="logit_bias")
+    return {int(token): bias for token, bias in biases.items()}
+
+
+def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
+    if isinstance(prompt, str):
+        return [prompt.encode()]
+    if not prompt:
+        raise InvalidRequest("the prompt is empty", field="prompt")
+    if isinstance(prompt[0], int):
+        return [_token_ids(prompt)]
+    if len(prompt) > MAX_PROMPTS:
+        raise InvalidRequest(f"prompt must hold at most {MAX_PROMPTS} prompts, not {len(prompt)}", field="prompt")
+    return [each.encode() if isinstance(each, str) else _token_ids(each) for each in prompt]
+
+
+def _token_ids(ids: Any) -> list[int]:
+    """Admission compares them with the vocabulary; what is no 32-bit number cannot even be told to it."""
+    wrong = next((id_ for id_ in ids if not 0 <= id_ < 2**32), None)
+    if wrong is not None:
+        raise InvalidRequest(f"prompt must hold token ids in [0, 2^32), not {shown(wrong)}", field="prompt")
+    return list(ids)
+
+
+def _message(body: Request, sampling: SamplingParams, prompt: Prompt) -> generation_pb2.GenerateRequest:
+    request = generation_pb2.GenerateRequest(
+        model=body.model or "",
+        sampling=sampling_to_wire(sampling),
+        n=body.n or 1,
+        stop=body.stop or (),
+        user_tag=body.user or "",
+        cache_salt=body.cache_salt or "",
+        keep_special_tokens=body.skip_special_tokens is False,
+    )
+    if isinstance(prompt, bytes):
+        request.text = prompt
+    else:
+        request.token_ids.ids.extend(prompt)
+        request.token_ids.SetInParent()
+    return request
