@@ -77,8 +77,11 @@ class CompletionShape:
         }
 
     def _top(self, token: Token) -> dict[str, float]:
-        """Of two tokens that are spelled alike, the likelier one."""
-        return {spelled(self._spell, id_)[0]: logprob for id_, logprob in reversed(token.top_logprobs)}
+        """Best first; of two tokens that are spelled alike, the likelier one."""
+        found: dict[str, float] = {}
+        for token_id, logprob in token.top_logprobs:
+            found.setdefault(spelled(self._spell, token_id)[0], logprob)
+        return found
 
 
 class ChatShape:
@@ -143,16 +146,17 @@ class Answer:
     def chunk(self, index: int, event: Delta | ChoiceFinished) -> dict[str, Any]:
         """For a stream: what is new in this event."""
         progress = self.choices[index]
-        tokens, text, reason = (
-            ((), "", event) if isinstance(event, ChoiceFinished) else (event.tokens, event.text, None)
-        )
-        choice = {"index": index, **self.shape.delta(progress, text, tokens), **_ending(reason)}
+        if isinstance(event, ChoiceFinished):
+            progress.finished = event
+            event = Delta(event.choice, (), "")
+        choice = {
+            "index": index,
+            **self.shape.delta(progress, event.text, event.tokens),
+            **_ending(progress.finished),
+        }
         if self.token_ids:
-            choice["token_ids"] = [token.id for token in tokens]
-        if reason is not None:
-            progress.finished = reason
-        elif not progress.tokens:
-            progress.tokens.extend(tokens)  # a stream keeps nothing but that it has begun
+            choice["token_ids"] = [token.id for token in event.tokens]
+        progress.tokens = progress.tokens or list(event.tokens)  # a stream keeps nothing but that it has begun
         return self._object(self.shape.piece, [choice])
 
     def usage_chunk(self) -> dict[str, Any]:

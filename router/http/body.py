@@ -20,6 +20,11 @@ M = TypeVar("M", bound=BaseModel)
 READ_S = 30.0
 # Of a body that is too large so much is read and dropped: a client that still writes does not read the answer.
 LINGER_BYTES = 64 << 20
+# Of fields that may be several things pydantic would say only why they are not the first.
+_UNIONS = {
+    "prompt": "a string, a list of strings, a list of token ids or a list of such lists",
+    "content": "a string or a list of text parts",
+}
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -76,6 +81,8 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"{field} {_unknown(kind, first['loc'])}", field=field)
     if first["type"] == "missing":
         return InvalidRequest(f"{field} is missing", field=field)
+    if (words := _UNIONS.get(field.rpartition(".")[2])) is not None:
+        return InvalidRequest(f"{field} must be {words}, not {shown(first['input'])}", field=field)
     wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("should be ")
     return InvalidRequest(f"{field} must be {wanted}, not {shown(first['input'])}", field=field)
 

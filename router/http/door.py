@@ -138,7 +138,7 @@ class Patience(H11Protocol):
             self._expect_headers()  # of the connection's next request
         super().data_received(data)
         if self._answering:
-            self._headers_due = _cancelled(self._headers_due)
+            self._headers_arrived()
 
     @property
     def _answering(self) -> bool:
@@ -153,13 +153,19 @@ class Patience(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stalled = _cancelled(self._stalled)
+        self._taken()
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        self._headers_due, self._stalled = _cancelled(self._headers_due), _cancelled(self._stalled)
+        self._headers_arrived()
+        self._taken()
 
+    def _headers_arrived(self) -> None:
+        if self._headers_due is not None:
+            self._headers_due.cancel()
+            self._headers_due = None
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+    def _taken(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Count
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from router.http.answers import SPANS
 from router.orchestrator import Orchestrator
 from router.registry import Registry
+from router.worker import Worker
 from tandem.timeline import Phase
 from tandem.types import ChoiceFinished
 
@@ -19,6 +20,19 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 # "queue", "prefill", "handoff" and so on; the two totals have histograms of their own.
 _PHASES = {name.removesuffix("_ms"): span for name, span in SPANS.items() if name not in ("ttft_ms", "total_ms")}
+# Name, help text, value.
+_OF_A_WORKER: tuple[tuple[str, str, Callable[[Worker], float]], ...] = (
+    ("up", "1 while requests can be placed on it.", lambda worker: worker.routable),
+    ("draining", "1 while it takes no new work.", lambda worker: worker.draining),
+    ("heartbeat_age_seconds", "Since it was heard last.", lambda worker: time.monotonic() - worker.heard_s),
+    ("kv_blocks", "Blocks of its pool.", lambda worker: worker.hello.total_blocks),
+    ("kv_blocks_free", "Of them free.", lambda worker: worker.load.free_blocks),
+    ("queued_prompt_tokens", "Prompt tokens not yet computed.", lambda worker: worker.load.queued_prompt_tokens),
+    ("waiting_prefills", "Prompts that wait.", lambda worker: worker.load.waiting_prefills),
+    ("running_decodes", "Sequences that it decodes.", lambda worker: worker.load.running_decodes),
+    ("reservations", "Requests that hold its blocks.", lambda worker: worker.load.reservations),
+    ("waiting_reservations", "Requests that wait for its blocks.", lambda worker: worker.load.waiting_reservations),
+)
 
 
 class Metrics:
@@ -26,19 +40,9 @@ class Metrics:
 
     def __init__(self, orchestrator: Orchestrator, registry: Registry) -> None:
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "tandem_requests",
-            "Requests by how they ended: ok, or the error's code.",
-            ["outcome"],
-            registry=self._registry,
-        )
-        self._output_tokens = Counter("tandem_output_tokens", "Tokens given to clients.", registry=self._registry)
-        self._kv_bytes = Counter(
-            "tandem_kv_transferred_bytes",
-            "KV handed over, of answers that ended well.",
-            ["transport"],
-            registry=self._registry,
-        )
+        self._requests = self._counter("requests", "Requests by how they ended: ok, or the error's code.", "outcome")
+        self._output_tokens = self._counter("output_tokens", "Tokens of answers that ended well.")
+        self._kv_bytes = self._counter("kv_transferred_bytes", "KV of answers that ended well.", "transport")
         self._ttft = self._histogram("ttft", "From receiving a request to its first token.", _SECONDS)
         self._tpot = self._histogram("tpot", "Between an answer's first and last token, a token.", _TOKEN_SECONDS)
         self._e2e = self._histogram("e2e", "From receiving a request to an answer's end.", _SECONDS)
@@ -46,6 +50,9 @@ class Metrics:
             "tandem_phase_seconds", "Phases of answers.", ["phase"], buckets=_SECONDS, registry=self._registry
         )
         self._registry.register(Standing(orchestrator, registry))
+
+    def _counter(self, name: str, words: str, *labels: str) -> Counter:
+        return Counter(f"tandem_{name}", words, labels, registry=self._registry)
 
     def _histogram(self, name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"tandem_{name}_seconds", words, buckets=buckets, registry=self._registry)
@@ -89,46 +96,19 @@ class Standing:
         yield self._kv_counters()
 
     def _live_phases(self) -> Metric:
-        family = GaugeMetricFamily(
-            "tandem_live_choices", "Live answers by the phase they have reached.", labels=["phase"]
-        )
+        family = GaugeMetricFamily("tandem_live_choices", "Live answers by the phase they reached.", labels=["phase"])
         phases = Count(job.phase for live in self._orchestrator.live for job in live.jobs)
         for phase in Phase:
             family.add_metric([phase], phases[phase])
         return family
 
     def _by_worker(self) -> Iterator[Metric]:
-        labels = ["worker", "roles"]
-        families = {
-            "up": GaugeMetricFamily("tandem_worker_up", "1 while requests can be placed on it.", labels=labels),
-            "draining": GaugeMetricFamily("tandem_worker_draining", "1 while it takes no new work.", labels=labels),
-            "heartbeat_age_s": GaugeMetricFamily("tandem_worker_heartbeat_age_seconds", "Silence.", labels=labels),
-            "total_blocks": GaugeMetricFamily("tandem_worker_kv_blocks", "In its pool.", labels=labels),
-            "free_blocks": GaugeMetricFamily("tandem_worker_kv_blocks_free", "Of them free.", labels=labels),
-            "queued_prompt_tokens": GaugeMetricFamily(
-                "tandem_worker_queued_prompt_tokens", "Prompt tokens not yet computed.", labels=labels
-            ),
-            "waiting_prefills": GaugeMetricFamily(
-                "tandem_worker_waiting_prefills", "Prompts that wait.", labels=labels
-            ),
-            "running_decodes": GaugeMetricFamily(
-                "tandem_worker_running_decodes", "Sequences in decode.", labels=labels
-            ),
-            "waiting_reservations": GaugeMetricFamily(
-                "tandem_worker_waiting_reservations", "Requests that wait for its blocks.", labels=labels
-            ),
-        }
-        for worker in self._workers.workers:
-            values = {
-                "up": worker.routable,
-                "draining": worker.draining,
-                "heartbeat_age_s": time.monotonic() - worker.heard_s,
-                "total_blocks": worker.hello.total_blocks,
-            }
-            for name, family in families.items():
-                value = values[name] if name in values else getattr(worker.load, name)
-                family.add_metric([worker.id, "+".join(sorted(worker.roles))], float(value))
-        yield from families.values()
+        workers = self._workers.workers
+        for name, words, value in _OF_A_WORKER:
+            family = GaugeMetricFamily(f"tandem_worker_{name}", words, labels=["worker", "roles"])
+            for worker in workers:
+                family.add_metric([worker.id, "+".join(sorted(worker.roles))], value(worker))
+            yield family
 
     def _kv_counters(self) -> Metric:
         family = CounterMetricFamily(

@@ -91,8 +91,8 @@ def service(head: RayHead, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     service = RayService(head, tmp_path_factory.mktemp("service"))
     ran = service.serve("--wait", "100")
     assert ran.returncode == 0, ran.stderr
-    words = rf"ready at (\S+):{service.port}: model tiny, 1 prefill \+ 1 decode; OpenAI API at http://\1:{service.http_port}/v1\n"
-    assert re.search(words + "$", ran.stdout)
+    door = rf"OpenAI API at http://\1:{service.http_port}/v1"
+    assert re.search(rf"ready at (\S+):{service.port}: model tiny, 1 prefill \+ 1 decode; {door}\n$", ran.stdout)
     yield service
     assert head.tandem("down").returncode == 0
 
