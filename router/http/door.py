@@ -29,6 +29,8 @@ HEADERS_S = 10.0
 # A client that takes nothing for this long is gone, as far as we are concerned. What waits for it is bounded by then:
 # the transport's buffer, and the tokens that its request may have.
 STALL_S = 30.0
+# The kernel's buffer for a connection. Its own choice grows to megabytes for a client that does not read; tokens are few.
+SEND_BUFFER_BYTES = 128 << 10
 # Connections beside those that have a live request: idle ones, and those whose request is still arriving.
 SPARE_CONNECTIONS = 512
 # Of a stopping door, for answers that are on their way.
@@ -60,6 +62,7 @@ def _listen(hosts: Sequence[str], port: int) -> list[socket.socket]:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         try:
             sockets.append(socket.create_server(address[:2], family=family, backlog=1024))
+            sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
         except OSError as error:
             for each in sockets:
                 each.close()

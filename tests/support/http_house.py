@@ -1,0 +1,50 @@
+"""The real router's HTTP door with scripted workers behind it, in this process."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from router_house import House, open_house
+
+from tandem.config import TandemConfig, parse_config
+
+
+@dataclass
+class HttpHouse:
+    house: House
+    port: int
+    client: httpx.AsyncClient
+
+    async def complete(self, **fields: Any) -> httpx.Response:
+        return await self.client.post("/v1/completions", json={"prompt": [1, 2, 3], "max_tokens": 4, **fields})
+
+    async def post(self, body: bytes, path: str = "/v1/completions", **headers: str) -> httpx.Response:
+        return await self.client.post(path, content=body, headers={"content-type": "application/json", **headers})
+
+    def dial(self, receive_buffer: int = 0) -> socket.socket:
+        """A client of its own making; a small buffer makes it a slow reader sooner."""
+        raw = socket.socket()
+        if receive_buffer:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        raw.connect(("127.0.0.1", self.port))
+        raw.setblocking(False)
+        return raw
+
+
+def http_configuration(model: dict[str, Any] | None = None, **router: Any) -> TandemConfig:
+    return parse_config(
+        {"model": model or {}, "router": {"port": 0, "http_port": 0, "heartbeat_timeout_s": 5.0, **router}}
+    )
+
+
+@asynccontextmanager
+async def open_http_house(config: TandemConfig) -> AsyncIterator[HttpHouse]:
+    async with open_house(config) as house:
+        port = (await house.status()).http_port
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            yield HttpHouse(house, port, client)
