@@ -29,7 +29,8 @@ HEADERS_S = 10.0
 # A client that takes nothing for this long is gone, as far as we are concerned. What waits for it is bounded by then:
 # the transport's buffer, and the tokens that its request may have.
 STALL_S = 30.0
-# The kernel's buffer for a connection. Its own choice grows to megabytes for a client that does not read; tokens are few.
+# The kernel's buffer for a connection (it takes twice that): left alone it grows to megabytes for a client that does
+# not read, and tokens are few.
 SEND_BUFFER_BYTES = 128 << 10
 # Connections beside those that have a live request: idle ones, and those whose request is still arriving.
 SPARE_CONNECTIONS = 512
