@@ -252,5 +252,5 @@ def test_health_readiness_and_metrics(service: Service, client: openai.OpenAI, u
         assert values[f'tandem_phase_seconds_count{{phase="{phase}"}}'] >= 1
     assert values['tandem_kv_transferred_bytes_total{transport="grpc"}'] > 0
     ups = {name: value for name, value in values.items() if name.startswith("tandem_worker_up")}
-    assert sorted(name.partition("roles=")[2] for name in ups) == ['"decode"}', '"prefill"}']
+    assert sorted(name.partition('roles="')[2].partition('"')[0] for name in ups) == ["decode", "prefill"]
     assert set(ups.values()) == {1}
