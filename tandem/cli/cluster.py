@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -56,6 +57,28 @@ def _cluster(address: str) -> Iterator[Cluster]:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise
-        raise ConfigError("Ray is not installed here: pip install 'tandem[ray]'") from None
-    with connected(address, lambda line: typer.echo(line, err=True)) as cluster:
+        raise ConfigError(
+            "Ray is not installed here: `make cluster-node` in a checkout, or pip install '.[serve,ray]'"
+        ) from None
+    # In this order: connecting, Ray takes the signals for itself.
+    with connected(address, lambda line: typer.echo(line, err=True)) as cluster, _ending_by_signals():
         yield cluster
+
+
+@contextmanager
+def _ending_by_signals() -> Iterator[None]:
+    """A command that is told to end, or whose terminal is gone, takes back what it began, as on Ctrl-C.
+
+    Ray's own handlers would end the process at once.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in ours}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -72,7 +72,7 @@ def serve(
             },
         )
         if ray:
-            serve_on_ray(settings, address or AUTO, WAIT_S if wait is None else wait)
+            serve_on_ray(settings, AUTO if address is None else address, WAIT_S if wait is None else wait)
             return
         supervisor = Supervisor(settings, output=_pass_on)  # refuses pools that cannot serve
         typer.echo(f"starting {settings.model.served_name} …", err=True)

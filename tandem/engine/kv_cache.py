@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ class KVCache:
     """
 
     def __init__(self, fingerprint: Fingerprint, num_blocks: int, device: str) -> None:
+        """Raises ModelRefused when the device has no room."""
         shape = (
             fingerprint.num_layers,
             2,
@@ -29,8 +32,15 @@ class KVCache:
             fingerprint.num_kv_heads,
             fingerprint.head_dim,
         )
-        # Written once here: the page faults of a first touch are ten times slower than later writes.
-        self.pool = torch.zeros(shape, dtype=DTYPES[fingerprint.dtype], device=device).fill_(0)
+        try:
+            # Written once here: the page faults of a first touch are ten times slower than later writes.
+            self.pool = torch.zeros(shape, dtype=DTYPES[fingerprint.dtype], device=device).fill_(0)
+        except RuntimeError:  # torch has no error of its own for this on cpu
+            mib = math.prod(shape) * DTYPES[fingerprint.dtype].itemsize >> 20
+            raise ModelRefused(
+                f"{device} has no room for a KV pool of {mib} MiB: lower engine.kv_memory_mib or engine.num_blocks",
+                field="engine.kv_memory_mib",
+            ) from None
         self._layers = [(layer[0], layer[1]) for layer in self.pool]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

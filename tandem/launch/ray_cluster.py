@@ -124,7 +124,8 @@ class Cluster:
 
     def _bring(self, wanted: Mapping[str, str], config: TandemConfig, wait_s: float) -> None:
         """Returns when all that is wanted serves; what is not wanted serves on."""
-        plan = plan_changes(wanted, self._survey())
+        before = self._survey()
+        plan = plan_changes(wanted, before)
         started = [*plan.start, *plan.replace]
         try:
             self._demand([*wanted, *plan.leave], config)
@@ -133,7 +134,7 @@ class Cluster:
                 self._start(name, wanted[name])
             self._wait_serving(wanted, config, wait_s)
         except BaseException:
-            self._withdraw(started, config)
+            self._withdraw(started, before, config)
             raise
 
     def scale(self, counts: Mapping[str, int], wait_s: float) -> tuple[str, ServiceStatus]:
@@ -214,14 +215,16 @@ class Cluster:
             seen = self._survey(POLL_S)
             for name, member in seen.items():
                 if name in wanted and member.ended:
-                    why = member.error or "it left"
-                    raise Refused(f"{name} cannot serve{member.node and f' on node {member.node}'}: {why}")
+                    if not member.error:
+                        raise Unavailable(
+                            f"{name} was told to leave meanwhile: does somebody else change this service?"
+                        )
+                    raise Refused(f"{name} cannot serve{member.node and f' on node {member.node}'}: {member.error}")
             waiting = [name for name in wanted if name not in seen or seen[name].phase != "serving"]
             if not waiting and self._routed(wanted, seen):
                 return
             if time.monotonic() > end_s:
-                unit = " and a free GPU" if config.engine.device == "cuda" else ""
-                raise Unavailable(missing(wanted, seen, ray.cluster_resources(), wait_s, unit))
+                raise Unavailable(missing(wanted, seen, ray.cluster_resources(), wait_s, config.engine.device))
             self._progress(f"{len(wanted) - len(waiting)} of {len(wanted)} serve", waiting)
             time.sleep(POLL_S)
 
@@ -260,19 +263,28 @@ class Cluster:
         removed = set(names)
         for name in removed:
             self._asked.pop(name, None)
-            with suppress(ValueError):
-                ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
         end_s = time.monotonic() + GONE_S
         while left := removed & set(ray.util.list_named_actors()):
             if time.monotonic() > end_s:
                 raise Unavailable(f"Ray did not end {', '.join(sorted(left))} within {GONE_S:g} s; try again")
+            for name in left:
+                # Again and again: for moments Ray may take a name for that of an actor that is dead already.
+                with suppress(ValueError):
+                    ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
             time.sleep(0.1)
 
-    def _withdraw(self, started: Iterable[str], config: TandemConfig) -> None:
-        """What was started and does not serve is removed; what serves stays."""
-        seen = self._survey()
-        self._remove(name for name in started if name in seen and seen[name].phase != "serving")
-        self._demand(ray.util.list_named_actors(), config)
+    def _withdraw(self, started: Iterable[str], before: Mapping[str, Member], config: TandemConfig) -> None:
+        """What was started and does not serve is removed, and what it was to replace starts again. Where nothing was
+        before, nothing stays."""
+        serving = [name for name, member in self._survey().items() if before and member.phase == "serving"]
+        self._remove(name for name in started if name not in serving)
+        left = set(ray.util.list_named_actors())
+        lost = [name for name, member in before.items() if name not in left and member.spec and not member.ended]
+        for name in lost:
+            self._start(name, before[name].spec)
+        if lost:
+            self._tell(f"starting again what served before: {', '.join(lost)}")
+        self._demand([*left, *lost], config)
 
     def _demand(self, names: Iterable[str], config: TandemConfig) -> None:
         """What an autoscaler, where one runs, is to keep nodes for."""
@@ -315,7 +327,8 @@ def _connect(address: str) -> None:
         try:
             ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, ray_errors.RayError) as error:
-            if any(sign in said() for sign in ("InvalidAuthToken", "Unauthenticated")):
+            refused = any(sign in said() for sign in ("InvalidAuthToken", "Unauthenticated"))
+            if refused or isinstance(error, ray_errors.AuthenticationError):
                 raise Refused(
                     f"the Ray cluster at {address} refuses this user's token, or the lack of one: "
                     "~/.ray/auth_token must be the head's (or RAY_AUTH_TOKEN), and RAY_AUTH_MODE `token` or unset"

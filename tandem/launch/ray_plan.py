@@ -157,8 +157,8 @@ def config_of(seen: Mapping[str, Member]) -> TandemConfig:
     if not router.spec or not workers:
         silent = "the router" if not router.spec else "every worker"
         raise Unavailable(
-            f"{silent} is missing or does not answer: try again in a few seconds, or start it anew with "
-            "`tandem serve --ray`"
+            f"{silent} is missing or does not answer: start it with `tandem serve --ray`, or, if it is just starting "
+            "again, wait some seconds"
         )
     settings = {**Spec.parse(workers[0].spec).settings, **Spec.parse(router.spec).settings}
     return parse_config({**settings, "serve": counts_of(seen)})
@@ -189,24 +189,30 @@ def place_of(pool: str, device: str) -> dict[str, float]:
 
 
 def missing(
-    wanted: Mapping[str, str], seen: Mapping[str, Member], offers: Mapping[str, float], wait_s: float, unit: str = ""
+    wanted: Mapping[str, str], seen: Mapping[str, Member], offers: Mapping[str, float], wait_s: float, device: str
 ) -> str:
-    """Why the service is not ready. offers: the cluster's resources; unit: what else a worker's place needs."""
+    """Why the service is not ready. offers: the cluster's resources."""
     counts, problems = counts_of(wanted), []
+    needs = Counter(resource for name in wanted if name != ROUTER for resource in place_of(pool_of(name), device))
+    short = [resource for resource in needs if offers.get(resource, 0) < needs[resource]]
     for pool, count in counts.items():
         silent = [name for name in wanted if pool_of(name) == pool and not seen.get(name, Member()).phase]
-        if silent and offers.get(pool, 0) < count:
-            problems.append(
-                f"{len(silent)} of {count} {pool} workers found no node with a free `{pool}` resource{unit}"
-            )
+        lacks = [resource for resource in place_of(pool, device) if resource in short]
+        if silent and lacks:
+            places = " and ".join(f"`{resource}`" for resource in lacks)
+            problems.append(f"{len(silent)} of {count} {pool} workers found no node with a free {places} resource")
         elif silent:
-            problems.append(f"{', '.join(silent)} did not come up; a node may be lost, busy or without a free place")
+            problems.append(
+                f"{', '.join(silent)} did not come up: a node is lost or busy, or the process ends while it starts; "
+                "then worker-*.err in /tmp/ray/session_latest/logs of its node says why"
+            )
     for name in wanted:
         member = seen.get(name, Member())
         if member.phase == "starting":
             problems.append(f"{name} on {member.node} is still starting")
         elif name == ROUTER and not member.phase:
             problems.append("the router did not come up on the head node")
-    offered = ", ".join(f"{pool} {offers.get(pool, 0):g}" for pool in POOLS if pool in offers) or "none of them"
+    offered = ", ".join(f"{resource} {offers.get(resource, 0):g}" for resource in (*POOLS, "GPU") if resource in offers)
     words = "; ".join(problems) or "not every worker is in the router's list"
-    return f"not ready within {wait_s:g} s: {words} (the cluster's nodes offer {offered}): add nodes or ask for fewer"
+    hint = ": add nodes or ask for fewer" if short else ""
+    return f"not ready within {wait_s:g} s: {words} (the cluster's nodes offer {offered or 'none of its pools'}){hint}"

@@ -37,9 +37,12 @@ class RayService:
         self._config = folder / "service.json"
         self.configure(kv_memory_mib=32)
 
-    def configure(self, **engine: int) -> None:
-        router = {"port": self.port, "http_port": self.http_port, "transport": "ray"}
-        settings = {"engine": {"threads": 1, **engine}, "router": router}
+    def configure(self, worker: dict[str, str] | None = None, **engine: int) -> None:
+        settings = {
+            "engine": {"threads": 1, **engine},
+            "router": {"port": self.port, "http_port": self.http_port, "transport": "ray"},
+            "worker": worker or {},
+        }
         self._config.write_text(json.dumps(settings))
 
     def serve(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -219,6 +222,38 @@ def test_a_pool_without_nodes_is_named_and_what_served_stays(service: RayService
     assert service.pids() == before
 
 
+def test_settings_that_cannot_work_bring_back_what_served(service: RayService) -> None:
+    before = service.worker_pids()
+    blocks = {worker.total_blocks for worker in service.status().workers}
+    service.configure(worker={"host": "192.0.2.77"}, kv_memory_mib=16)
+    ran = service.serve()
+    assert ran.returncode == 1
+    assert re.search(r"cannot serve on node [0-9.]+: worker.host .*192.0.2.77", ran.stderr), ran.stderr
+    assert "starting again what served before: prefill-0, decode-0" in ran.stderr
+    wait_until(service.answers, BACK_S, "the workers of before")
+    assert not set(before.values()) & set(service.worker_pids().values())
+    assert {worker.total_blocks for worker in service.status().workers} == blocks
+
+
+def test_a_command_that_is_told_to_end_takes_back_what_it_began(service: RayService) -> None:
+    before = service.pids()
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "tandem.cli.main", "scale", "colocated=1", "--address", service.head.address],
+        env=environment(service.head.token),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with waiting:
+        assert waiting.stderr is not None
+        assert next(line for line in waiting.stderr if "waiting for colocated-0" in line)
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.wait(60) == 128 + signal.SIGTERM
+    assert service.pids() == before
+    assert "nothing" not in service.head.tandem("scale", "prefill=1").stderr
+    assert service.pids() == before
+
+
 def test_another_token_is_refused(service: RayService) -> None:
     ran = service.head.tandem("down", token="0" * 32)
     assert ran.returncode == 1
@@ -243,7 +278,24 @@ def test_without_ray_it_says_how_to_get_it() -> None:
         "import sys; sys.modules['ray'] = None; sys.argv = ['tandem', 'down']; import tandem.cli.main as m; m.main()"
     )
     ran = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True, timeout=20)
-    assert (ran.returncode, ran.stderr) == (2, "tandem: Ray is not installed here: pip install 'tandem[ray]'\n")
+    assert (ran.returncode, ran.stderr) == (
+        2,
+        "tandem: Ray is not installed here: `make cluster-node` in a checkout, or pip install '.[serve,ray]'\n",
+    )
+
+
+def test_another_version_of_ray_is_refused(service: RayService) -> None:
+    other = "import ray; ray.__version__ = '2.59.0'; import tandem.cli.main as m; m.main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", other, "scale", "prefill=1", "--address", service.head.address],
+        env=environment(service.head.token),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 1
+    assert re.fullmatch(r"tandem: cannot join the Ray cluster at .*2\.60\.0.*2\.59\.0.*\n", ran.stderr), ran.stderr
+    assert service.answers()
 
 
 def test_down_leaves_nothing(service: RayService) -> None:
@@ -274,4 +326,17 @@ def test_a_node_without_tandem_is_named(tmp_path: Path) -> None:
         ran = head.tandem("serve", "--ray", "--wait", "60", cwd=tmp_path.parent)
         assert ran.returncode == 1
         assert re.search(r"cannot serve on node [0-9.]+: .*No module named 'tandem'\n$", ran.stderr), ran.stderr
+        assert head.tandem("down").stdout == "nothing is running\n"
+
+
+def test_a_node_with_another_tandem_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tandem").mkdir()
+    (tmp_path / "tandem" / "__init__.py").write_text(f"__path__, __version__ = [{str(ROOT / 'tandem')!r}], '9.9'\n")
+    for room in ("router", "prefill_worker", "decode_worker", "kv_transfer"):
+        (tmp_path / room).symlink_to(ROOT / room)
+    with ray_head(tmp_path, prefill=1, decode=1) as head:
+        ran = head.tandem("serve", "--ray", "--wait", "60", cwd=tmp_path.parent)
+        assert ran.returncode == 1
+        here = f"tandem is 9.9 here and {tandem.__version__} where the service was started"
+        assert re.search(f"cannot serve on node [0-9.]+: {re.escape(here)}", ran.stderr), ran.stderr
         assert head.tandem("down").stdout == "nothing is running\n"

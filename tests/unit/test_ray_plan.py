@@ -159,9 +159,26 @@ def test_what_is_missing_is_named() -> None:
         "decode-2": Member(),
         "prefill-1": Member(phase="starting", node="10.0.0.2"),
     }
-    words = missing(wanted, seen, {"prefill": 2.0, "decode": 1.0, "CPU": 8.0}, 120)
+    words = missing(wanted, seen, {"prefill": 2.0, "decode": 1.0, "CPU": 8.0}, 120, "cpu")
     assert words == (
         "not ready within 120 s: 2 of 3 decode workers found no node with a free `decode` resource; "
         "prefill-1 on 10.0.0.2 is still starting "
         "(the cluster's nodes offer prefill 2, decode 1): add nodes or ask for fewer"
     )
+
+
+def test_a_missing_gpu_is_named() -> None:
+    wanted = specs(serve={"prefill": 1, "decode": 1})
+    seen = {name: Member() for name in wanted}
+    words = missing(wanted, seen, {"prefill": 2.0, "decode": 2.0, "GPU": 1.0}, 5, "cuda")
+    assert "1 of 1 prefill workers found no node with a free `GPU` resource" in words
+    assert words.endswith("(the cluster's nodes offer prefill 2, decode 2, GPU 1): add nodes or ask for fewer")
+
+
+def test_a_worker_that_ends_while_it_starts_is_not_blamed_on_nodes() -> None:
+    wanted = specs(serve={"prefill": 1, "decode": 1})
+    seen = running(wanted) | {"decode-0": Member()}
+    words = missing(wanted, seen, {"prefill": 2.0, "decode": 2.0}, 5, "cpu")
+    assert "decode-0 did not come up: " in words
+    assert "worker-*.err" in words
+    assert "add nodes" not in words
