@@ -279,7 +279,7 @@ class Cluster:
         serving = [name for name, member in self._survey().items() if before and member.phase == "serving"]
         self._remove(name for name in started if name not in serving)
         left = set(ray.util.list_named_actors())
-        lost = [name for name, member in before.items() if name not in left and member.spec and not member.ended]
+        lost = sorted(name for name, member in before.items() if name not in left and member.spec and not member.ended)
         for name in lost:
             self._start(name, before[name].spec)
         if lost:

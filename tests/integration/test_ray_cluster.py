@@ -229,7 +229,7 @@ def test_settings_that_cannot_work_bring_back_what_served(service: RayService) -
     ran = service.serve()
     assert ran.returncode == 1
     assert re.search(r"cannot serve on node [0-9.]+: worker.host .*192.0.2.77", ran.stderr), ran.stderr
-    assert "starting again what served before: prefill-0, decode-0" in ran.stderr
+    assert "starting again what served before: decode-0, prefill-0" in ran.stderr
     wait_until(service.answers, BACK_S, "the workers of before")
     assert not set(before.values()) & set(service.worker_pids().values())
     assert {worker.total_blocks for worker in service.status().workers} == blocks
