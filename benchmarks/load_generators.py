@@ -1,0 +1,147 @@
+"""Do `tandem bench` and `vllm bench serve` measure the same? Both load the same service with the same seeds, by turns.
+
+usage: python benchmarks/load_generators.py --peer VENV [--rounds 3] [--num-prompts 20] [--rate 0.8] [--output FILE]
+
+VENV is a virtual environment with vLLM. The service is Tandem's, on this machine: one prefill and one decode worker with
+the 160M shape and random weights, asked through its OpenAI door. Seeds are the rounds' numbers: in each round both tools
+send requests of the same lengths at the same times (vLLM's prompts are text, ours token ids). A figure is the median of
+its rounds; the script fails if any two differ by more than 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from shapes import write_model
+
+HERE = Path(__file__).resolve().parent
+TOKENIZER = HERE.parent / "tandem" / "assets" / "tiny"
+INPUT_TOKENS, OUTPUT_TOKENS = 128, 24
+LIMIT = 0.05
+FIGURES = (
+    "total_input_tokens",
+    "total_output_tokens",
+    "request_throughput",
+    "output_throughput",
+    "total_token_throughput",
+    "request_goodput",
+    *(f"{head}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for head in ("mean", "median", "p90")),
+)
+GOODPUT = ("ttft:2000", "tpot:200", "e2el:10000")
+
+
+@contextmanager
+def service(model: Path) -> Iterator[str]:
+    """The URL of its OpenAI door."""
+    command = [sys.executable, "-m", "tandem.cli.main", "serve", "--model", str(model), "--load-format", "dummy"]
+    command += ["--prefill", "1", "--decode", "1", "--port", "0", "--http-port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            ready = next((line for line in process.stdout if line.startswith("ready at ")), "")
+            found = re.search(r"http://\S+?(?=/v1)", ready)
+            assert found, f"the service did not start: {ready or 'it ended'}"
+            yield found[0]
+        finally:
+            process.send_signal(signal.SIGINT)
+
+
+def run(command: list[str], output: Path) -> dict[str, Any]:
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env={**os.environ})
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    figures: dict[str, Any] = json.loads(output.read_text())
+    assert figures["failed"] == 0, ran.stdout[-2000:]
+    return figures
+
+
+def ours(url: str, seed: int, options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tandem.cli.main", "bench", "run", "--openai", url, "--output", str(output)]
+    command += ["--input-len", str(INPUT_TOKENS), "--output-len", str(OUTPUT_TOKENS), "--seed", str(seed)]
+    command += ["--num-prompts", str(options.num_prompts), "--request-rate", str(options.rate)]
+    return run([*command, "--vocab-size", "1024", "--goodput", *GOODPUT], output)
+
+
+def theirs(url: str, model: Path, seed: int, options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    command = [str(options.peer / "bin" / "python"), str(HERE / "vllm_serve.py"), "--backend", "openai"]
+    command += ["--base-url", url, "--model", model.name, "--tokenizer", str(TOKENIZER), "--dataset-name", "random"]
+    command += ["--random-input-len", str(INPUT_TOKENS), "--random-output-len", str(OUTPUT_TOKENS), "--ignore-eos"]
+    command += ["--num-prompts", str(options.num_prompts), "--request-rate", str(options.rate), "--seed", str(seed)]
+    # Its check and its warm-ups send the first prompt, and would leave it in the prefix cache.
+    command += ["--ready-check-timeout-sec", "0", "--goodput", *GOODPUT, "--percentile-metrics", "ttft,tpot,itl,e2el"]
+    command += ["--metric-percentiles", "90", "--temperature", "0", "--disable-tqdm", "--save-result"]
+    return run([*command, "--result-dir", str(output.parent), "--result-filename", output.name], output)
+
+
+def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[str, float]]]:
+    model = write_model("160m", folder / "llama-160m", weights=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, model)
+    rounds = []
+    with service(model) as url:
+        ours(url, options.rounds, options, folder / "warm-up.json")
+        for seed in range(options.rounds):
+            found = {
+                "vllm": theirs(url, model, seed, options, folder / "vllm.json"),
+                "tandem": ours(url, seed, options, folder / "tandem.json"),
+            }
+            rounds.append({tool: {name: figures[name] for name in FIGURES} for tool, figures in found.items()})
+    return rounds
+
+
+def compare(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    found = {}
+    for name in FIGURES:
+        vllm, tandem = (statistics.median(each[tool][name] for each in rounds) for tool in ("vllm", "tandem"))
+        found[name] = {"vllm": vllm, "tandem": tandem, "difference": tandem / vllm - 1}
+    return found
+
+
+def show(found: dict[str, dict[str, float]]) -> None:
+    table = Table("figure", box=None)
+    for head in ("vllm bench serve", "tandem bench", "difference"):
+        table.add_column(head, justify="right")
+    for name, row in found.items():
+        table.add_row(name, f"{row['vllm']:.2f}", f"{row['tandem']:.2f}", f"{row['difference']:+.1%}")
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--num-prompts", type=int, default=20)
+    parser.add_argument("--rate", type=float, default=0.8)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rounds = measure(options, Path(folder))
+    found = compare(rounds)
+    show(found)
+    if options.output is not None:
+        facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "cpus": os.cpu_count()}
+        facts |= {"machine": platform.machine(), "num_prompts": options.num_prompts, "rate": options.rate}
+        options.output.write_text(json.dumps({**facts, "figures": found, "rounds": rounds}, indent=1) + "\n")
+    apart = [name for name, row in found.items() if abs(row["difference"]) > LIMIT]
+    if apart:
+        sys.exit(f"more than {LIMIT:.0%} apart: {', '.join(apart)}")
+
+
+if __name__ == "__main__":
+    main()
