@@ -42,8 +42,9 @@ class OpenAITarget:
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
             timeout=aiohttp.ClientTimeout(total=options.timeout_s),
-            # Requests must not wait for a free connection: that would close the loop.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            # No limit: a request that waits for a free connection would close the loop. And an idle one is given up
+            # before servers do it (uvicorn after 5 s), or a request would now and then meet a closing one and fail.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
         )
 
     async def describe(self) -> Served:

@@ -131,7 +131,11 @@ def run(
         measuring = Measuring(max_concurrency, num_warmups, objectives, parse_percentiles(percentiles))
         options = SendOptions(model, ignore_eos, temperature, check_timeout(timeout))
         _check_output(output, save_detailed)
-        result = asyncio.run(_measured(router, openai, api_key, options, plan, measuring))
+        try:
+            result = asyncio.run(_measured(router, openai, api_key, options, plan, measuring))
+        except KeyboardInterrupt:  # the second one
+            typer.echo("tandem: cancelled", err=True)
+            raise typer.Exit(INTERRUPTED) from None
         _show(result, measuring, output, save_detailed)
     if result.run.interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -214,7 +218,7 @@ class _Bar:
             TimeElapsedColumn(),
         )
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task("warming up", total=None, state="")
+        self._task = self._progress.add_task("starting", total=None, state="")
 
     def show(self, run: Run) -> None:
         offered = len(run.outcomes)

@@ -9,6 +9,7 @@ import pytest
 from service import Service, running_service
 
 from loadtest.grpc_target import GrpcTarget
+from loadtest.openai_target import OpenAITarget
 from loadtest.plan import Plan
 from loadtest.session import Measuring, Result, measure
 from loadtest.target import SendOptions
@@ -22,25 +23,33 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield started
 
 
-async def measured(service: Service, plan: Plan, measuring: Measuring | None = None) -> Result:
-    target = GrpcTarget(service.address, SendOptions(timeout_s=60))
+async def measured(service: Service, plan: Plan, measuring: Measuring | None = None, kind: str = "grpc") -> Result:
+    options = SendOptions(timeout_s=60)
+    target = GrpcTarget(service.address, options) if kind == "grpc" else OpenAITarget(service.http, options)
     try:
         return await measure(target, plan, measuring or Measuring(), asyncio.Event())
     finally:
         await target.close()
 
 
-async def test_random_load_is_answered_to_the_last_token(service: Service) -> None:
+BOTH = pytest.mark.parametrize("kind", ["grpc", "openai"])
+
+
+@BOTH
+async def test_random_load_is_answered_to_the_last_token(service: Service, kind: str) -> None:
     plan = Plan(num_prompts=12, request_rate=20, lengths=Lengths(40, 6, 0.5))
-    result = await measured(service, plan, Measuring(num_warmups=2, goodput={"e2el": 60_000}))
+    result = await measured(service, plan, Measuring(num_warmups=2, goodput={"e2el": 60_000}), kind)
     found, outcomes = result.figures, result.run.outcomes
     assert (found["completed"], found["failures"], found["attainment"]) == (12, {}, 1.0)
     asked = [arrival.request for arrival in result.schedule.arrivals]
     assert [each.prompt_tokens for each in outcomes] == [len(each.prompt_ids) for each in asked]
     assert [each.output_tokens for each in outcomes] == [each.output_tokens for each in asked]
     assert 0 < found["median_ttft_ms"] <= found["median_e2el_ms"]
-    # The router's own clock says the same, but for the way between.
-    for each in outcomes:
+
+
+async def test_the_routers_timeline_fits_into_what_is_measured(service: Service) -> None:
+    result = await measured(service, Plan(num_prompts=4, request_rate=20, lengths=Lengths(40, 6)))
+    for each in result.run.outcomes:
         assert each.sent_s is not None
         assert each.phases_ms["first_token"] <= (each.arrivals_s[0] - each.sent_s) * 1000 + 1
         assert len(set(each.workers)) == 2
@@ -59,6 +68,9 @@ async def test_a_trace_with_shared_prefixes_finds_them_in_the_cache(service: Ser
     assert again.usage.cached_prompt_tokens >= 32
 
 
-async def test_ids_that_the_model_does_not_know_fail_by_name(service: Service) -> None:
-    result = await measured(service, Plan(num_prompts=2, lengths=Lengths(50, 2), vocab_size=2**31 - 1))
-    assert result.figures["failures"] == {"invalid_request": 2}
+@BOTH
+async def test_ids_that_the_model_does_not_know_fail_by_name(service: Service, kind: str) -> None:
+    plan = Plan(num_prompts=2, lengths=Lengths(50, 2), vocab_size=2**31 - 1)
+    result = await measured(service, plan, kind=kind)
+    assert result.figures["failures"] == {"invalid_request" if kind == "grpc" else "http_400": 2}
+    assert all("token" in outcome.error for outcome in result.run.outcomes)
