@@ -272,6 +272,10 @@ async def test_the_process_says_ready_serves_and_stops_on_a_signal(tmp_path: Pat
     ("text", "message"),
     [
         ("router: {port: %d}", "cannot listen on 127.0.0.1:%d: the port is in use"),
+        (
+            "router: {port: 0, http_port: %d}",
+            "router.http_port (--http-port): cannot listen on 127.0.0.1:%d: the port is in use",
+        ),
         ("router: {prot: %d}", "unknown config key router.prot; did you mean router.port?"),
     ],
 )
