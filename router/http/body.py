@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from router.http.failures import Impolite
+from router.http.fields import brief
 from tandem.errors import InvalidRequest
-from tandem.types import shown
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -20,11 +19,10 @@ M = TypeVar("M", bound=BaseModel)
 READ_S = 30.0
 # Of a body that is too large so much is read and dropped: a client that still writes does not read the answer.
 LINGER_BYTES = 64 << 20
+# By pydantic's name of the error: words, and which of its figures is the limit.
+_LENGTHS = {"too_short": ("least", "min_length"), "too_long": ("most", "max_length")}
 # Of fields that may be several things pydantic would say only why they are not the first.
-_UNIONS = {
-    "prompt": "a string, a list of strings, a list of token ids or a list of such lists",
-    "content": "a string or a list of text parts",
-}
+_UNIONS = {"content": "a string or a list of text parts"}
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -67,24 +65,27 @@ def parse(kind: type[M], data: bytes) -> M:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        raise _explain(kind, error) from None
+        raise _explain(error) from None
 
 
-def _explain(kind: type[BaseModel], error: ValidationError) -> InvalidRequest:
-    first = error.errors(include_url=False, include_context=False)[0]
+def _explain(error: ValidationError) -> InvalidRequest:
+    first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return InvalidRequest(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     if not first["loc"]:
         return InvalidRequest("the body must be a JSON object")
     field = _place(first["loc"])
     if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"{field} {_unknown(kind, first['loc'])}", field=field)
+        return InvalidRequest(f"{field} is not supported", field=field)
+    if first["type"] in _LENGTHS:
+        most, limit = _LENGTHS[first["type"]]
+        return InvalidRequest(f"{field} must hold at {most} {first['ctx'][limit]} entries", field=field)
     if first["type"] == "missing":
         return InvalidRequest(f"{field} is missing", field=field)
     if (words := _UNIONS.get(field.rpartition(".")[2])) is not None:
-        return InvalidRequest(f"{field} must be {words}, not {shown(first['input'])}", field=field)
+        return InvalidRequest(f"{field} must be {words}, not {brief(first['input'])}", field=field)
     wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("should be ")
-    return InvalidRequest(f"{field} must be {wanted}, not {shown(first['input'])}", field=field)
+    return InvalidRequest(f"{field} must be {wanted}, not {brief(first['input'])}", field=field)
 
 
 def _place(location: tuple[int | str, ...]) -> str:
@@ -96,11 +97,3 @@ def _place(location: tuple[int | str, ...]) -> str:
         elif part.isidentifier() and part not in ("str", "int", "float", "bool", "list", "dict"):
             path += f".{part}" if path else part
     return path[:200]
-
-
-def _unknown(kind: type[BaseModel], location: tuple[Any, ...]) -> str:
-    name = str(location[-1])
-    if len(location) > 1:
-        return "is not supported"
-    near = difflib.get_close_matches(name, kind.model_fields, n=1)
-    return "is no field of this request" + (f"; did you mean {near[0]}?" if near else "")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tandem.errors import InvalidRequest
-from tandem.types import MAX_CHOICES, shown
+from tandem.types import MAX_CHOICES, MAX_LOGIT_BIASES, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, shown
 
 # One body may ask for so many completions at once.
 MAX_PROMPTS = 128
@@ -43,6 +45,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Of a list's entries the first wrong one is told: pydantic would take seconds to describe a million of them.
+FIRST = Field(fail_fast=True)
+
+
+def brief(value: object) -> str:
+    """A value in an error message. It may be as large as a body, so it is not written out to be cut."""
+    return reprlib.repr(value)[:60] if isinstance(value, list | dict) else shown(value)
+
+
 class Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -56,6 +67,18 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _few_biases(value: object) -> object:
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIASES:
+        raise InvalidRequest(f"logit_bias must have at most {MAX_LOGIT_BIASES} entries", field="logit_bias")
+    return value
+
+
+def _unknown(name: str, known: list[str]) -> InvalidRequest:
+    near = difflib.get_close_matches(name[:100], known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return InvalidRequest(f"{shown(name)[1:-1]} is no field of this request{hint}", field=name[:100])
+
+
 class Request(Fields):
     """What both endpoints take. Limits that are missing here are checked where gRPC's are: by admission."""
 
@@ -63,13 +86,13 @@ class Request(Fields):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Annotated[list[str], BeforeValidator(_listed)] | None = None
+    stop: Annotated[list[str], FIRST, Field(max_length=MAX_STOP_STRINGS), BeforeValidator(_listed)] | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few_biases)] | None = None
     seed: int | None = None
     user: str | None = None
     # From here on vLLM's, and Tandem's cache_salt.
@@ -77,7 +100,7 @@ class Request(Fields):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int], FIRST, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     # Choices carry the ids of their tokens too.
@@ -87,13 +110,15 @@ class Request(Fields):
     @model_validator(mode="before")
     @classmethod
     def _without_what_asks_for_nothing(cls, body: Any) -> Any:
-        """Raises InvalidRequest for what asks for something that is not supported."""
+        """Raises InvalidRequest for what is unknown, or asks for something that is not supported."""
         if not isinstance(body, dict):
             return body
         for name in body.keys() & UNSUPPORTED.keys():
             if body[name] is not None and body[name] not in UNSUPPORTED[name]:
-                words = f"{name} is not supported by this server (its value was {shown(body[name])})"
+                words = f"{name} is not supported by this server (its value was {brief(body[name])})"
                 raise InvalidRequest(words, field=name)
+        if unknown := body.keys() - cls.model_fields.keys() - UNSUPPORTED.keys():
+            raise _unknown(min(unknown), list(cls.model_fields))
         return {name: value for name, value in body.items() if name not in UNSUPPORTED}
 
     @property
@@ -106,8 +131,8 @@ class Request(Fields):
 
 
 class CompletionRequest(Request):
-    # One or many, as text or as token ids.
-    prompt: str | list[str] | list[int] | list[list[int]]
+    # One or many, as text or as token ids: prompts.py looks into it.
+    prompt: Any
     # Of each chosen token, and of so many most probable ones.
     logprobs: int | None = None
 
@@ -119,12 +144,12 @@ class TextPart(Fields):
 
 class Message(Fields):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], FIRST]
     name: str | None = None
 
 
 class ChatRequest(Request):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], FIRST, Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

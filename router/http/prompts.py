@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from router.http.fields import COMPLETION_TOKENS, MAX_PROMPTS, ChatRequest, CompletionRequest, Request
+from router.http.fields import COMPLETION_TOKENS, MAX_PROMPTS, ChatRequest, CompletionRequest, Request, brief
 from tandem.errors import InvalidRequest
 from tandem.types import SamplingParams, shown
 from tandem.v1 import generation_pb2
@@ -78,24 +78,37 @@ def _biases(biases: Mapping[str, float]) -> dict[int, float]:
     return {int(token): bias for token, bias in biases.items()}
 
 
-def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
+def _prompts(prompt: object) -> list[Prompt]:
+    """Long ones are looked at by loops in C: a body of 4 MiB holds two million token ids."""
     if isinstance(prompt, str):
         return [prompt.encode()]
+    if not isinstance(prompt, list):
+        raise _no_prompt(prompt)
     if not prompt:
         raise InvalidRequest("the prompt is empty", field="prompt")
-    if isinstance(prompt[0], int):
+    if type(prompt[0]) is int:
         return [_token_ids(prompt)]
     if len(prompt) > MAX_PROMPTS:
         raise InvalidRequest(f"prompt must hold at most {MAX_PROMPTS} prompts, not {len(prompt)}", field="prompt")
+    kind = type(prompt[0])
+    if kind not in (str, list) or any(type(each) is not kind for each in prompt):
+        raise _no_prompt(prompt)
     return [each.encode() if isinstance(each, str) else _token_ids(each) for each in prompt]
 
 
-def _token_ids(ids: Any) -> list[int]:
+def _no_prompt(value: object) -> InvalidRequest:
+    kinds = "a string, a list of strings, a list of token ids or a list of such lists"
+    return InvalidRequest(f"prompt must be {kinds}, not {brief(value)}", field="prompt")
+
+
+def _token_ids(ids: list[int]) -> list[int]:
     """Admission compares them with the vocabulary; what is no 32-bit number cannot even be told to it."""
-    wrong = next((id_ for id_ in ids if not 0 <= id_ < 2**32), None)
-    if wrong is not None:
+    if set(map(type, ids)) - {int}:
+        raise _no_prompt(ids)
+    if ids and not (min(ids) >= 0 and max(ids) < 2**32):
+        wrong = min(ids) if min(ids) < 0 else max(ids)
         raise InvalidRequest(f"prompt must hold token ids in [0, 2^32), not {shown(wrong)}", field="prompt")
-    return list(ids)
+    return ids
 
 
 def _message(body: Request, sampling: SamplingParams, prompt: Prompt) -> generation_pb2.GenerateRequest:

@@ -89,7 +89,7 @@ async def test_a_bad_body_is_told_what_is_wrong(door: HttpHouse, body: bytes, pa
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"messages": []}, "messages", "messages must be"),
+        ({"messages": []}, "messages", "messages must hold at least 1 entries"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "messages[0].role must be"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "messages[0].content is missing"),
         (

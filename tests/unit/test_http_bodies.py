@@ -1,0 +1,102 @@
+"""A body's bytes to GenerateRequests."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from router.http.body import parse
+from router.http.fields import ChatRequest, CompletionRequest
+from router.http.prompts import CHAT_TOKENS, chat_request, completion_requests
+from tandem.errors import InvalidRequest
+from tandem.v1 import generation_pb2
+from tandem.wire import sampling_from_wire
+
+
+def requests_of(**fields: Any) -> list[generation_pb2.GenerateRequest]:
+    return completion_requests(parse(CompletionRequest, json.dumps({"prompt": "x", **fields}).encode()))
+
+
+def chat_of(prompt_tokens: int, **fields: Any) -> generation_pb2.GenerateRequest:
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}], **fields}).encode()
+    return chat_request(parse(ChatRequest, body), [1] * prompt_tokens, 2048)
+
+
+def test_what_is_not_said_is_as_openai_has_it() -> None:
+    [request] = requests_of()
+    sampling = sampling_from_wire(request.sampling)
+    assert (sampling.temperature, sampling.max_tokens, sampling.top_p, sampling.seed) == (1.0, 16, 1.0, None)
+    assert (request.n, request.text, request.keep_special_tokens, sampling.logprobs) == (1, b"x", False, None)
+    assert [requests_of(**{name: None}) for name in CompletionRequest.model_fields if name != "prompt"] == [
+        [request]
+    ] * (len(CompletionRequest.model_fields) - 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [("a", [b"a"]), (["a", "b"], [b"a", b"b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), ([[]], [[]])],
+)
+def test_prompts(prompt: Any, wanted: list[Any]) -> None:
+    found = requests_of(prompt=prompt)
+    assert [each.text if each.HasField("text") else list(each.token_ids.ids) for each in found] == wanted
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, True, {}, 1, ["a", 1], [1, "a"], [1, True], [[1], "a"], [["a"]], [None], [1.5]]
+)
+def test_what_is_no_prompt(prompt: Any) -> None:
+    with pytest.raises(InvalidRequest, match="prompt must be a string, a list of strings") as caught:
+        requests_of(prompt=prompt)
+    assert caught.value.field == "prompt"
+
+
+@pytest.mark.parametrize(("seed", "wanted"), [(0, 0), (-1, 2**64 - 1), (-(2**63), 2**63), (2**64 - 1, 2**64 - 1)])
+def test_negative_seeds_are_the_same_64_bits(seed: int, wanted: int) -> None:
+    assert requests_of(seed=seed)[0].sampling.seed == wanted
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "fields", "wanted"),
+    [
+        (10, {}, CHAT_TOKENS),
+        (2000, {}, 48),
+        (3000, {}, 1),
+        (10, {"max_tokens": 5}, 5),
+        (10, {"max_completion_tokens": 6}, 6),
+        (10, {"max_tokens": 7, "max_completion_tokens": 7}, 7),
+    ],
+)
+def test_how_long_a_chat_answer_may_be(prompt_tokens: int, fields: dict[str, int], wanted: int) -> None:
+    assert chat_of(prompt_tokens, **fields).sampling.max_tokens == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"), [({}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 3}, 3)]
+)
+def test_log_probabilities_of_a_chat(fields: dict[str, Any], wanted: int | None) -> None:
+    assert sampling_from_wire(chat_of(1, **fields).sampling).logprobs == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "entry", "tail"),
+    [
+        (CompletionRequest, b'{"prompt":[', b"1", b',"x"]}'),
+        (CompletionRequest, b'{"prompt":[[', b"{}", b"]]}"),
+        (CompletionRequest, b'{"prompt":"x","stop":[', b"1", b"]}"),
+        (CompletionRequest, b'{"prompt":"x","stop_token_ids":[', b'"1"', b"]}"),
+        (CompletionRequest, b'{"prompt":"x","tools":[', b'"1"', b"]}"),
+        (ChatRequest, b'{"messages":[', b"{}", b"]}"),
+        (ChatRequest, b'{"messages":[{"role":"user","content":[', b"{}", b"]}]}"),
+    ],
+)
+def test_a_body_full_of_errors_is_answered_by_the_first(kind: Any, head: bytes, entry: bytes, tail: bytes) -> None:
+    """To describe them all takes tens of seconds of the event loop."""
+    body = head + b",".join([entry] * (2 << 20)) + tail
+    began_s = time.perf_counter()
+    with pytest.raises(InvalidRequest) as caught:
+        completion_requests(parse(kind, body))
+    assert time.perf_counter() - began_s < 5
+    assert len(caught.value.message) < 300
