@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 from collections.abc import AsyncIterator
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from http_house import HttpHouse, http_configuration, open_http_house
+from router_house import eventually_status
 from scripted_worker import ScriptedWorker
 
 from tandem import errors
@@ -260,6 +262,32 @@ async def test_clients_that_never_read_are_cancelled(door: HttpHouse, monkeypatc
         await door.house.check_empty()
     status = await door.house.status()
     assert (status.cancelled_requests, status.finished_requests) == (5, 1)
+
+
+async def test_a_thousand_connections_that_ask_and_never_read(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A house for 8 takes 8 of them; they are cut off, and the others' refusals wait for nobody."""
+    monkeypatch.setattr("router.http.door.STALL_S", 0.5)
+    door.house.cluster.top_logprobs = 100
+    loop = asyncio.get_running_loop()
+    with ExitStack() as stack:
+        for _ in range(1000):
+            raw = stack.enter_context(door.dial(4096))
+            with contextlib.suppress(ConnectionError):  # turned away
+                await loop.sock_sendall(raw, stream_request(400))
+        await door.house.cluster.saw("first", 8)
+        await eventually_status(door.house, lambda status: status.cancelled_requests >= 8)
+        await door.house.check_empty()
+        status = await door.house.status()
+        assert status.cancelled_requests == len(door.house.cluster.happened("first"))
+        assert status.finished_requests == 0
+    await eventually_served(door)
+
+
+async def eventually_served(door: HttpHouse) -> None:
+    """The connections of those who left are still being taken down."""
+    async with asyncio.timeout(10):
+        while (await door.complete()).status_code != 200:
+            await asyncio.sleep(0.05)
 
 
 async def test_a_client_that_leaves_before_the_first_token(door: HttpHouse) -> None:
