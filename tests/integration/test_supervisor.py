@@ -137,14 +137,21 @@ async def test_a_start_that_the_system_refuses_is_an_error_in_words(monkeypatch:
         await Service().supervisor.start()
 
 
-async def test_a_killed_router_comes_back_at_the_same_address() -> None:
-    async with running() as service:
+async def test_a_killed_router_comes_back_at_the_same_addresses() -> None:
+    async with running(router={"port": 0, "http_port": 0}) as service:
         before, address = service.supervisor.pids(), service.supervisor.address
+        http_port = await http_port_of(service)
         os.kill(before["router"], signal.SIGKILL)
         await eventually(lambda: service.supervisor.pids().get("router", before["router"]) != before["router"])
         await until_joined(service, lambda: workers_of(service))
         assert service.supervisor.address == address
+        assert await http_port_of(service) == http_port
         assert workers_of(service) == {before["prefill-0"], before["decode-0"]}
+
+
+async def http_port_of(service: Service) -> int:
+    async with AsyncClient(service.supervisor.address) as client:
+        return (await client.status()).http_port
 
 
 @pytest.mark.parametrize(

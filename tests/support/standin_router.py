@@ -1,11 +1,13 @@
 """`python -m standin_router --config FILE`: just enough of a router for the supervisor's tests.
 
-It listens, says so, and lists the workers that have joined. No tokens.
+It listens, says so, and lists the workers that have joined. No tokens, and no HTTP door: it only says where one would
+be, at a port of its own when any free one is asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
@@ -17,7 +19,8 @@ from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2, registr
 
 
 class StandinRouter(generation_pb2_grpc.GenerationServicer, registry_pb2_grpc.RegistryServicer):
-    def __init__(self) -> None:
+    def __init__(self, http_port: int) -> None:
+        self._http_port = http_port or 1024 + os.getpid() % 60_000
         self._workers: dict[int, registry_pb2.Hello] = {}
 
     async def Join(self, requests: Any, context: Any) -> None:
@@ -31,12 +34,12 @@ class StandinRouter(generation_pb2_grpc.GenerationServicer, registry_pb2_grpc.Re
 
     async def Status(self, request: Any, context: Any) -> generation_pb2.StatusResponse:
         workers = [generation_pb2.WorkerStatus(hello=hello) for hello in self._workers.values()]
-        return generation_pb2.StatusResponse(workers=workers)
+        return generation_pb2.StatusResponse(workers=workers, http_port=self._http_port)
 
 
 async def main(config_path: str) -> None:
     config = load_config(Path(config_path))
-    server, router, stop = rpc.make_server(), StandinRouter(), asyncio.Event()
+    server, router, stop = rpc.make_server(), StandinRouter(config.router.http_port), asyncio.Event()
     generation_pb2_grpc.add_GenerationServicer_to_server(router, server)
     registry_pb2_grpc.add_RegistryServicer_to_server(router, server)
     port = rpc.bind(server, "127.0.0.1", config.router.port)
