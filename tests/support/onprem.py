@@ -49,7 +49,7 @@ class OnPremCluster:
             self.down()
 
     def down(self) -> None:
-        self.exec("~/tandem/deploy/stop-workers.sh")
+        self.exec("~/tandem/deploy/stop-ray.sh")
         self.ray("down", "-y", str(self.file))
         self._is_down = True
 

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Stops Ray on every worker machine of provider `local`; run it on the head, before `ray down`, which stops the head alone.
+# Stops Ray on every machine of provider `local`; run it on the head, before `ray down`, which stops the head alone.
 set -euo pipefail
+
+# Here first: the head's autoscaler would start Ray again on machines that it misses.
+ray stop
 
 list='import os, yaml
 config = yaml.safe_load(open(os.path.expanduser("~/ray_bootstrap_config.yaml")))
