@@ -1,0 +1,212 @@
+"""What the router costs: time added to the first token, tokens a second through one process, CPU seconds of both.
+
+usage: python benchmarks/router.py [--seconds 8] [--case NAME ...] [--output FILE]
+
+Three processes: the router, alone on the first core; scripted workers without a model and the clients, on the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from tandem.config import TINY_MODEL
+
+HERE = Path(__file__).resolve().parent
+WARM_S = 1.5
+
+
+@dataclass(frozen=True)
+class Case:
+    streams: int
+    output_tokens: int
+    # The decode worker's; what it offers is streams / step_ms.
+    step_ms: float
+
+
+CASES = {
+    "requests, one by one": Case(1, 2, 0.0),
+    "requests, 16 at once": Case(16, 2, 0.0),
+    "1 stream, 20 ms": Case(1, 16, 20.0),
+    "1 stream, 0.25 ms": Case(1, 256, 0.25),
+    "64 streams, 20 ms": Case(64, 256, 20.0),
+    "64 streams, 2.5 ms": Case(64, 256, 2.5),
+    "512 streams, 40 ms": Case(512, 256, 40.0),
+    "512 streams, 20 ms": Case(512, 256, 20.0),
+    "512 streams, 10 ms": Case(512, 256, 10.0),
+}
+
+
+class Side:
+    """A process of the benchmark, spoken to by lines of JSON. -P: router is the package, not this script."""
+
+    def __init__(self, stack: ExitStack, cores: Sequence[int], *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        psutil.Process(self._process.pid).cpu_affinity(list(cores))
+        stack.callback(self._close)
+        self.hello = self.read()
+
+    def ask(self, **case: object) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(case) + "\n")
+        self._process.stdin.flush()
+        return self.read()
+
+    def read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self._process.args} ended")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def cpu_s(self) -> float:
+        return cpu_s(self._process.pid)
+
+    def _close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+def cpu_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+@contextmanager
+def routing(core: int, log: IO[str], launcher: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """The router's process id and address."""
+    command = [*launcher, "-P", "-m", "router", "--port", "0", "--model", str(TINY_MODEL)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+        psutil.Process(process.pid).cpu_affinity([core])
+        try:
+            assert process.stdout is not None
+            yield process.pid, process.stdout.readline().split()[-1]
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(15)
+
+
+def measure(case: Case, seconds: float, router: int, workers: Side, clients: Side) -> dict[str, Any]:
+    workers.ask(step_s=case.step_ms / 1000)
+    clients.ask(
+        streams=case.streams,
+        output_tokens=case.output_tokens,
+        step_s=case.step_ms / 1000,
+        warm_s=WARM_S,
+        seconds=seconds,
+    )
+    before = [cpu_s(router), workers.cpu_s(), clients.cpu_s()]
+    seen = clients.read()
+    after = [cpu_s(router), workers.cpu_s(), clients.cpu_s()]
+    if seen["failed"]:
+        raise SystemExit(f"requests failed: {seen['failed'][:3]}")
+    elapsed_s = seen["elapsed_s"]
+    router_s, *others_s = (end - start for start, end in zip(before, after, strict=True))
+    return {
+        "streams": case.streams,
+        "step_ms": case.step_ms,
+        "output_tokens": case.output_tokens,
+        "offered_tokens_s": case.streams / case.step_ms * 1000 if case.step_ms else None,
+        "tokens_s": seen["tokens"] / elapsed_s,
+        "requests_s": seen["requests"] / elapsed_s,
+        "tokens_per_delta": seen["tokens"] / max(1, seen["deltas"]),
+        "ttft_ms": spread_ms(seen["ttft"]),
+        "direct_ttft_ms": spread_ms(seen["probe_ttft"]),
+        "token_lag_ms": spread_ms(seen["lag"]),
+        "router_cores": router_s / elapsed_s,
+        "others_cores": sum(others_s) / elapsed_s,
+        "router_ms_per_request": router_s * 1000 / max(1, seen["requests"]),
+        "router_s_per_1000_tokens": router_s * 1000 / max(1, seen["tokens"]),
+    }
+
+
+def spread_ms(seconds: list[float]) -> dict[str, float] | None:
+    """p50 and p99; None without values."""
+    if not seconds:
+        return None
+    ordered = sorted(seconds)
+    return {f"p{share}": ordered[(len(ordered) - 1) * share // 100] * 1000 for share in (50, 99)}
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    first, *rest = sorted(os.sched_getaffinity(0))
+    others = rest or [first]
+    with ExitStack() as stack:
+        log = stack.enter_context(tempfile.TemporaryFile("w+"))
+        pid, address = stack.enter_context(routing(first, log, options.python))
+        workers = Side(stack, others, str(HERE / "router_workers.py"), address)
+        direct = f"127.0.0.1:{workers.hello['port']}"
+        clients = Side(stack, others, str(HERE / "router_client.py"), address, direct)
+        rows = []
+        for name in options.case:
+            rows.append({"case": name, **measure(CASES[name], options.seconds, pid, workers, clients)})
+            print(f"{name}: {rows[-1]['tokens_s']:.0f} tokens/s", file=sys.stderr)
+        return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="p50 / p99 in ms; added: through the router less the workers called without it")
+    headings = ("case", "tokens/s", "TTFT", "added", "token lag", "tokens/delta", "router core", "ms/req", "s/1000 tok")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    for row in rows:
+        ttft, direct, lag = row["ttft_ms"], row["direct_ttft_ms"], row["token_lag_ms"]
+        added = {key: ttft[key] - direct[key] for key in ttft} if ttft and direct else None
+        table.add_row(
+            row["case"],
+            f"{row['tokens_s']:.0f}",
+            *(f"{each['p50']:.1f} / {each['p99']:.1f}" if each else "-" for each in (ttft, added, lag)),
+            f"{row['tokens_per_delta']:.1f}",
+            f"{row['router_cores']:.0%}",
+            f"{row['router_ms_per_request']:.2f}",
+            f"{row['router_s_per_1000_tokens']:.4f}",
+        )
+    Console(width=130).print(table)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of every case that are measured")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--python", nargs="+", default=[sys.executable], help="starts the router, such as a profiler")
+    parser.add_argument("--output", type=Path, help="write the results as JSON too")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    rows = run(options)
+    show(rows)
+    if options.output:
+        report = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": " ".join(sys.argv),
+            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {platform.platform()}",
+            "rows": rows,
+        }
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
