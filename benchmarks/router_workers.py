@@ -24,7 +24,9 @@ from tandem.config import TINY_MODEL
 from tandem.types import Fingerprint, FinishReason, ModelInfo, Role
 from tandem.v1 import common_pb2, registry_pb2, registry_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-SENTENCE = "The router hands tokens of many requests from the workers to their clients, as fast as the workers make them; "
+SENTENCE = (
+    "The router hands tokens of many requests from the workers to their clients, as fast as the workers make them; "
+)
 TOTAL_BLOCKS = 1 << 20
 HEARTBEAT_S = 0.5
 STAMPED = 16

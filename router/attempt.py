@@ -57,7 +57,8 @@ class Attempt:
         self._request = brief.request
         self._registry = registry
         self._timeline = brief.timeline
-        self.box = Mailbox(brief.request.sampling.max_tokens, self._timeline.now_ms, self._decode_over)
+        max_tokens = brief.request.sampling.max_tokens
+        self.box = Mailbox(max_tokens, self._timeline.now_ms, registry.turns, self._decode_over)
         self._log = logs.of_request(__name__, brief.request.request_id)
         self.started = worker_pb2.PrefillStarted()
         # When its own first token came.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.detokenizer import Detokenizer
 from router.stop_strings import StopStrings
 from tandem.types import FinishReason, Token
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What a worker produced for one choice at once; a finish reason marks the last."""
 
     tokens: tuple[Token, ...]

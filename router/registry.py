@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import tandem
 from router.placement import WorkerView
+from router.turns import Turns
 from router.worker import Worker
 from tandem.config import RouterConfig
 from tandem.errors import InvalidRequest, Refused, TandemError, Unavailable
@@ -32,6 +33,8 @@ class Registry:
         self._config = config
         self._model_name = model_name
         self._workers: dict[str, Worker] = {}
+        # Of all choices of this router, whatever workers they are on.
+        self.turns = Turns()
 
     @property
     def workers(self) -> tuple[Worker, ...]:

@@ -22,6 +22,8 @@ class StopStrings:
 
     def push(self, piece: str, armed: bool = True) -> str:
         """The text that is now sure to precede any stop string. While not armed, complete strings do not count."""
+        if not self._strings:
+            return piece
         text = self._held + piece
         match = self._first_match(text) if armed else None
         if match is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from router.output import Step
+from router.turns import Turns
 from tandem import errors, rpc, wire
 from tandem.types import FinishReason
 from tandem.v1 import worker_pb2
@@ -25,10 +26,13 @@ class Mailbox:
     """
 
     def __init__(
-        self, max_tokens: int, clock_ms: Callable[[], float], on_decode_end: Callable[[], object] = lambda: None
+        self, max_tokens: int, clock_ms: Callable[[], float], turns: Turns, on_decode_end: Callable[[], object]
     ) -> None:
         """on_decode_end is called once, when the decode worker has said that it is done."""
         self._max_tokens = max_tokens
+        self._turns = turns
+        # Between asking for a turn and getting it.
+        self._asked = False
         self._on_decode_end = on_decode_end
         self._clock_ms = clock_ms
         # The prefill worker told its token: nobody else can.
@@ -44,38 +48,45 @@ class Mailbox:
         self.decode_ended = False
 
     def put_first(self, step: Step) -> None:
+        """The first token waits for no turn."""
         self.first_arrived = True
         self._steps.appendleft(step)
         self._arrival.set()
 
     def put_decoded(self, message: worker_pb2.RequestTokens) -> None:
-        if not self.decode_ended and (message.finish_reason or message.HasField("failure")):
+        reason = wire.reason_from_wire(message.finish_reason)
+        failed = message.HasField("failure")
+        if (reason is not None or failed) and not self.decode_ended:
             self.decode_ended = True
             self._on_decode_end()
-        error = self._problem(message)
+        error = wire.failure_from_wire(message.failure) if failed else self._problem(message, reason)
         if error is not None:
             self.fail(error)
             return
         if self.decoding_since_ms is None:
             self.decoding_since_ms = self._clock_ms()
             self.decode_gap_ms = message.decode_gap_ms if message.HasField("decode_gap_ms") else None
-        self._next_position += len(message.tokens)
         tokens = tuple(map(wire.token_from_wire, message.tokens))
-        self._steps.append(Step(tokens, wire.reason_from_wire(message.finish_reason)))
-        if self.first_arrived:
+        self._next_position += len(tokens)
+        self._steps.append(Step(tokens, reason))
+        if self.first_arrived and not self._asked:
+            self._asked = True
+            self._turns.ask(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._asked = False
+        if self._steps:
             self._arrival.set()
 
-    def _problem(self, message: worker_pb2.RequestTokens) -> errors.TandemError | None:
-        if message.HasField("failure"):
-            return wire.failure_from_wire(message.failure)
-        reason = wire.reason_from_wire(message.finish_reason)
+    def _problem(self, message: worker_pb2.RequestTokens, reason: FinishReason | None) -> errors.TandemError | None:
         if reason in (FinishReason.ABORT, FinishReason.ERROR):
             return errors.Unavailable(f"the decode worker ended the request ({reason}) and gave no cause")
-        if message.tokens and message.position != self._next_position:
+        count = len(message.tokens)
+        if count and message.position != self._next_position:
             return errors.InternalError(
                 f"the decode worker sent position {message.position} where {self._next_position} was due"
             )
-        if self._next_position + len(message.tokens) > self._max_tokens:
+        if self._next_position + count > self._max_tokens:
             return errors.InternalError(f"the decode worker sent more than max_tokens={self._max_tokens} tokens")
         return None
 

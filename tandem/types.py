@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 from tandem.errors import InvalidRequest
 from tandem.timeline import Timeline
@@ -169,9 +169,8 @@ class EngineRequest:
     cache_salt: str = ""
 
 
-@dataclass(frozen=True)
-class Token:
-    """One generated token."""
+class Token(NamedTuple):
+    """One generated token. A tuple: the router makes one of each that passes, a dataclass takes thrice as long."""
 
     id: int
     logprob: float | None = None

@@ -98,13 +98,21 @@ def request_from_wire(message: worker_pb2.EngineRequest) -> types.EngineRequest:
 
 
 def token_to_wire(token: types.Token) -> common_pb2.Token:
-    top = [common_pb2.TokenLogprob(token_id=id_, logprob=value) for id_, value in token.top_logprobs]
-    return common_pb2.Token(id=token.id, logprob=token.logprob, top_logprobs=top)
+    message = common_pb2.Token(id=token.id)
+    if token.logprob is not None:
+        message.logprob = token.logprob
+    for token_id, logprob in token.top_logprobs:
+        message.top_logprobs.add(token_id=token_id, logprob=logprob)
+    return message
 
 
 def token_from_wire(message: common_pb2.Token) -> types.Token:
-    top = tuple((entry.token_id, entry.logprob) for entry in message.top_logprobs)
-    return types.Token(message.id, message.logprob if message.HasField("logprob") else None, top)
+    top = message.top_logprobs
+    return types.Token(
+        message.id,
+        message.logprob if message.HasField("logprob") else None,
+        tuple((entry.token_id, entry.logprob) for entry in top) if top else (),
+    )
 
 
 def failure_to_wire(error: errors.TandemError) -> common_pb2.Failure:
@@ -211,9 +219,11 @@ def event_to_wire(event: types.Event) -> generation_pb2.GenerateEvent:
             accepted = generation_pb2.Accepted(request_id=event.request_id, prompt_tokens=event.prompt_tokens)
             return generation_pb2.GenerateEvent(accepted=accepted)
         case types.Delta():
-            tokens = [token_to_wire(token) for token in event.tokens]
-            delta = generation_pb2.Delta(choice=event.choice, tokens=tokens, text=event.text)
-            return generation_pb2.GenerateEvent(delta=delta)
+            message = generation_pb2.GenerateEvent()
+            delta = message.delta
+            delta.choice, delta.text = event.choice, event.text
+            delta.tokens.extend(map(token_to_wire, event.tokens))
+            return message
         case types.ChoiceFinished():
             return generation_pb2.GenerateEvent(choice_finished=_finished_to_wire(event))
         case types.Completed():
