@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from router.output import Step
+from router.subscriptions import Mailbox
+from router.turns import BURST, INTERVAL_S, RATE, Turns
+from tandem.types import FinishReason, Token
+from tandem.v1 import common_pb2, worker_pb2
+
+
+def noting(seen: list[int], number: int) -> Callable[[], None]:
+    return lambda: seen.append(number)
+
+
+async def test_a_turn_comes_at_once_while_there_are_few() -> None:
+    turns, seen = Turns(), list[int]()
+    for number in range(BURST):
+        turns.ask(noting(seen, number))
+    assert seen == list(range(BURST))
+
+
+async def test_many_wait_in_order_and_each_gets_one_turn() -> None:
+    turns, seen, loop = Turns(), list[int](), asyncio.get_running_loop()
+    started_s, everybody = loop.time(), asyncio.Event()
+    for number in range(3 * BURST):
+        turns.ask(noting(seen, number))
+    turns.ask(everybody.set)
+    assert seen == list(range(BURST))
+    await asyncio.wait_for(everybody.wait(), 5)
+    assert seen == list(range(3 * BURST))
+    assert loop.time() - started_s >= 2 * BURST / RATE - INTERVAL_S
+
+
+async def test_new_ones_queue_behind_those_who_wait() -> None:
+    turns, seen, last = Turns(), list[int](), asyncio.Event()
+    for number in range(BURST + 2):
+        turns.ask(noting(seen, number))
+    await asyncio.sleep(0)
+    turns.ask(noting(seen, -1))
+    turns.ask(last.set)
+    await asyncio.wait_for(last.wait(), 5)
+    assert seen == [*range(BURST + 2), -1]
+
+
+def decoded(position: int, reason: FinishReason | None = None) -> worker_pb2.RequestTokens:
+    finish = common_pb2.FINISH_REASON_LENGTH if reason else common_pb2.FINISH_REASON_UNSPECIFIED
+    return worker_pb2.RequestTokens(position=position, tokens=[common_pb2.Token(id=position)], finish_reason=finish)
+
+
+def taken(steps: list[Step]) -> list[int]:
+    return [token.id for step in steps for token in step.tokens]
+
+
+async def test_steps_that_come_before_the_turn_are_taken_together() -> None:
+    turns, spent = Turns(), list[int]()
+    box = Mailbox(10, lambda: 0.0, turns, lambda: None)
+    for number in range(BURST):
+        turns.ask(noting(spent, number))
+    box.put_first(Step((Token(0),)))
+    assert taken(await box.take()) == [0]  # without a turn
+    for position in range(1, 4):
+        box.put_decoded(decoded(position, FinishReason.LENGTH if position == 3 else None))
+    steps = await asyncio.wait_for(box.take(), 5)
+    assert taken(steps) == [1, 2, 3]
+    assert steps[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_a_turn_without_anything_to_hand_over_wakes_nobody() -> None:
+    """The first token took along what was decoded before it, although a turn was asked for."""
+    turns, spent = Turns(), list[int]()
+    box = Mailbox(10, lambda: 0.0, turns, lambda: None)
+    box.put_first(Step((Token(0),)))
+    for number in range(BURST):
+        turns.ask(noting(spent, number))
+    box.put_decoded(decoded(1))
+    assert taken(await box.take()) == [0, 1]
+    later = asyncio.Event()
+    turns.ask(later.set)  # its turn comes after the mailbox's
+    await asyncio.wait_for(later.wait(), 5)
+    taking = asyncio.create_task(box.take())
+    await asyncio.sleep(0)
+    assert not taking.done()
+    box.put_decoded(decoded(2))
+    assert taken(await asyncio.wait_for(taking, 5)) == [2]
