@@ -52,6 +52,12 @@ class Workers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorke
         self._live: dict[str, Live] = {}
         self._wake = asyncio.Event()
         self._count = 0
+        self._closing = False
+
+    def close(self) -> None:
+        """Ends the token streams."""
+        self._closing = True
+        self._wake.set()
 
     async def Reserve(self, request: worker_pb2.ReserveRequest, _context: Any) -> worker_pb2.Reservation:
         asked = request.request
@@ -83,11 +89,12 @@ class Workers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorke
     async def Subscribe(self, _request: worker_pb2.SubscribeRequest, context: Any) -> None:
         await context.send_initial_metadata(())
         due_s = time.monotonic()
-        while True:
+        while not self._closing:
             if not self._live:
                 self._wake.clear()
                 await self._wake.wait()
                 due_s = time.monotonic()
+                continue
             await context.write(self._step())
             # A step that comes late does not make the next ones come sooner.
             due_s = max(due_s + self.step_s, time.monotonic())
@@ -147,7 +154,8 @@ async def serve(router: str) -> None:
         print(json.dumps({}), flush=True)
     for task in joins:
         task.cancel()
-    await server.stop(0)
+    workers.close()
+    await server.stop(1)
 
 
 if __name__ == "__main__":

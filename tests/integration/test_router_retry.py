@@ -91,9 +91,11 @@ async def test_a_failure_while_the_client_does_not_read_loses_no_token(house: Ho
     call = house.call(4, n=answers)
     await house.cluster.saw("seal", answers)
     prefill.errors["seal"] = LOST
+    decode.hold("reserve")  # until the fault is gone
     prefill.let("seal")
     await house.cluster.saw("abort", answers)
     del prefill.errors["seal"]
+    decode.let("reserve")
     events = await collect(call)
     assert [ids_of(events, choice) for choice in range(answers)] == [[7, 8, 9, 10]] * answers
     assert sorted(attempts(prefill, decode)) == [(0, "ray")] * answers + [(1, "grpc")] * answers
