@@ -95,7 +95,7 @@ def cpu_s(pid: int) -> float:
 @contextmanager
 def routing(core: int, log: IO[str], launcher: Sequence[str]) -> Iterator[tuple[int, str]]:
     """The router's process id and address."""
-    command = [*launcher, "-P", "-m", "router", "--port", "0", "--model", str(TINY_MODEL)]
+    command = [*launcher, "-P", "-m", "router", "--port", "0", "--http-port", "-1", "--model", str(TINY_MODEL)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
         psutil.Process(process.pid).cpu_affinity([core])
         try:
