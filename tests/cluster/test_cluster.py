@@ -305,5 +305,8 @@ def test_tandem_down_ends_the_service(cluster: OnPremCluster, client: tandem.Cli
 
 def test_down_leaves_nothing(cluster: OnPremCluster) -> None:
     cluster.down()
-    wait_until(lambda: not any(map(left_running, cluster.nodes.values())), 20, "the end of all that Ray started")
+    try:
+        wait_until(lambda: not any(map(left_running, cluster.nodes.values())), 20, "the end of all that Ray started")
+    except AssertionError:
+        pytest.fail(f"still running: { {name: left_running(host) for name, host in cluster.nodes.items()} }")
     assert [host.run("ls", "-A", "/dev/shm") for host in cluster.nodes.values()] == [""] * 3
