@@ -1,0 +1,1 @@
+"""Colocated against disaggregated workers: same machine, same cores, same load."""

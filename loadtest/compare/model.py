@@ -1,0 +1,137 @@
+"""What a comparison found: the JSON file, and all that the report shows."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Pool = Literal["prefill", "decode", "colocated"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shape(_Value):
+    """How the K workers of a service are divided: all colocated, or x prefill and y decode with x + y = K."""
+
+    prefill: int = 0
+    decode: int = 0
+    colocated: int = 0
+    # Tokens that one engine step computes at most: what chunked prefill cuts a prompt into.
+    step_tokens: int
+
+    @property
+    def is_split(self) -> bool:
+        return not self.colocated
+
+    @property
+    def name(self) -> str:
+        """`2 colocated, 64-token steps` or `1P1D`."""
+        if self.is_split:
+            return f"{self.prefill}P{self.decode}D"
+        return f"{self.colocated} colocated, {self.step_tokens}-token steps"
+
+
+class Answer(_Value):
+    """One request of a run. Times are seconds from the run's start, on the client's clock."""
+
+    prompt_tokens: int
+    output_tokens: int
+    scheduled_s: float
+    sent_s: float
+    # When tokens came; several may come at once.
+    arrivals_s: list[float]
+    # Milliseconds on the router's clock, from accepting the request on: the marks of `tandem.timeline`.
+    phases_ms: dict[str, float]
+    prefill_worker: str
+    # The same as prefill_worker when colocated.
+    decode_worker: str
+    # Every objective, counted from the moment when the request was due.
+    met: bool
+    failure: str | None = None
+
+
+class WorkerUse(_Value):
+    """One worker during one run."""
+
+    worker: str
+    pool: Pool
+    cores: list[int]
+    # CPU seconds of its process / (seconds of the run × cores): 1 is fully busy.
+    busy: float
+
+
+class Run(_Value):
+    """One load at one rate against one shape."""
+
+    rate_rps: float
+    duration_s: float
+    offered: int
+    failed: int
+    # Requests that met every objective, counted from their schedule: as a share of those offered, and each second.
+    attainment: float
+    goodput_rps: float
+    # All figures of `tandem bench run`.
+    figures: dict[str, Any]
+    use: list[WorkerUse]
+
+
+class ShownRun(Run):
+    """A run whose answers are kept: for the distributions and the timeline."""
+
+    answers: list[Answer]
+
+
+class Measured(_Value):
+    """All that was run against one shape."""
+
+    shape: Shape
+    # Of the search, in the order in which they ran.
+    probes: list[Run]
+    # The highest rate found that kept the share of objectives, and the goodput there; 0 if no rate did.
+    best_rate_rps: float
+    goodput_rps: float
+    # At rates that all shapes share; by turns with the other shapes.
+    shown: list[ShownRun]
+
+
+class Verdict(_Value):
+    """Goodput of the best split shape against the best colocated one."""
+
+    pays: bool
+    best_split: str
+    best_colocated: str
+    # Goodput of the split / of the colocated; None if the colocated reached none.
+    ratio: float | None
+    # Plain words, also when splitting does not pay; sentences.
+    text: list[str] = Field(min_length=1)
+
+
+class Machine(_Value):
+    # Model of the processor.
+    processor: str
+    cores: int
+    memory_gib: float
+    # Of the devices that workers ran on: cpu, or the name of the GPU.
+    device: str
+
+
+class Comparison(_Value):
+    tandem_version: str
+    date: str
+    # As it was typed.
+    command: str
+    machine: Machine
+    model: str
+    # What was asked for: the keys of `loadtest.plan.Plan.as_json`.
+    workload: dict[str, Any]
+    # Milliseconds by metric: ttft, tpot, e2el.
+    objectives: dict[str, float]
+    # The share of offered requests that must meet every objective.
+    target_attainment: float
+    measured: list[Measured]
+    verdict: Verdict
+    # Ctrl-C, or a time limit: what was found until then.
+    interrupted: bool = False
