@@ -181,13 +181,19 @@ def test_the_sdk_on_a_laptop_reaches_it_through_ssh(cluster: OnPremCluster, clie
 
 @contextmanager
 def port_forwarded(cluster: OnPremCluster) -> Iterator[None]:
-    # `script` gives it the terminal that a person has.
+    # `script` gives it the terminal that a person has, who leaves by `exit`. Without that the head's shell stays where
+    # this process ignores SIGHUP, as under nohup: everything that is started here then does too.
     attach = f"ray attach {cluster.file} -p {PORT}"
     with cluster.laptop.start_process("script", "-qfc", attach, "/dev/null", cwd=ROOT) as process:
         try:
             yield
+            assert process.stdin is not None
+            process.stdin.write(b"exit\n")
+            process.stdin.flush()
+            process.wait(30)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("transport", ["grpc", "ray"])
