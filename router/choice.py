@@ -131,9 +131,9 @@ class Choice:
 
     async def _give(self, steps: list[Step]) -> None:
         tokens, text = self._output.push(steps)
-        if not tokens and not text:
+        if not tokens and self._output.reason is None:
             return
-        telling = self._emit(Delta(self._brief.index, tokens, text))
+        telling = self._emit(Delta(self._brief.index, tokens, text, self._output.reason, self._output.stop))
         if self._first_id is None:
             self._first_id = tokens[0].id
             await asyncio.shield(self._tasks.create_task(telling))  # whoever emits next waits for it: they take turns

@@ -257,6 +257,9 @@ class Delta:
     choice: int
     tokens: tuple[Token, ...]
     text: str
+    # Of the choice's last Delta: as ChoiceFinished, which follows once the workers are released, says them again.
+    reason: FinishReason | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)

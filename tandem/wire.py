@@ -223,6 +223,8 @@ def event_to_wire(event: types.Event) -> generation_pb2.GenerateEvent:
             delta = message.delta
             delta.choice, delta.text = event.choice, event.text
             delta.tokens.extend(map(token_to_wire, event.tokens))
+            if event.reason is not None:
+                delta.reason, delta.stop = reason_to_wire(event.reason), event.stop or ""
             return message
         case types.ChoiceFinished():
             return generation_pb2.GenerateEvent(choice_finished=_finished_to_wire(event))
@@ -248,8 +250,8 @@ def event_from_wire(message: generation_pb2.GenerateEvent) -> types.Event:
         case "accepted":
             return types.Accepted(message.accepted.request_id, message.accepted.prompt_tokens)
         case "delta":
-            delta = message.delta
-            return types.Delta(delta.choice, tuple(map(token_from_wire, delta.tokens)), delta.text)
+            delta, tokens = message.delta, tuple(map(token_from_wire, message.delta.tokens))
+            return types.Delta(delta.choice, tokens, delta.text, reason_from_wire(delta.reason), delta.stop or None)
         case "choice_finished":
             return _finished_from_wire(message.choice_finished)
         case "completed":

@@ -31,6 +31,7 @@ class Progress:
     tokens: list[Token] = field(default_factory=list)
     # Characters of token texts before the next one, for completions' text_offset.
     offset: int = 0
+    # Once both pools are released.
     finished: ChoiceFinished | None = None
 
 
@@ -96,8 +97,6 @@ class ChatShape:
         return {"message": message, "logprobs": self._list(progress.tokens)}
 
     def delta(self, progress: Progress, text: str, tokens: tuple[Token, ...]) -> dict[str, Any]:
-        if not tokens and not text:
-            return {"delta": {}, "logprobs": None}
         delta = {"content": text} if progress.tokens else {"role": "assistant", "content": text}
         return {"delta": delta, "logprobs": self._list(tokens)}
 
@@ -134,26 +133,18 @@ class Answer:
     usages: list[Usage] = field(default_factory=list)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def note(self, index: int, event: Delta | ChoiceFinished) -> None:
+    def note(self, index: int, event: Delta) -> None:
         """For the whole answer."""
-        progress = self.choices[index]
-        if isinstance(event, ChoiceFinished):
-            progress.finished = event
-        else:
-            progress.text.append(event.text)
-            progress.tokens.extend(event.tokens)
+        self.choices[index].text.append(event.text)
+        self.choices[index].tokens.extend(event.tokens)
 
-    def chunk(self, index: int, event: Delta | ChoiceFinished) -> dict[str, Any]:
+    def finish(self, index: int, event: ChoiceFinished) -> None:
+        self.choices[index].finished = event
+
+    def chunk(self, index: int, event: Delta) -> dict[str, Any]:
         """For a stream: what is new in this event."""
         progress = self.choices[index]
-        if isinstance(event, ChoiceFinished):
-            progress.finished = event
-            event = Delta(event.choice, (), "")
-        choice = {
-            "index": index,
-            **self.shape.delta(progress, event.text, event.tokens),
-            **_ending(progress.finished),
-        }
+        choice = {"index": index, **self.shape.delta(progress, event.text, event.tokens), **_ending(event)}
         if self.token_ids:
             choice["token_ids"] = [token.id for token in event.tokens]
         progress.tokens = progress.tokens or list(event.tokens)  # a stream keeps nothing but that it has begun
@@ -167,7 +158,7 @@ class Answer:
         return {**self._object(self.shape.whole, choices), "usage": self.usage()}
 
     def _whole(self, index: int, progress: Progress) -> dict[str, Any]:
-        choice = {"index": index, **self.shape.choice(progress), **_ending(progress.finished)}
+        choice = {"index": index, **self.shape.choice(progress), **_ending(_finished(progress))}
         if self.token_ids:
             choice["token_ids"] = [token.id for token in progress.tokens]
         return choice
@@ -186,21 +177,24 @@ class Answer:
         prompt = sum(usage.prompt_tokens for usage in self.usages)
         output = sum(usage.output_tokens for usage in self.usages)
         cached = sum(usage.cached_prompt_tokens for usage in self.usages)
-        first = self.choices[0].finished
-        assert first is not None, "every choice has ended"
         return {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": cached},
-            "tandem": time_table(first.report),
+            "tandem": time_table(_finished(self.choices[0]).report),
         }
 
 
-def _ending(finished: ChoiceFinished | None) -> dict[str, Any]:
-    if finished is None:
+def _finished(progress: Progress) -> ChoiceFinished:
+    assert progress.finished is not None, "every choice has ended"
+    return progress.finished
+
+
+def _ending(event: Delta | ChoiceFinished) -> dict[str, Any]:
+    if event.reason is None:
         return {"finish_reason": None}
-    return {"finish_reason": str(finished.reason), "stop_reason": finished.stop}
+    return {"finish_reason": str(event.reason), "stop_reason": event.stop}
 
 
 def time_table(report: RequestReport) -> dict[str, Any]:

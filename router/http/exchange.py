@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 Requests = Sequence[generation_pb2.GenerateRequest]
 # Gets the index of the choice among all of the body's, and what is new of it.
-Take = Callable[[int, Delta | ChoiceFinished], Awaitable[None]]
+Take = Callable[[int, Delta], Awaitable[None]]
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -32,16 +32,18 @@ _STREAM_HEADERS = [
 
 
 async def run_all(orchestrator: Orchestrator, requests: Requests, answer: Answer, take: Take) -> None:
-    """All prompts at once; `answer` gets their usages. The first failure ends the others. Raises a TandemError."""
+    """All prompts at once; `answer` gets how they ended. The first failure ends the others. Raises a TandemError."""
     usages: list[Usage] = [Usage(0, 0)] * len(requests)
     turn = asyncio.Lock()
 
     async def run(place: int, request: generation_pb2.GenerateRequest) -> None:
         async def emit(event: Event) -> None:
             match event:
-                case Delta() | ChoiceFinished():
+                case Delta():
                     async with turn:
                         await take(place * request.n + event.choice, event)
+                case ChoiceFinished():
+                    answer.finish(place * request.n + event.choice, event)
                 case Completed():
                     usages[place] = event.usage
                 case Accepted():
@@ -93,11 +95,11 @@ class Exchange(Response):
             response = failures.response_to(error)
         await response(scope, receive, send)
 
-    async def _note(self, index: int, event: Delta | ChoiceFinished) -> None:
+    async def _note(self, index: int, event: Delta) -> None:
         self._answer.note(index, event)
 
     async def _stream(self, send: Send) -> None:
-        async def take(index: int, event: Delta | ChoiceFinished) -> None:
+        async def take(index: int, event: Delta) -> None:
             chunk = self._answer.chunk(index, event)
             if self._usage_in_stream:
                 chunk["usage"] = None

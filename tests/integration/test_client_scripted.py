@@ -19,8 +19,8 @@ from tandem.v1 import generation_pb2
 EVENTS = [
     Accepted("request-1", 5),
     Delta(0, (Token(7),), " can"),
-    Delta(0, (Token(8),), " vary"),
-    ChoiceFinished(0, FinishReason.STOP, 2, REPORT),
+    Delta(0, (Token(8),), " vary", FinishReason.STOP, "!"),
+    ChoiceFinished(0, FinishReason.STOP, 2, REPORT, "!"),
     Completed(Usage(5, 2)),
 ]
 

@@ -60,6 +60,7 @@ def streamed(chunks: Any) -> list[tuple[str, list[int], str]]:
             assert choice.index not in reasons, "nothing comes after the end"
             texts[choice.index] = texts.get(choice.index, "") + choice.text
             ids.setdefault(choice.index, []).extend(choice.token_ids)
+            assert choice.token_ids, "every chunk has tokens, also the one that says how it ended"
             if choice.finish_reason:
                 reasons[choice.index] = choice.finish_reason
     return [(texts[index], ids[index], reasons[index]) for index in sorted(texts)]
@@ -158,7 +159,9 @@ def test_chat_is_the_model_s_template_and_then_the_same(service: Service, client
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert "".join(delta.content or "" for delta in deltas) == wanted.text
     assert [delta.role for delta in deltas if delta.role] == ["assistant"] == [deltas[0].role]
-    assert chunks[-1].choices[0].finish_reason == choice.finish_reason
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + [choice.finish_reason]
+    assert all(chunk.choices[0].logprobs.content for chunk in chunks), "no chunk of its own for the end"
     told_entries = [entry for chunk in chunks if (found := chunk.choices[0].logprobs) for entry in found.content or []]
     assert told_entries == entries
 

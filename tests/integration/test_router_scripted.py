@@ -22,13 +22,21 @@ from scripted_worker import FINGERPRINT
 
 from tandem import errors, wire
 from tandem.timeline import Phase
-from tandem.types import Accepted, Completed, Delta, FinishReason, SamplingParams
+from tandem.types import Accepted, Completed, Delta, Event, FinishReason, SamplingParams
 
 
 @pytest.fixture
 async def house() -> AsyncIterator[House]:
     async with open_house(configuration()) as opened:
         yield opened
+
+
+def endings_of(events: list[Event]) -> list[tuple[FinishReason, str | None]]:
+    """What the last Delta says, which has tokens too."""
+    deltas = [event for event in events if isinstance(event, Delta)]
+    assert all(delta.tokens for delta in deltas)
+    assert [delta.reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+    return [(delta.reason, delta.stop) for delta in deltas if delta.reason is not None]
 
 
 async def test_split_happy_path(house: House) -> None:
@@ -40,6 +48,7 @@ async def test_split_happy_path(house: House) -> None:
     assert accepted.prompt_tokens == 3
     assert ids_of(events) == [7, 8, 9, 10]
     assert (finish.reason, finish.output_tokens, finish.stop) == (FinishReason.LENGTH, 4, None)
+    assert endings_of(events) == [(FinishReason.LENGTH, None)]
     assert isinstance(completed, Completed)
     assert (completed.usage.prompt_tokens, completed.usage.output_tokens) == (3, 4)
     assert completed.usage.cached_prompt_tokens == 2
@@ -122,6 +131,7 @@ async def test_a_stop_string_ends_the_choice_and_frees_the_worker(house: House) 
     finish = finish_of(events)
     assert text_of(events) == "one two three"
     assert (finish.reason, finish.stop) == (FinishReason.STOP, " STOP")
+    assert endings_of(events) == [(FinishReason.STOP, " STOP")]
     assert finish.output_tokens == len(ids_of(events)) < len(ids)
     await house.check_empty()
 

@@ -39,12 +39,12 @@ REPORT = RequestReport(
 
 
 async def two_tokens(request: generation_pb2.GenerateRequest, emit: Callable[[Event], Awaitable[None]]) -> None:
-    """Answers " can vary" for every choice."""
+    """Answers " can vary" for every choice, as if "!" was to end it."""
     await emit(Accepted("request-1", 5))
     for choice in range(request.n):
         await emit(Delta(choice, (Token(7),), " can"))
-        await emit(Delta(choice, (Token(8),), " vary"))
-        await emit(ChoiceFinished(choice, FinishReason.STOP, 2, REPORT))
+        await emit(Delta(choice, (Token(8),), " vary", FinishReason.STOP, "!"))
+        await emit(ChoiceFinished(choice, FinishReason.STOP, 2, REPORT, "!"))
     await emit(Completed(Usage(5, 2 * request.n)))
 
 
