@@ -1,0 +1,161 @@
+"""Which share of requests, or of tokens, was how fast: a curve for each shape, at each rate that they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loadtest.compare.html.figure import Drawn, Figure, plain, thinned
+from loadtest.compare.html.goodput import limit_line, milliseconds
+from loadtest.compare.model import Answer, Comparison, ShownRun
+
+_POINTS_OF_CURVE, _POINTS_OF_PAGE = 400, 45_000
+# What a clock can tell apart; a logarithmic axis has no 0.
+_LEAST_MS = 0.1
+
+
+def _ttfts(answer: Answer) -> list[float]:
+    return [answer.arrivals_s[0] - answer.scheduled_s]
+
+
+def _tpots(answer: Answer) -> list[float]:
+    if answer.output_tokens < 2:
+        return []
+    return [(answer.arrivals_s[-1] - answer.arrivals_s[0]) / (answer.output_tokens - 1)]
+
+
+def _itls(answer: Answer) -> list[float]:
+    return [later - earlier for earlier, later in zip(answer.arrivals_s, answer.arrivals_s[1:], strict=False)]
+
+
+def _e2els(answer: Answer) -> list[float]:
+    return [answer.arrivals_s[-1] - answer.scheduled_s]
+
+
+@dataclass(frozen=True)
+class _Metric:
+    key: str
+    title: str
+    share_of: str
+    seconds: Callable[[Answer], list[float]]
+    # The objective whose line it shows.
+    objective: str
+
+
+_METRICS = (
+    _Metric("ttft", "TTFT: until the first token", "requests", _ttfts, "ttft"),
+    _Metric("tpot", "TPOT: each further token, mean of a request", "requests", _tpots, "tpot"),
+    _Metric("itl", "ITL: each wait between two arrivals", "waits", _itls, "tpot"),
+    _Metric("e2el", "E2EL: until the last token", "requests", _e2els, "e2el"),
+)
+
+
+@dataclass(frozen=True)
+class AtRate:
+    rate_rps: float
+    figures: list[Figure]
+
+
+def shown_rates(shapes: Sequence[Drawn]) -> list[float]:
+    return sorted({run.rate_rps for each in shapes for run in each.measured.shown})
+
+
+def at_rate(drawn: Drawn, rate_rps: float) -> ShownRun | None:
+    return next((run for run in drawn.measured.shown if run.rate_rps == rate_rps), None)
+
+
+def distributions(shapes: Sequence[Drawn], comparison: Comparison) -> list[AtRate]:
+    metrics = [each for each in _METRICS if each.key != "e2el" or "e2el" in comparison.objectives]
+    rates = shown_rates(shapes)
+    curves = len(metrics) * sum(len(each.measured.shown) for each in shapes)
+    points = min(_POINTS_OF_CURVE, _POINTS_OF_PAGE // max(1, curves))
+    values = {metric.key: _values(metric, shapes) for metric in metrics}
+    return [
+        AtRate(
+            rate,
+            [
+                _figure(metric, index, rate, values[metric.key], shapes, comparison.objectives, points)
+                for metric in metrics
+            ],
+        )
+        for index, rate in enumerate(rates)
+    ]
+
+
+_Values = dict[tuple[str, float], list[float]]
+
+
+def _values(metric: _Metric, shapes: Sequence[Drawn]) -> _Values:
+    """Milliseconds of whole answers, by shape and rate."""
+    return {
+        (each.key, run.rate_rps): [
+            max(_LEAST_MS, second * 1000)
+            for answer in run.answers
+            if answer.failure is None and answer.arrivals_s
+            for second in metric.seconds(answer)
+        ]
+        for each in shapes
+        for run in each.measured.shown
+    }
+
+
+def _figure(
+    metric: _Metric,
+    index: int,
+    rate_rps: float,
+    values: _Values,
+    shapes: Sequence[Drawn],
+    objectives: dict[str, float],
+    points: int,
+) -> Figure:
+    curves = [_curve(each, values.get((each.key, rate_rps), []), points) for each in shapes]
+    limit_ms = objectives.get(metric.objective)
+    # One range for all rates: plots above each other can be compared.
+    everything = [value for each in values.values() for value in each] + ([limit_ms] if limit_ms else [])
+    layout = {
+        "xaxis": {"type": "log", "range": _log_range(everything), "title": {"text": "ms"}, **_LOG_TICKS},
+        "yaxis": {"range": [0, 1.02], "tickformat": ".0%", "title": {"text": f"share of {metric.share_of}"}},
+        "margin": {"l": 54, "r": 10, "t": 8, "b": 42},
+        "shapes": [] if limit_ms is None else [limit_line("x", limit_ms)],
+        "annotations": [] if limit_ms is None else [_limit_name(metric, limit_ms)],
+    }
+    label = f"{metric.title}; at {rate_rps:g} requests/s"
+    return Figure(f"{metric.key}-{index}", label, 290, [each for each in curves if each["x"]], layout, metric.title)
+
+
+_LOG_TICKS = {"exponentformat": "none", "separatethousands": True, "minor": {"ticks": "outside", "ticklen": 3}}
+
+
+def _log_range(values: Sequence[float]) -> list[float]:
+    if not values:
+        return [0.0, 3.0]
+    return [math.log10(min(values)) - 0.05, math.log10(max(values)) + 0.05]
+
+
+def _curve(drawn: Drawn, values: Sequence[float], points: int) -> dict[str, Any]:
+    milliseconds_in_order, shares = thinned(values, points)
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": plain(drawn.look.name),
+        "x": milliseconds_in_order,
+        "y": shares,
+        "line": drawn.look.line,
+        "hovertemplate": "%{y:.1%} within %{x:.4~g} ms<extra>%{fullData.name}</extra>",
+    }
+
+
+def _limit_name(metric: _Metric, limit_ms: float) -> dict[str, Any]:
+    return {
+        "text": f"{metric.objective.upper()} objective {milliseconds(limit_ms)} ms",
+        "x": math.log10(limit_ms),
+        "y": 0.02,
+        "yref": "paper",
+        "textangle": -90,
+        "xanchor": "right",
+        "yanchor": "bottom",
+        "showarrow": False,
+        "font": {"color": "var(--limit)"},
+    }

@@ -1,0 +1,76 @@
+"""What was compared, and how far the figures carry, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from loadtest.compare.html.figure import Drawn
+from loadtest.compare.model import Comparison, Run
+
+_UNITS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
+
+
+def facts(comparison: Comparison) -> list[tuple[str, str]]:
+    machine = comparison.machine
+    where = f"{machine.processor}, {machine.cores} cores, {machine.memory_gib:.1f} GiB of memory"
+    return [
+        ("Machine", where if machine.device == "cpu" else f"{where}; workers on {machine.device}"),
+        ("Model", comparison.model),
+        ("Workload", "; ".join(_workload(comparison))),
+        ("Objectives", objectives(comparison)),
+        ("Date", f"{comparison.date}, Tandem {comparison.tandem_version}"),
+    ]
+
+
+def objectives(comparison: Comparison) -> str:
+    limits = " and ".join(f"{_UNITS.get(name, name)} ≤ {limit:g} ms" for name, limit in comparison.objectives.items())
+    return f"{limits or 'none'}, kept for {comparison.target_attainment:.0%} of the requests that were offered"
+
+
+def _workload(comparison: Comparison) -> Iterator[str]:
+    """A sentence for the lengths; what else is not said elsewhere, by its own name."""
+    left = dict(comparison.workload)
+    kind, source = left.pop("workload", "unknown"), left.pop("source", None)
+    lengths = [left.pop(name, None) for name in ("input_tokens", "output_tokens")]
+    yield f"{kind}" if source in (None, "drawn") else f"{kind} ({source})"
+    if None not in lengths:
+        ratio = left.pop("range_ratio", 0)
+        spread = f", each ± {ratio:.0%}" if ratio else ""
+        yield f"prompts of {lengths[0]} tokens, answers of {lengths[1]}{spread}"
+    # The rate is what the comparison varies.
+    unsaid = {name: value for name, value in left.items() if value is not None and name != "request_rate"}
+    yield from (f"{name.replace('_', ' ')} {value}" for name, value in unsaid.items())
+
+
+def limits(shapes: Sequence[Drawn], comparison: Comparison) -> list[str]:
+    """How sure the figures are."""
+    runs = [run for each in shapes for run in each.measured.probes]
+    said = [_counted(shapes, runs)]
+    if runs:
+        fewest = min(run.offered for run in runs) or 1
+        share = comparison.target_attainment
+        error = math.sqrt(share * (1 - share) / fewest)
+        said.append(
+            f"With {fewest} requests in a run, an attainment of {share:.0%} has a standard error of about "
+            f"{error * 100:.1f} points: goodputs that are closer than neighbouring rates of the search are a draw."
+        )
+        said.append("p99 of so few requests is close to the slowest one." if fewest < 300 else "")
+        failed = sum(run.failed for run in runs)
+        said.append(
+            f"{failed} requests failed in the search; they count as missed."
+            if failed
+            else "No request failed in the search."
+        )
+    if comparison.machine.device != "cpu":
+        said.append("Busy shares are those of the processor; what a GPU does is not in them.")
+    return [each for each in said if each]
+
+
+def _counted(shapes: Sequence[Drawn], runs: Sequence[Run]) -> str:
+    shown = [run for each in shapes for run in each.measured.shown]
+    offered = sum(run.offered for run in [*runs, *shown])
+    return (
+        f"{len(shapes)} shapes, {len(runs)} runs of the search and {len(shown)} runs at shared rates: "
+        f"{offered:,} requests in all."
+    )

@@ -1,0 +1,99 @@
+"""One plot of the page: what plotly.js draws, as plain data. Colours are names of the page's CSS, light and dark."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from loadtest.compare.model import Comparison, Measured
+
+
+@dataclass(frozen=True)
+class Figure:
+    # Of its element in the page.
+    id: str
+    # What it shows, for those who do not see it.
+    label: str
+    height_px: int
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    # Above the plot.
+    title: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return {"id": self.id, "data": self.data, "layout": self.layout}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a shape is drawn, on the whole page. The dash and the marker tell what a colour alone might not."""
+
+    name: str
+    colour: str
+    dash: str
+    symbol: str
+
+    @property
+    def dash_array(self) -> str:
+        """For SVG, as long as plotly's."""
+        return {"solid": "none", "dash": "7 5", "dot": "2 4"}[self.dash]
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return {"color": f"var({self.colour})", "dash": self.dash, "width": 2}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A shape with what was measured, and its look."""
+
+    measured: Measured
+    look: Look
+    # Short and unique: for the ids of elements.
+    key: str = field(compare=False)
+
+
+# Colours of each kind: cool for colocated shapes, warm for split ones (Okabe and Ito's, which colour-blind people tell
+# apart). After the last, they begin again with another dash.
+_COLOURS = 3
+_DASHES = ("solid", "dash", "dot")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon", "triangle-down")
+
+
+def drawn(comparison: Comparison) -> list[Drawn]:
+    """Every shape, in the order in which it was measured."""
+    counts, found = {True: 0, False: 0}, []
+    for index, measured in enumerate(comparison.measured):
+        split = measured.shape.is_split
+        found.append(Drawn(measured, _look(measured.shape.name, split, counts[split]), f"shape-{index}"))
+        counts[split] += 1
+    return found
+
+
+def _look(name: str, split: bool, index: int) -> Look:
+    colour = f"--{'warm' if split else 'cool'}-{index % _COLOURS}"
+    dash = _DASHES[index // _COLOURS % len(_DASHES)]
+    # Split and colocated shapes never share a marker before there are many of both.
+    return Look(name, colour, dash, _SYMBOLS[(2 * index + split) % len(_SYMBOLS)])
+
+
+def plain(text: str) -> str:
+    """Text of a user inside a plot, where plotly reads some HTML."""
+    return html.escape(text)
+
+
+def rounded(values: Iterable[float] | np.ndarray, digits: int = 4) -> list[float]:
+    """To so many significant digits: a plot shows no more, and the page stays small."""
+    return [float(f"{value:.{digits}g}") for value in values]
+
+
+def thinned(values: Sequence[float], most: int) -> tuple[list[float], list[float]]:
+    """Values in order and the share of values up to each, at no more than so many evenly spaced shares."""
+    ordered = np.sort(np.asarray(values, dtype=float))
+    count = len(ordered)
+    ranks = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+    return rounded(ordered[ranks]), rounded((ranks + 1) / count)

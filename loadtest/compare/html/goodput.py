@@ -1,0 +1,158 @@
+"""How much each shape serves within its objectives: the bars, the curves over the rate, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loadtest.compare.html.figure import Drawn, Figure, Look, plain, rounded
+from loadtest.compare.model import Comparison, Measured, Run
+
+METRICS = ("ttft", "tpot", "itl")
+_PERCENTILES = ("median", "p90", "p99")
+
+
+@dataclass(frozen=True)
+class Row:
+    look: Look
+    best_rate: str
+    goodput: str
+    attainment: str
+    # TTFT, TPOT and ITL in turn, each at the median, 90 % and 99 %.
+    latencies: list[str]
+    # Where the figures of this row come from, if not from the best rate.
+    note: str = ""
+
+
+def table(shapes: Sequence[Drawn], target: float) -> list[Row]:
+    return [_row(each, target) for each in shapes]
+
+
+def _row(drawn: Drawn, target: float) -> Row:
+    measured = drawn.measured
+    run = at_best(measured)
+    if run is None:
+        return Row(drawn.look, "–", "–", "–", ["–"] * 9, "nothing was measured")
+    note = ""
+    if not measured.best_rate_rps:
+        lowest = f"the lowest rate tried, {run.rate_rps:.3g} requests/s"
+        note = f"No rate kept {target:.0%}. Attainment and latencies are those at {lowest}."
+    return Row(
+        drawn.look,
+        f"{measured.best_rate_rps:.3g}" if measured.best_rate_rps else "none",
+        f"{measured.goodput_rps:.2f}",
+        f"{run.attainment:.1%}",
+        [_latency(run, name, percentile) for name in METRICS for percentile in _PERCENTILES],
+        note,
+    )
+
+
+def at_best(measured: Measured) -> Run | None:
+    """The probe that decided; for a shape that kept the target nowhere, its slowest one."""
+    return min(
+        measured.probes,
+        key=lambda run: (abs(run.rate_rps - measured.best_rate_rps), abs(run.goodput_rps - measured.goodput_rps)),
+        default=None,
+    )
+
+
+def _latency(run: Run, name: str, percentile: str) -> str:
+    """From the schedule where the figure depends on it, as the objectives count."""
+    key = f"{percentile}_{name}_ms"
+    value = run.figures.get("from_schedule", {}).get(key, run.figures.get(key))
+    return "–" if value is None else milliseconds(value)
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def bars(shapes: Sequence[Drawn]) -> Figure:
+    names = [_broken(each.look.name) for each in shapes]
+    values = [each.measured.goodput_rps for each in shapes]
+    bar = {
+        "type": "bar",
+        "orientation": "h",
+        "x": rounded(values),
+        "y": names,
+        "marker": {"color": [f"var({each.look.colour})" for each in shapes]},
+        "text": [f"{value:.2f}" if value else "0: no rate kept the target" for value in values],
+        "textposition": "auto",
+        "hovertemplate": "%{y}: %{x} good requests/s<extra></extra>",
+        "width": 0.62,
+    }
+    layout = {
+        "xaxis": {"title": {"text": "requests/s that met every objective"}, "range": [0, 1.12 * max([*values, 0.1])]},
+        "yaxis": {"autorange": "reversed", "automargin": True, "type": "category", "ticks": "", "showgrid": False},
+        "margin": {"l": 8, "r": 16, "t": 6, "b": 44},
+    }
+    return Figure("goodput", "Goodput of each shape", 62 + 46 * len(names), [bar], layout)
+
+
+def _broken(name: str) -> str:
+    """On two lines: a phone has no room for more."""
+    return plain(name).replace(", ", ",<br>") + " "
+
+
+def attainment(shapes: Sequence[Drawn], comparison: Comparison) -> Figure:
+    data: list[dict[str, Any]] = []
+    for each in shapes:
+        probes = sorted(each.measured.probes, key=lambda run: run.rate_rps)
+        data.append(_curve(each, probes))
+    rates = [run.rate_rps for each in shapes for run in each.measured.probes]
+    target = comparison.target_attainment
+    layout = {
+        "xaxis": {"title": {"text": "offered requests/s"}, "range": [0, 1.05 * max([*rates, 0.1])]},
+        "yaxis": {"title": {"text": "met every objective"}, "range": [0, 1.06], "tickformat": ".0%"},
+        "margin": {"l": 56, "r": 12, "t": 12, "b": 44},
+        "shapes": [limit_line("y", target)],
+        "annotations": [
+            {
+                "text": f"target {target:.0%}",
+                "x": 1,
+                "xref": "paper",
+                "xanchor": "right",
+                "y": target,
+                "yanchor": "top",
+                "showarrow": False,
+                "font": {"color": "var(--limit)"},
+            }
+        ],
+    }
+    return Figure("attainment", "Attainment over the offered rate, for each shape", 360, data, layout)
+
+
+def _curve(drawn: Drawn, probes: Sequence[Run]) -> dict[str, Any]:
+    best_rps = drawn.measured.best_rate_rps
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": plain(drawn.look.name),
+        "x": rounded(run.rate_rps for run in probes),
+        "y": rounded(run.attainment for run in probes),
+        "line": drawn.look.line,
+        "marker": {
+            "symbol": drawn.look.symbol,
+            "color": f"var({drawn.look.colour})",
+            "size": [13 if best_rps and run.rate_rps == best_rps else 7 for run in probes],
+        },
+        "customdata": [
+            f"{run.goodput_rps:.2f} good requests/s; {run.offered} offered, {run.failed} failed" for run in probes
+        ],
+        "hovertemplate": "<b>%{fullData.name}</b><br>%{x} requests/s: %{y:.1%}<br>%{customdata}<extra></extra>",
+    }
+
+
+def limit_line(axis: str, at: float) -> dict[str, Any]:
+    """Across the plot, where an objective or the target lies on the axis."""
+    other = "x" if axis == "y" else "y"
+    return {
+        "type": "line",
+        f"{axis}0": at,
+        f"{axis}1": at,
+        f"{other}0": 0,
+        f"{other}1": 1,
+        f"{other}ref": "paper",
+        "line": {"color": "var(--limit)", "width": 1.5, "dash": "dash"},
+    }

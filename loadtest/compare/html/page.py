@@ -1,0 +1,94 @@
+"""The report of a comparison: one HTML file that needs nothing else, opened from a disk or sent to somebody.
+
+Whatever comes from users (names, commands) is escaped by the template, and inside plots by `figure.plain`; the page's
+content policy names its two scripts by hash, so nothing else runs or is loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from loadtest.compare.html import distributions, facts, goodput, story, utilisation
+from loadtest.compare.html.figure import Drawn, Figure, drawn
+from loadtest.compare.model import Comparison
+
+
+def render(comparison: Comparison) -> str:
+    """The whole page."""
+    shapes = drawn(comparison)
+    content = _content(comparison, shapes)
+    figures = [figure.as_json() for figure in _figures(content)]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    scripts = [_script(_plotly()), _script(_file("page.js"))]
+    return environment.from_string(_file("page.html")).render(
+        **content,
+        comparison=comparison,
+        style=Markup(_file("page.css")),
+        policy=_policy(scripts),
+        figures_json=Markup(_inert_json(figures)),
+        scripts=[Markup(script) for script in scripts],
+    )
+
+
+def _content(comparison: Comparison, shapes: list[Drawn]) -> dict[str, Any]:
+    rates = distributions.shown_rates(shapes)
+    return {
+        "shapes": shapes,
+        "facts": facts.facts(comparison),
+        "objectives": facts.objectives(comparison),
+        "limits": facts.limits(shapes, comparison),
+        "rows": goodput.table(shapes, comparison.target_attainment),
+        "bars": goodput.bars(shapes),
+        "attainment": goodput.attainment(shapes, comparison),
+        "distributions": distributions.distributions(shapes, comparison),
+        "story": story.story(shapes, comparison),
+        "utilisation": utilisation.utilisation(shapes),
+        "workers": utilisation.workers(shapes),
+        "rates": rates,
+    }
+
+
+def _figures(content: dict[str, Any]) -> list[Figure]:
+    told = content["story"]
+    return [
+        content["bars"],
+        content["attainment"],
+        *(figure for each in content["distributions"] for figure in each.figures),
+        *(picture.figure for picture in (told.pictures if told else [])),
+        *content["utilisation"],
+    ]
+
+
+def _inert_json(value: Any) -> str:
+    """JSON that cannot end the element that it stands in."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _script(source: str) -> str:
+    # Inside JavaScript's strings, the only place where it can stand, `<\/` is the same.
+    return source.replace("\r\n", "\n").replace("</script", "<\\/script")
+
+
+def _policy(scripts: list[str]) -> str:
+    digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
+    hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+@cache
+def _plotly() -> str:
+    return str(get_plotlyjs())
+
+
+@cache
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

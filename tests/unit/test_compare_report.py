@@ -1,0 +1,227 @@
+"""The report of a comparison, as text: what it says, and that it holds whatever users call their things."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from made_comparison import FOUR, OBJECTIVES, TWO, made_comparison, made_measured, made_run
+
+from loadtest.compare.html import render
+from loadtest.compare.model import Answer, Comparison, Measured, Shape, ShownRun, Verdict
+
+NASTY = "</script><img src=x onerror=alert(1)>&\"'{{ 7*7 }}"
+MAX_BYTES = 6_000_000
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, the text that a reader sees, and the scripts."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.scripts: list[str] = []
+        self._within: list[str] = []
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+        if tag in ("script", "style"):
+            self._within.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._within and self._within[-1] == tag:
+            self._within.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self._within[-1:] == ["script"]:
+            self.scripts[-1] += data
+        elif not self._within:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    @property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        return {figure["id"]: figure for figure in json.loads(self.scripts[0])}
+
+    @property
+    def ids(self) -> set[str]:
+        return {each["id"] or "" for _, each in self.elements if "id" in each}
+
+
+@pytest.fixture(scope="module")
+def two() -> Comparison:
+    return made_comparison()
+
+
+@pytest.fixture(scope="module")
+def page(two: Comparison) -> Page:
+    return Page(render(two))
+
+
+def answerless(comparison: Comparison) -> Comparison:
+    return comparison.model_copy(
+        update={"measured": [each.model_copy(update={"shown": []}) for each in comparison.measured]}
+    )
+
+
+def test_it_says_the_verdict_first_and_what_was_compared(two: Comparison, page: Page) -> None:
+    at = [page.text.index(sentence) for sentence in two.verdict.text]
+    assert at == sorted(at)
+    assert at[0] < page.text.index("Machine") < page.text.index("Goodput")
+    for expected in (two.machine.processor, two.date, two.model, two.command, "TTFT ≤ 1200 ms and TPOT ≤ 45 ms"):
+        assert expected in page.text
+
+
+def test_every_shape_is_named_in_each_table(two: Comparison, page: Page) -> None:
+    rows = page.text[page.text.index("Goodput") :]
+    for each in two.measured:
+        assert rows.count(each.shape.name) > 5
+        assert f"{each.goodput_rps:.2f}" in rows
+
+
+def test_it_is_one_file_and_loads_nothing(two: Comparison, page: Page) -> None:
+    source = render(two)
+    assert len(source.encode()) < MAX_BYTES
+    assert {tag for tag, _ in page.elements} & {"link", "iframe", "img", "object", "embed", "base"} == set()
+    loads = [
+        value
+        for _, attributes in page.elements
+        for name, value in attributes.items()
+        if name in ("src", "href", "action")
+    ]
+    assert loads == []
+    style = source[source.index("<style>") : source.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_its_policy_admits_its_own_scripts_and_nothing_else(page: Page) -> None:
+    policy = next(each["content"] for _, each in page.elements if each.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    digests = [base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in page.scripts[1:]]
+    assert re.findall(r"'sha256-([^']+)'", policy) == digests
+
+
+def test_every_figure_has_its_element(page: Page) -> None:
+    assert set(page.figures) <= page.ids
+    expected = {"goodput", "attainment", "ttft-0", "tpot-1", "itl-0", "timeline-shape-0", "timeline-shape-1"}
+    assert expected <= set(page.figures)
+
+
+def test_what_users_wrote_is_text(two: Comparison) -> None:
+    run = made_run(TWO[0], 2.0, count=12)
+    named = [each.model_copy(update={"prefill_worker": NASTY, "decode_worker": NASTY}) for each in run.answers]
+    use = [each.model_copy(update={"worker": NASTY}) for each in run.use]
+    measured = Measured(
+        shape=TWO[0],
+        probes=[],
+        best_rate_rps=0,
+        goodput_rps=0,
+        shown=[run.model_copy(update={"answers": named, "use": use})],
+    )
+    changes: dict[str, Any] = dict.fromkeys(("command", "model", "date", "tandem_version"), NASTY)
+    machine = two.machine.model_copy(update={"processor": NASTY, "device": NASTY})
+    verdict = Verdict(pays=False, best_split=NASTY, best_colocated=NASTY, ratio=None, text=[NASTY, NASTY])
+    workload = {"workload": NASTY, "source": NASTY, NASTY: NASTY}
+    changes |= {"machine": machine, "verdict": verdict, "workload": workload, "measured": [measured]}
+    page = Page(render(two.model_copy(update=changes)))
+    assert {"img"} & {tag for tag, _ in page.elements} == set()
+    assert not any("onerror" in attributes for _, attributes in page.elements)
+    assert page.text.count(" ".join(NASTY.split())) >= 8
+    assert len(page.scripts) == 3
+    # What plotly reads as HTML.
+    assert "<img" not in json.dumps(page.figures)
+
+
+def test_curves_have_few_points_and_keep_the_slowest() -> None:
+    comparison = made_comparison(count=600)
+    curves = [
+        curve
+        for name, figure in Page(render(comparison)).figures.items()
+        if name.startswith(("ttft-", "tpot-", "itl-"))
+        for curve in figure["data"]
+    ]
+    assert len(curves) == 2 * 2 * 3
+    for curve in curves:
+        assert 100 < len(curve["x"]) <= 500
+        assert curve["x"] == sorted(curve["x"])
+        assert curve["y"][-1] == 1
+
+
+def test_many_shapes_have_looks_of_their_own() -> None:
+    shapes = [*FOUR, *(Shape(colocated=4, step_tokens=size) for size in (128, 256, 1024, 2048))]
+    comparison = made_comparison(shapes, probes=(1.0, 2.0), shown=(1.0,), count=30)
+    source = render(comparison)
+    assert len(source.encode()) < MAX_BYTES
+    curves = Page(source).figures["attainment"]["data"]
+    looks = {(each["line"]["color"], each["line"]["dash"]) for each in curves}
+    assert len(looks) == len(shapes) == len({each["name"] for each in curves})
+
+
+def test_the_window_shows_a_prefill_that_delays_tokens_and_the_split_has_none(page: Page) -> None:
+    colocated, split = (page.figures[f"timeline-shape-{index}"] for index in (0, 1))
+    assert colocated["layout"]["shapes"]
+    assert split["layout"]["shapes"] == []
+    assert colocated["layout"]["xaxis"]["range"] == split["layout"]["xaxis"]["range"]
+    found = re.search(
+        r"Longest wait for a next token in the window: ([\d.]+) ms with 2 col.* against ([\d.]+) ms", page.text
+    )
+    assert found is not None
+    assert float(found[1]) > 1.5 * float(found[2])
+    assert "the same seconds of the same schedule" in page.text
+
+
+def test_a_shape_that_kept_no_rate_is_said_so(two: Comparison) -> None:
+    none = made_measured(TWO[1], probes=(30.0, 60.0), shown=())
+    assert none.best_rate_rps == 0
+    text = Page(render(two.model_copy(update={"measured": [two.measured[0], none]}))).text
+    assert "1P1D: No rate kept 90%. Attainment and latencies are those at the lowest rate tried, 30 requests/s." in text
+
+
+def test_an_interrupted_comparison_says_so(two: Comparison) -> None:
+    nothing = [Measured(shape=shape, probes=[], best_rate_rps=0, goodput_rps=0, shown=[]) for shape in TWO]
+    for measured in (nothing, two.measured[:1], answerless(two).measured, []):
+        text = Page(render(two.model_copy(update={"interrupted": True, "measured": measured}))).text
+        assert "Interrupted." in text
+        assert ("No answers were kept" in text) is not any(each.shown for each in measured)
+
+
+def test_failed_answers_and_answers_without_marks_are_no_trouble(two: Comparison) -> None:
+    def bare(answer: Answer) -> Answer:
+        return answer.model_copy(update={"phases_ms": {}, "prefill_worker": "", "decode_worker": ""})
+
+    def cut(answer: Answer) -> Answer:
+        marks = {name: answer.phases_ms[name] for name in ("received", "admitted", "prefill_started", "first_token")}
+        arrivals = answer.arrivals_s[:3]
+        return answer.model_copy(update={"phases_ms": marks, "arrivals_s": arrivals, "failure": "cut", "met": False})
+
+    def spoiled(run: ShownRun) -> ShownRun:
+        kinds = (bare, cut, lambda answer: answer)
+        return run.model_copy(update={"answers": [kinds[i % 3](each) for i, each in enumerate(run.answers)]})
+
+    measured = [each.model_copy(update={"shown": [spoiled(run) for run in each.shown]}) for each in two.measured]
+    measured.append(made_measured(Shape(colocated=2, step_tokens=512), (1.0,), (1.0,), count=30, failures=30))
+    page = Page(render(two.model_copy(update={"measured": measured})))
+    names = {trace["name"] for trace in page.figures["timeline-shape-0"]["data"]}
+    assert names >= {"queued", "prefill", "token", "unknown", "failed"}
+    assert "30 requests failed in the search" in page.text
+
+
+def test_the_objectives_lie_on_the_curves(page: Page) -> None:
+    for metric, limit_ms in (("ttft", OBJECTIVES["ttft"]), ("tpot", OBJECTIVES["tpot"]), ("itl", OBJECTIVES["tpot"])):
+        (line,) = page.figures[f"{metric}-0"]["layout"]["shapes"]
+        assert (line["x0"], line["x1"]) == (limit_ms, limit_ms)
