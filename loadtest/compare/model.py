@@ -105,7 +105,8 @@ class Verdict(_Value):
     best_colocated: str
     # Goodput of the split / of the colocated; None if the colocated reached none.
     ratio: float | None
-    # Plain words, also when splitting does not pay; sentences.
+    # Plain words, also when splitting does not pay; sentences. The first is the result; of an interrupted comparison
+    # the first says that it was, and the second is the result.
     text: list[str] = Field(min_length=1)
 
 

@@ -81,7 +81,13 @@ def test_it_says_the_verdict_first_and_what_was_compared(two: Comparison, page: 
     at = [page.text.index(sentence) for sentence in two.verdict.text]
     assert at == sorted(at)
     assert at[0] < page.text.index("Machine") < page.text.index("Goodput")
-    for expected in (two.machine.processor, two.date, two.model, two.command, "TTFT ≤ 1200 ms and TPOT ≤ 45 ms"):
+    for expected in (
+        two.machine.processor,
+        "2026-11-21 10:30 UTC",
+        two.model,
+        two.command,
+        "TTFT ≤ 1200 ms and TPOT ≤ 45 ms",
+    ):
         assert expected in page.text
 
 
@@ -189,7 +195,9 @@ def test_a_shape_that_kept_no_rate_is_said_so(two: Comparison) -> None:
     none = made_measured(TWO[1], probes=(30.0, 60.0), shown=())
     assert none.best_rate_rps == 0
     text = Page(render(two.model_copy(update={"measured": [two.measured[0], none]}))).text
-    assert "1P1D: No rate kept 90%. Attainment and latencies are those at the lowest rate tried, 30 requests/s." in text
+    assert (
+        "1P1D: No rate kept 90%. Attainment and latencies are those at the lowest rate tried, 30.00 requests/s." in text
+    )
 
 
 def test_an_interrupted_comparison_says_so(two: Comparison) -> None:
@@ -198,6 +206,41 @@ def test_an_interrupted_comparison_says_so(two: Comparison) -> None:
         text = Page(render(two.model_copy(update={"interrupted": True, "measured": measured}))).text
         assert "Interrupted." in text
         assert ("No answers were kept" in text) is not any(each.shown for each in measured)
+
+
+def test_the_headline_of_an_interrupted_comparison_is_its_result(two: Comparison) -> None:
+    verdict = two.verdict.model_copy(update={"text": ["It was cut off.", "Splitting pays.", "Why: so."]})
+    source = render(two.model_copy(update={"interrupted": True, "verdict": verdict}))
+    assert "<h1>Splitting pays.</h1>" in source
+    assert Page(source).text.index("It was cut off.") < Page(source).text.index("Why: so.")
+
+
+def test_runs_that_were_stopped_early_look_other_than_whole_ones(two: Comparison, page: Page) -> None:
+    stopped = sum(run.attainment < two.target_attainment for each in two.measured for run in each.probes)
+    marks = [mark for curve in page.figures["attainment"]["data"] for mark in curve["marker"]["symbol"]]
+    assert 0 < sum(mark.endswith("-open") for mark in marks) == stopped
+    assert f"({stopped} of them stopped early)" in page.text
+
+
+def test_workers_that_nobody_watched_have_no_use(two: Comparison) -> None:
+    measured = made_measured(TWO[0], (1.0,), (1.0,), count=30)
+    blind = measured.model_copy(
+        update={
+            "probes": [run.model_copy(update={"use": []}) for run in measured.probes],
+            "shown": [run.model_copy(update={"use": []}) for run in measured.shown],
+        }
+    )
+    page = Page(render(two.model_copy(update={"measured": [blind]})))
+    assert not [name for name in page.figures if name.startswith("use-")]
+    assert "timeline-shape-0" in page.figures
+
+
+def test_shapes_without_a_run_at_a_shared_rate_are_not_in_the_legend_there(two: Comparison) -> None:
+    more = made_measured(Shape(colocated=2, step_tokens=32), (1.0,), (), count=30)
+    text = Page(render(two.model_copy(update={"measured": [*two.measured, more]}))).text
+    latencies = text[text.index("Latencies") : text.index("What happens on the workers")]
+    assert "Only these shapes ran at shared rates" in latencies
+    assert more.shape.name not in latencies
 
 
 def test_failed_answers_and_answers_without_marks_are_no_trouble(two: Comparison) -> None:
@@ -218,7 +261,7 @@ def test_failed_answers_and_answers_without_marks_are_no_trouble(two: Comparison
     page = Page(render(two.model_copy(update={"measured": measured})))
     names = {trace["name"] for trace in page.figures["timeline-shape-0"]["data"]}
     assert names >= {"queued", "prefill", "token", "unknown", "failed"}
-    assert "30 requests failed in the search" in page.text
+    assert "count as missed: overloaded: 30." in page.text
 
 
 def test_the_objectives_lie_on_the_curves(page: Page) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest.compare.html.figure import Drawn, Figure, plain, thinned
-from loadtest.compare.html.goodput import limit_line, milliseconds
+from loadtest.compare.html.figure import Drawn, Figure, plain, requests_per_s, thinned
+from loadtest.compare.html.goodput import limit_line
 from loadtest.compare.model import Answer, Comparison, ShownRun
 
 _POINTS_OF_CURVE, _POINTS_OF_PAGE = 400, 45_000
@@ -45,10 +45,10 @@ class _Metric:
 
 
 _METRICS = (
-    _Metric("ttft", "TTFT: until the first token", "requests", _ttfts, "ttft"),
-    _Metric("tpot", "TPOT: each further token, mean of a request", "requests", _tpots, "tpot"),
-    _Metric("itl", "ITL: each wait between two arrivals", "waits", _itls, "tpot"),
-    _Metric("e2el", "E2EL: until the last token", "requests", _e2els, "e2el"),
+    _Metric("ttft", "TTFT: to the first token", "requests", _ttfts, "ttft"),
+    _Metric("tpot", "TPOT: mean per further token", "requests", _tpots, "tpot"),
+    _Metric("itl", "ITL: waits between tokens", "waits", _itls, "tpot"),
+    _Metric("e2el", "E2EL: to the last token", "requests", _e2els, "e2el"),
 )
 
 
@@ -114,24 +114,31 @@ def _figure(
     limit_ms = objectives.get(metric.objective)
     # One range for all rates: plots above each other can be compared.
     everything = [value for each in values.values() for value in each] + ([limit_ms] if limit_ms else [])
+    extent = (min(everything, default=1.0), max(everything, default=1000.0))
     layout = {
-        "xaxis": {"type": "log", "range": _log_range(everything), "title": {"text": "ms"}, **_LOG_TICKS},
+        "xaxis": _log_axis(*extent),
         "yaxis": {"range": [0, 1.02], "tickformat": ".0%", "title": {"text": f"share of {metric.share_of}"}},
         "margin": {"l": 54, "r": 10, "t": 8, "b": 42},
         "shapes": [] if limit_ms is None else [limit_line("x", limit_ms)],
-        "annotations": [] if limit_ms is None else [_limit_name(metric, limit_ms)],
+        "annotations": [] if limit_ms is None else [_limit_name(metric, limit_ms, extent)],
     }
-    label = f"{metric.title}; at {rate_rps:g} requests/s"
+    label = f"{metric.title}; at {requests_per_s(rate_rps)}"
     return Figure(f"{metric.key}-{index}", label, 290, [each for each in curves if each["x"]], layout, metric.title)
 
 
-_LOG_TICKS = {"exponentformat": "none", "separatethousands": True, "minor": {"ticks": "outside", "ticklen": 3}}
-
-
-def _log_range(values: Sequence[float]) -> list[float]:
-    if not values:
-        return [0.0, 3.0]
-    return [math.log10(min(values)) - 0.05, math.log10(max(values)) + 0.05]
+def _log_axis(least: float, most: float) -> dict[str, Any]:
+    """Labelled at 1, 2, 5, 10, ...; a short one at more: plotly's own labels repeat bare digits."""
+    low, high = math.log10(least) - 0.05, math.log10(most) + 0.05
+    steps = (1, 2, 5) if high - low > 1 else (1, 1.5, 2, 3, 4, 5, 7)
+    decades = range(math.floor(low), math.ceil(high))
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    return {
+        "type": "log",
+        "range": [low, high],
+        "title": {"text": "ms"},
+        "tickvals": ticks,
+        "ticktext": [f"{tick:,.6g}" for tick in ticks],
+    }
 
 
 def _curve(drawn: Drawn, values: Sequence[float], points: int) -> dict[str, Any]:
@@ -147,14 +154,16 @@ def _curve(drawn: Drawn, values: Sequence[float], points: int) -> dict[str, Any]
     }
 
 
-def _limit_name(metric: _Metric, limit_ms: float) -> dict[str, Any]:
+def _limit_name(metric: _Metric, limit_ms: float, extent: tuple[float, float]) -> dict[str, Any]:
+    """On the side of its line where there is more room."""
+    is_right = limit_ms**2 > extent[0] * extent[1]
     return {
-        "text": f"{metric.objective.upper()} objective {milliseconds(limit_ms)} ms",
+        "text": f"{metric.objective.upper()} objective {limit_ms:,.6g} ms",
         "x": math.log10(limit_ms),
         "y": 0.02,
         "yref": "paper",
         "textangle": -90,
-        "xanchor": "right",
+        "xanchor": "right" if is_right else "left",
         "yanchor": "bottom",
         "showarrow": False,
         "font": {"color": "var(--limit)"},

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 
 from loadtest.compare.html.figure import Drawn
+from loadtest.compare.html.goodput import stopped_early
 from loadtest.compare.model import Comparison, Run
 
 _UNITS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
@@ -19,8 +22,16 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("Model", comparison.model),
         ("Workload", "; ".join(_workload(comparison))),
         ("Objectives", objectives(comparison)),
-        ("Date", f"{comparison.date}, Tandem {comparison.tandem_version}"),
+        ("Date", f"{_date(comparison.date)}, Tandem {comparison.tandem_version}"),
     ]
+
+
+def _date(text: str) -> str:
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return f"{when:%Y-%m-%d %H:%M %Z}".strip()
 
 
 def objectives(comparison: Comparison) -> str:
@@ -39,7 +50,7 @@ def _workload(comparison: Comparison) -> Iterator[str]:
         spread = f", each ± {ratio:.0%}" if ratio else ""
         yield f"prompts of {lengths[0]} tokens, answers of {lengths[1]}{spread}"
     # The rate is what the comparison varies.
-    unsaid = {name: value for name, value in left.items() if value is not None and name != "request_rate"}
+    unsaid = {name: value for name, value in left.items() if value not in (None, 0) and name != "request_rate"}
     yield from (f"{name.replace('_', ' ')} {value}" for name, value in unsaid.items())
 
 
@@ -47,30 +58,40 @@ def limits(shapes: Sequence[Drawn], comparison: Comparison) -> list[str]:
     """How sure the figures are."""
     runs = [run for each in shapes for run in each.measured.probes]
     said = [_counted(shapes, runs)]
-    if runs:
-        fewest = min(run.offered for run in runs) or 1
+    whole = [run for run in runs if not stopped_early(run)]
+    if whole:
+        fewest = min(run.offered for run in whole) or 1
         share = comparison.target_attainment
         error = math.sqrt(share * (1 - share) / fewest)
         said.append(
             f"With {fewest} requests in a run, an attainment of {share:.0%} has a standard error of about "
             f"{error * 100:.1f} points: goodputs that are closer than neighbouring rates of the search are a draw."
         )
-        said.append("p99 of so few requests is close to the slowest one." if fewest < 300 else "")
-        failed = sum(run.failed for run in runs)
-        said.append(
-            f"{failed} requests failed in the search; they count as missed."
-            if failed
-            else "No request failed in the search."
-        )
+        if fewest < 300:
+            said.append("The 99th percentile of so few requests is close to the slowest one.")
+    said.append(_failures(runs))
     if comparison.machine.device != "cpu":
         said.append("Busy shares are those of the processor; what a GPU does is not in them.")
-    return [each for each in said if each]
+    return said
+
+
+def _failures(runs: Sequence[Run]) -> str:
+    """Those that a stopped run cancelled are not meant."""
+    kinds = Counter[str]()
+    for run in runs:
+        kinds.update(run.figures.get("failures", {}))
+    del kinds["interrupted"]
+    if not kinds:
+        return "No request failed in the search."
+    words = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in sorted(kinds.items()))
+    return f"Requests that failed in the search, and count as missed: {words}."
 
 
 def _counted(shapes: Sequence[Drawn], runs: Sequence[Run]) -> str:
     shown = [run for each in shapes for run in each.measured.shown]
     offered = sum(run.offered for run in [*runs, *shown])
+    early = sum(map(stopped_early, runs))
     return (
-        f"{len(shapes)} shapes, {len(runs)} runs of the search and {len(shown)} runs at shared rates: "
-        f"{offered:,} requests in all."
+        f"{len(shapes)} shapes, {len(runs)} runs of the search ({early} of them stopped early) and {len(shown)} runs "
+        f"at shared rates: {offered:,} requests in all."
     )

@@ -81,9 +81,13 @@ def _look(name: str, split: bool, index: int) -> Look:
     return Look(name, colour, dash, _SYMBOLS[(2 * index + split) % len(_SYMBOLS)])
 
 
+def requests_per_s(rate_rps: float) -> str:
+    return f"{rate_rps:.2f} requests/s"
+
+
 def plain(text: str) -> str:
-    """Text of a user inside a plot, where plotly reads some HTML."""
-    return html.escape(text)
+    """Text of a user inside a plot, where plotly reads tags and some entities; not quotes."""
+    return html.escape(text, quote=False)
 
 
 def rounded(values: Iterable[float] | np.ndarray, digits: int = 4) -> list[float]:

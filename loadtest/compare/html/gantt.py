@@ -23,7 +23,11 @@ def gantt(drawn: Drawn, run: ShownRun, window: Window) -> tuple[Figure, int]:
     bars = _bars(found, tops, run.answers, window)
     layout = {
         "barmode": "overlay",
-        "xaxis": {"range": [0, _ms(window.length_s)], "title": {"text": "ms of the window"}, "zeroline": False},
+        "xaxis": {
+            "range": [0, _ms(window.length_s)],
+            "title": {"text": "ms from the beginning of the window"},
+            "zeroline": False,
+        },
         "yaxis": {"range": [rows, -0.2], "visible": False, "fixedrange": True},
         "margin": {"l": 8, "r": 8, "t": 6, "b": 40},
         "shapes": list(_bands(found, tops, run, window)),
@@ -76,7 +80,7 @@ def _bar(
         "base": [_ms(start - window.start_s) for start, _ in edges],
         "x": [_ms(end - start) for start, end in edges],
         "y": [row for _, _, row in spans],
-        "width": 0.34 if part == "queued" else 0.78,
+        "width": 0.34 if part == "queued" else 0.66,
         "marker": {"color": f"var(--phase-{part})", "line": {"width": 0}},
         "customdata": [_told(stay, span, answers[stay.request]) for stay, span, _ in spans],
         "hovertemplate": "%{customdata}<extra></extra>",
@@ -147,12 +151,10 @@ def _bands(found: Lanes, tops: Sequence[float], run: ShownRun, window: Window) -
 
 def _name(lane: Lane, top: float, run: ShownRun) -> dict[str, Any]:
     pools = {use.worker: use.pool for use in run.use}
-    said = plain(lane.worker) or "no worker"
+    said = f"<b>{plain(lane.worker) or 'worker unknown'}</b>"
     pool = pools.get(lane.worker, "")
     return {
-        "text": f"<b>{said}</b>"
-        if pool in ("", *[lane.worker]) or lane.worker.startswith(pool)
-        else f"<b>{said}</b> · {pool}",
+        "text": said if pool in lane.worker else f"{said} · {pool}",
         "x": 0,
         "xref": "paper",
         "xanchor": "left",

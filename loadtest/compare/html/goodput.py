@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest.compare.html.figure import Drawn, Figure, Look, plain, rounded
+from loadtest.compare.html.figure import Drawn, Figure, Look, plain, requests_per_s, rounded
 from loadtest.compare.model import Comparison, Measured, Run
 
 METRICS = ("ttft", "tpot", "itl")
@@ -36,11 +36,11 @@ def _row(drawn: Drawn, target: float) -> Row:
         return Row(drawn.look, "–", "–", "–", ["–"] * 9, "nothing was measured")
     note = ""
     if not measured.best_rate_rps:
-        lowest = f"the lowest rate tried, {run.rate_rps:.3g} requests/s"
+        lowest = f"the lowest rate tried, {requests_per_s(run.rate_rps)}"
         note = f"No rate kept {target:.0%}. Attainment and latencies are those at {lowest}."
     return Row(
         drawn.look,
-        f"{measured.best_rate_rps:.3g}" if measured.best_rate_rps else "none",
+        f"{measured.best_rate_rps:.2f}" if measured.best_rate_rps else "none",
         f"{measured.goodput_rps:.2f}",
         f"{run.attainment:.1%}",
         [_latency(run, name, percentile) for name in METRICS for percentile in _PERCENTILES],
@@ -83,7 +83,7 @@ def bars(shapes: Sequence[Drawn]) -> Figure:
         "width": 0.62,
     }
     layout = {
-        "xaxis": {"title": {"text": "requests/s that met every objective"}, "range": [0, 1.12 * max([*values, 0.1])]},
+        "xaxis": {"title": {"text": "good requests/s"}, "range": [0, 1.05 * max([*values, 0.1])]},
         "yaxis": {"autorange": "reversed", "automargin": True, "type": "category", "ticks": "", "showgrid": False},
         "margin": {"l": 8, "r": 16, "t": 6, "b": 44},
     }
@@ -133,15 +133,26 @@ def _curve(drawn: Drawn, probes: Sequence[Run]) -> dict[str, Any]:
         "y": rounded(run.attainment for run in probes),
         "line": drawn.look.line,
         "marker": {
-            "symbol": drawn.look.symbol,
+            "symbol": [drawn.look.symbol + ("-open" if stopped_early(run) else "") for run in probes],
             "color": f"var({drawn.look.colour})",
+            "opacity": 1,
+            "line": {"width": [1.5 if stopped_early(run) else 0 for run in probes]},
             "size": [13 if best_rps and run.rate_rps == best_rps else 7 for run in probes],
         },
-        "customdata": [
-            f"{run.goodput_rps:.2f} good requests/s; {run.offered} offered, {run.failed} failed" for run in probes
-        ],
-        "hovertemplate": "<b>%{fullData.name}</b><br>%{x} requests/s: %{y:.1%}<br>%{customdata}<extra></extra>",
+        "customdata": [_told(run) for run in probes],
+        "hovertemplate": "<b>%{fullData.name}</b><br>%{x:.3g} requests/s: %{y:.1%}<br>%{customdata}<extra></extra>",
     }
+
+
+def _told(run: Run) -> str:
+    if stopped_early(run):
+        return f"stopped after {run.offered} requests: the target was out of reach"
+    return f"{run.goodput_rps:.2f} good requests/s; {run.offered} offered, {run.failed} failed"
+
+
+def stopped_early(run: Run) -> bool:
+    """Its attainment is that of the requests that were offered until then."""
+    return bool(run.figures.get("interrupted"))
 
 
 def limit_line(axis: str, at: float) -> dict[str, Any]:

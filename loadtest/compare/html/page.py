@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -31,6 +32,7 @@ def render(comparison: Comparison) -> str:
     scripts = [_script(_plotly()), _script(_file("page.js"))]
     return environment.from_string(_file("page.html")).render(
         **content,
+        verdict=_Told.of(comparison),
         comparison=comparison,
         style=Markup(_file("page.css")),
         policy=_policy(scripts),
@@ -39,10 +41,28 @@ def render(comparison: Comparison) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Told:
+    """The verdict's sentences by their places in the page."""
+
+    headline: str
+    rest: list[str]
+    # That the comparison was interrupted.
+    notice: str | None
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> _Told:
+        sentences = comparison.verdict.text
+        if comparison.interrupted and len(sentences) > 1:
+            return cls(sentences[1], sentences[2:], sentences[0])
+        return cls(sentences[0], sentences[1:], None)
+
+
 def _content(comparison: Comparison, shapes: list[Drawn]) -> dict[str, Any]:
     rates = distributions.shown_rates(shapes)
     return {
         "shapes": shapes,
+        "shown": [each for each in shapes if each.measured.shown],
         "facts": facts.facts(comparison),
         "objectives": facts.objectives(comparison),
         "limits": facts.limits(shapes, comparison),

@@ -30,7 +30,7 @@ class WaitRow:
 
     look: Look
     count: str
-    # During prefills of others on the same worker.
+    # Of the time that all waits took: in waits during prefills of others on the same worker.
     share: str
     median_disturbed: str
     median_calm: str
@@ -77,8 +77,9 @@ def story(shapes: Sequence[Drawn], comparison: Comparison) -> Story | None:
         return None
     scenes = _scenes(chosen, rate_rps)
     rows = [_wait_row(each, run) for each in shapes if (run := at_rate(each, rate_rps))]
-    sentences = [*_sentences(scenes), _over_the_run(scenes)]
-    return Story(rate_rps, scenes[0].window.length_s, sentences, [_picture(each, scenes) for each in scenes], rows)
+    return Story(
+        rate_rps, scenes[0].window.length_s, _sentences(scenes), [_picture(each, scenes) for each in scenes], rows
+    )
 
 
 def _named(shapes: Sequence[Drawn], name: str) -> Drawn | None:
@@ -88,10 +89,11 @@ def _named(shapes: Sequence[Drawn], name: str) -> Drawn | None:
 
 
 def _rate(chosen: Sequence[Drawn]) -> float | None:
-    """The highest that all of them ran at and one of them kept: beyond, all that shows is a queue."""
+    """The highest that all of them ran at and kept: beyond, all that shows is a queue."""
     rates = [{run.rate_rps for run in each.measured.shown if run.answers} for each in chosen]
     common = set.intersection(*rates) if rates else set()
-    kept = [rate for rate in common if rate <= 1.001 * max(each.measured.best_rate_rps for each in chosen)]
+    bests = [best_rps for each in chosen if (best_rps := each.measured.best_rate_rps)]
+    kept = [rate for rate in common if bests and rate <= 1.001 * min(bests)]
     return max(kept) if kept else min(common or set.union(*rates, set()), default=None)
 
 
@@ -150,20 +152,12 @@ def _sentences(scenes: Sequence[_Scene]) -> list[str]:
     return said
 
 
-def _over_the_run(scenes: Sequence[_Scene]) -> str:
-    said = [
-        f"{_share(each.waits)} of the waits with {each.name} (99 % of its waits are at most {_at_most(each.waits, 99)})"
-        for each in scenes
-    ]
-    return f"Over the whole run, prefills on the same worker took up most of {' and '.join(said)}."
-
-
 def _share(found: Waits) -> str:
-    return f"{found.disturbed.mean():.0%}" if len(found) else "none"
+    return f"{found.ms[found.disturbed].sum() / found.ms.sum():.0%}" if found.ms.any() else "–"
 
 
 def _at_most(found: Waits, percentile: float) -> str:
-    return f"{milliseconds(float(np.percentile(found.ms, percentile)))} ms" if len(found) else "–"
+    return milliseconds(float(np.percentile(found.ms, percentile))) if len(found) else "–"
 
 
 def _wait_row(drawn: Drawn, run: ShownRun) -> WaitRow:
@@ -174,8 +168,8 @@ def _wait_row(drawn: Drawn, run: ShownRun) -> WaitRow:
         _share(found),
         _median(found.ms[found.disturbed]),
         _median(found.ms[~found.disturbed]),
-        _at_most(found, 99).removesuffix(" ms"),
-        milliseconds(float(found.ms.max())) if len(found) else "–",
+        _at_most(found, 99),
+        _at_most(found, 100),
     )
 
 

@@ -21,7 +21,9 @@ def utilisation(shapes: Sequence[Drawn]) -> list[Figure]:
 
 
 def _runs(drawn: Drawn) -> list[Run]:
-    return sorted([*drawn.measured.probes, *drawn.measured.shown], key=lambda run: run.rate_rps)
+    """Those whose workers were watched."""
+    runs = [run for run in [*drawn.measured.probes, *drawn.measured.shown] if run.use]
+    return sorted(runs, key=lambda run: run.rate_rps)
 
 
 def _figure(drawn: Drawn, most_rps: float) -> Figure:
@@ -61,7 +63,7 @@ def _pool(drawn: Drawn, pool: Pool, runs: Sequence[Run]) -> list[dict[str, Any]]
             "y": rounded(use.busy for _, use in marks),
             "marker": {"symbol": _SYMBOLS[pool], "color": colour, "size": 7, "opacity": 0.75},
             "customdata": [plain(use.worker) for _, use in marks],
-            "hovertemplate": "%{customdata}: %{y:.0%} busy at %{x} requests/s<extra></extra>",
+            "hovertemplate": "%{customdata}: %{y:.0%} busy at %{x:.3g} requests/s<extra></extra>",
         },
     ]
 
