@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest.compare.html.figure import Drawn, Figure, plain, requests_per_s, thinned
+from loadtest.compare.html.figure import Drawn, Figure, log_axis, plain, requests_per_s, thinned
 from loadtest.compare.html.goodput import limit_line
 from loadtest.compare.model import Answer, Comparison, ShownRun
 
@@ -116,7 +116,7 @@ def _figure(
     everything = [value for each in values.values() for value in each] + ([limit_ms] if limit_ms else [])
     extent = (min(everything, default=1.0), max(everything, default=1000.0))
     layout = {
-        "xaxis": _log_axis(*extent),
+        "xaxis": log_axis(*extent, "ms"),
         "yaxis": {"range": [0, 1.02], "tickformat": ".0%", "title": {"text": f"share of {metric.share_of}"}},
         "margin": {"l": 54, "r": 10, "t": 8, "b": 42},
         "shapes": [] if limit_ms is None else [limit_line("x", limit_ms)],
@@ -124,21 +124,6 @@ def _figure(
     }
     label = f"{metric.title}; at {requests_per_s(rate_rps)}"
     return Figure(f"{metric.key}-{index}", label, 290, [each for each in curves if each["x"]], layout, metric.title)
-
-
-def _log_axis(least: float, most: float) -> dict[str, Any]:
-    """Labelled at 1, 2, 5, 10, ...; a short one at more: plotly's own labels repeat bare digits."""
-    low, high = math.log10(least) - 0.05, math.log10(most) + 0.05
-    steps = (1, 2, 5) if high - low > 1 else (1, 1.5, 2, 3, 4, 5, 7)
-    decades = range(math.floor(low), math.ceil(high))
-    ticks = [step * 10.0**decade for decade in decades for step in steps]
-    return {
-        "type": "log",
-        "range": [low, high],
-        "title": {"text": "ms"},
-        "tickvals": ticks,
-        "ticktext": [f"{tick:,.6g}" for tick in ticks],
-    }
 
 
 def _curve(drawn: Drawn, values: Sequence[float], points: int) -> dict[str, Any]:

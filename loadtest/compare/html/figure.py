@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +89,25 @@ def requests_per_s(rate_rps: float) -> str:
 def plain(text: str) -> str:
     """Text of a user inside a plot, where plotly reads tags and some entities; not quotes."""
     return html.escape(text, quote=False)
+
+
+def log_axis(least: float, most: float, title: str) -> dict[str, Any]:
+    """Labelled at 1, 2, 5, 10, ...; a short one at more: plotly's own labels repeat bare digits."""
+    low, high = math.log10(least) - 0.05, math.log10(most) + 0.05
+    steps = (1, 2, 5) if high - low > 1 else (1, 1.5, 2, 3, 4, 5, 7)
+    ticks = [step * 10.0**decade for decade in range(math.floor(low), math.ceil(high)) for step in steps]
+    return {
+        "type": "log",
+        "range": [low, high],
+        "title": {"text": title},
+        "tickvals": ticks,
+        "ticktext": [f"{tick:,.6g}" for tick in ticks],
+    }
+
+
+def rate_axis(rates: Sequence[float]) -> dict[str, Any]:
+    """The search goes by factors, and so does the axis."""
+    return log_axis(min(rates, default=1.0), max(rates, default=10.0), "offered requests/s")
 
 
 def rounded(values: Iterable[float] | np.ndarray, digits: int = 4) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest.compare.html.figure import Drawn, Figure, Look, plain, requests_per_s, rounded
+from loadtest.compare.html.figure import Drawn, Figure, Look, plain, rate_axis, requests_per_s, rounded
 from loadtest.compare.model import Comparison, Measured, Run
 
 METRICS = ("ttft", "tpot", "itl")
@@ -78,7 +78,7 @@ def bars(shapes: Sequence[Drawn]) -> Figure:
         "y": names,
         "marker": {"color": [f"var({each.look.colour})" for each in shapes]},
         "text": [f"{value:.2f}" if value else "0: no rate kept the target" for value in values],
-        "textposition": "auto",
+        "textposition": ["auto" if value else "outside" for value in values],
         "hovertemplate": "%{y}: %{x} good requests/s<extra></extra>",
         "width": 0.62,
     }
@@ -103,7 +103,7 @@ def attainment(shapes: Sequence[Drawn], comparison: Comparison) -> Figure:
     rates = [run.rate_rps for each in shapes for run in each.measured.probes]
     target = comparison.target_attainment
     layout = {
-        "xaxis": {"title": {"text": "offered requests/s"}, "range": [0, 1.05 * max([*rates, 0.1])]},
+        "xaxis": rate_axis(rates),
         "yaxis": {"title": {"text": "met every objective"}, "range": [0, 1.06], "tickformat": ".0%"},
         "margin": {"l": 56, "r": 12, "t": 12, "b": 44},
         "shapes": [limit_line("y", target)],

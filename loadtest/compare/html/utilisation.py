@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any, get_args
 
 from loadtest.compare.html.distributions import at_rate, shown_rates
-from loadtest.compare.html.figure import Drawn, Figure, Look, plain, rounded
+from loadtest.compare.html.figure import Drawn, Figure, Look, plain, rate_axis, rounded
 from loadtest.compare.model import Pool, Run
 
 _DASHES: dict[Pool, str] = {"prefill": "dash", "decode": "solid", "colocated": "solid"}
@@ -17,7 +17,7 @@ _SYMBOLS: dict[Pool, str] = {"prefill": "triangle-up", "decode": "circle", "colo
 
 def utilisation(shapes: Sequence[Drawn]) -> list[Figure]:
     rates = [run.rate_rps for each in shapes for run in _runs(each)]
-    return [_figure(each, 1.05 * max([*rates, 0.1])) for each in shapes if _runs(each)]
+    return [_figure(each, rates) for each in shapes if _runs(each)]
 
 
 def _runs(drawn: Drawn) -> list[Run]:
@@ -26,13 +26,13 @@ def _runs(drawn: Drawn) -> list[Run]:
     return sorted(runs, key=lambda run: run.rate_rps)
 
 
-def _figure(drawn: Drawn, most_rps: float) -> Figure:
+def _figure(drawn: Drawn, rates: Sequence[float]) -> Figure:
     runs = _runs(drawn)
     pools = [pool for pool in get_args(Pool) if any(use.pool == pool for run in runs for use in run.use)]
     data = [trace for pool in pools for trace in _pool(drawn, pool, runs)]
     busiest = max([1.0, *(use.busy for run in runs for use in run.use)])
     layout = {
-        "xaxis": {"range": [0, most_rps], "title": {"text": "offered requests/s"}},
+        "xaxis": rate_axis(rates),
         "yaxis": {"range": [0, 1.05 * busiest], "tickformat": ".0%", "title": {"text": "busy"}},
         "margin": {"l": 54, "r": 10, "t": 8, "b": 42},
     }
