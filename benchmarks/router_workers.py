@@ -118,7 +118,7 @@ class Workers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorke
 
 
 async def join(router: str, worker_id: str, role: Role, port: int, vocab_size: int) -> None:
-    model = ModelInfo(TINY_MODEL.name, vocab_size, 4096, (0,), Fingerprint("c", "w", "float32", 16, 2, 2, 8, 1))
+    model = ModelInfo(TINY_MODEL.name, vocab_size, 4096, (0,), Fingerprint("c", "w", "float32", 16, 2, 2, 8, 1), 128)
     hello = registry_pb2.Hello(
         worker_id=worker_id,
         address=f"127.0.0.1:{port}",

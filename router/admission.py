@@ -26,7 +26,7 @@ from tandem.types import (
     SamplingParams,
 )
 from tandem.v1 import generation_pb2
-from tandem.wire import embed_params_from_wire, sampling_from_wire
+from tandem.wire import embed_params_from_wire, embed_response_bytes, sampling_from_wire
 
 MAX_LABEL_CHARS = 256
 # A house that is full empties at the pace of whole requests: sooner makes no sense.
@@ -117,9 +117,13 @@ class Gate:
 
 
 class Admission:
-    def __init__(self, tokenizer: Tokenizer | None, served: Callable[[], ModelInfo | None]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, served: Callable[[], ModelInfo | None], max_message_bytes: int
+    ) -> None:
+        """max_message_bytes: of an answer."""
         self.tokenizer = tokenizer
         self._served = served
+        self._max_message_bytes = max_message_bytes
 
     async def admit(self, request: generation_pb2.GenerateRequest) -> Admitted:
         """Raises InvalidRequest naming the field and its limit, ModelNotFound, or Unavailable."""
@@ -152,6 +156,7 @@ class Admission:
         _require(1 <= count <= MAX_EMBED_INPUTS, "inputs", f"inputs must hold 1 to {MAX_EMBED_INPUTS}, not {count}")
         params = embed_params_from_wire(request.pooling, not request.HasField("normalize") or request.normalize)
         model = self._model(request.model)
+        _check_vectors(count, model.hidden_size, self._max_message_bytes)
         prompts = []
         for index, each in enumerate(request.inputs):
             try:
@@ -229,6 +234,13 @@ def _check_token_maps(sampling: SamplingParams, vocab_size: int) -> None:
     for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
         largest = max(ids, default=0)
         _require(largest < vocab_size, name, f"{name} must hold token ids below {vocab_size}, not {largest}")
+
+
+def _check_vectors(count: int, width: int, limit: int) -> None:
+    """Before anything is computed: the answer to an Embed call is one message."""
+    size = embed_response_bytes(count, width)
+    words = f"{count} vectors of {width} numbers take {size} bytes; router.max_message_bytes is {limit}"
+    _require(size <= limit, "inputs", f"{words}: embed fewer inputs at once")
 
 
 def _check_length(prompt_tokens: int, max_tokens: int, limit: int) -> None:

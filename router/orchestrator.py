@@ -128,7 +128,7 @@ class Orchestrator:
         job = EmbedJob(admitted, deadline, timeline, self._registry)
         note = f"{len(admitted.prompts)} inputs to embed, {admitted.prompt_tokens} tokens, tag {admitted.user_tag!r}"
         async with self._counted(Live(admitted.request_id, timeline, (job,)), note):
-            return self._sendable(await job.run())
+            return await job.run()
 
     @asynccontextmanager
     async def _let_in(self, remaining_s: float | None) -> AsyncIterator[float]:
@@ -137,15 +137,6 @@ class Orchestrator:
         with self._gate.enter():
             async with _deadline(deadline_s(remaining_s, self._config)) as deadline:
                 yield deadline
-
-    def _sendable(self, response: generation_pb2.EmbedResponse) -> generation_pb2.EmbedResponse:
-        size, limit = response.ByteSize(), self._config.max_message_bytes
-        if size > limit:
-            raise errors.InvalidRequest(
-                f"the vectors take {size} bytes; router.max_message_bytes is {limit}: embed fewer inputs at once",
-                field="inputs",
-            )
-        return response
 
     async def close(self, grace_s: float) -> None:
         """Refuses new requests, lets live ones finish for a while, then fails them. Returns when none is live."""

@@ -116,8 +116,8 @@ class RouterConfig(Section):
     # How KV goes between two workers. "auto": the best that both share, as docs/kv_transfer.md says; any other name: by
     # that one, or not at all. Either way the second attempt after a failed transfer goes by grpc.
     transport: Literal["auto", "grpc", "ray"] = "auto"
-    # A request message, or the body of an HTTP request, may be this large; workers, who get it next, take no more than
-    # 16 MiB.
+    # A request message, the body of an HTTP request, or the vectors of an Embed call may be this large; workers, who
+    # get requests next, take no more than 16 MiB.
     max_message_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 24)
 
 

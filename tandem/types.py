@@ -218,6 +218,8 @@ class ModelInfo:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     fingerprint: Fingerprint
+    # Numbers in a hidden state, so in an embedding.
+    hidden_size: int
 
 
 @dataclass(frozen=True)

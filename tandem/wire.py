@@ -17,6 +17,8 @@ _REASONS = {
     types.FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
 }
 _REASONS_BACK = {value: key for key, value in _REASONS.items()}
+# A field of a protobuf message whose number is below 16, beside its bytes: tag, and length or value, at most.
+_FIELD_BYTES = 6
 _POOLINGS = {types.Pooling.LAST: common_pb2.POOLING_LAST, types.Pooling.MEAN: common_pb2.POOLING_MEAN}
 
 
@@ -138,6 +140,7 @@ def model_to_wire(model: types.ModelInfo) -> registry_pb2.ModelInfo:
         max_model_len=model.max_model_len,
         eos_token_ids=model.eos_token_ids,
         fingerprint=fingerprint_to_wire(model.fingerprint),
+        hidden_size=model.hidden_size,
     )
 
 
@@ -148,6 +151,7 @@ def model_from_wire(message: registry_pb2.ModelInfo) -> types.ModelInfo:
         max_model_len=message.max_model_len,
         eos_token_ids=tuple(message.eos_token_ids),
         fingerprint=fingerprint_from_wire(message.fingerprint),
+        hidden_size=message.hidden_size,
     )
 
 
@@ -164,6 +168,11 @@ def embed_params_from_wire(pooling: common_pb2.Pooling, normalize: bool) -> type
         if value == pooling:
             return types.EmbedParams(known, normalize)
     raise errors.InvalidRequest(f"pooling must be last or mean, not {pooling}", field="pooling")
+
+
+def embed_response_bytes(count: int, width: int) -> int:
+    """At most so many bytes are an EmbedResponse of `count` vectors: their numbers, and what frames them."""
+    return count * (4 * width + 2 * _FIELD_BYTES) + 4 * _FIELD_BYTES
 
 
 def cache_changes_to_wire(changes: prefix.CacheChanges) -> registry_pb2.PrefixCacheChanges:

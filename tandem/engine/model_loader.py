@@ -107,6 +107,7 @@ def _examine(config: TandemConfig, model: Any, eos_token_ids: tuple[int, ...]) -
         max_model_len=min(limit, config.model.max_model_len or limit),
         eos_token_ids=eos_token_ids,
         fingerprint=fingerprint,
+        hidden_size=model.config.get_text_config().hidden_size,
     )
     return LoadedModel(model, info, probe.options, probe.last)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 from router_house import DECODE, PREFILL, House, configuration, eventually_status, open_house, open_house_around
-from scripted_worker import eventually
+from scripted_worker import MODEL, eventually
 
 from router.embedding import MAX_AT_ONCE
 from tandem import rpc
@@ -178,11 +179,14 @@ async def test_a_prompt_of_the_models_whole_length_is_taken(house: House) -> Non
     assert (await answer(call(house, [3] * 512))).vectors == ((3, 512),)
 
 
-async def test_vectors_that_no_message_holds_are_refused() -> None:
+async def test_vectors_that_no_message_holds_are_refused_before_they_are_computed() -> None:
     async with open_house(configuration(max_message_bytes=1 << 10)) as small:
-        (await small.join("p1", PREFILL)).vector_width = 100
-        with pytest.raises(InvalidRequest, match="embed fewer inputs at once"):
+        worker = await small.join("p1", PREFILL, model=replace(MODEL, hidden_size=100))
+        words = "3 vectors of 100 numbers take 1260 bytes; router.max_message_bytes is 1024: embed fewer inputs at once"
+        with pytest.raises(InvalidRequest, match=words) as caught:
             await answer(call(small, [1], [2], [3]))
+        assert caught.value.field == "inputs"
+        assert worker.embed_requests == []
 
 
 async def test_a_stopping_router_ends_it_with_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ from tandem.types import Fingerprint, FinishReason, ModelInfo, Role
 from tandem.v1 import common_pb2, registry_pb2, registry_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 FINGERPRINT = Fingerprint("config", "weights", "float32", 16, 2, 2, 8, 1)
-MODEL = ModelInfo("tiny", 4096, 512, (0,), FINGERPRINT)
+# Its vectors hold 2 numbers.
+MODEL = ModelInfo("tiny", 4096, 512, (0,), FINGERPRINT, 2)
 # Where a test can hold a request or make it fail.
 SHM, GRPC = (registry_pb2.Transport(name=name) for name in ("shm", "grpc"))
 PHASES = ("reserve", "start", "first", "seal", "decode", "rest", "embed")
@@ -113,7 +114,6 @@ class ScriptedWorker(
         self.silent = self.draining = False
         self.beats = 0
         self.steps_per_batch = 1
-        self.vector_width = 2
         self.integrity = registry_pb2.Integrity(ok=True)
         self._queues: dict[str, asyncio.Queue[worker_pb2.TokenBatch | None]] = {}
         self._reservations: dict[str, worker_pb2.ReserveRequest] = {}
@@ -289,7 +289,7 @@ class ScriptedWorker(
         await context.write(worker_pb2.PrefillEvent(sealed=sealed))
 
     async def Embed(self, request: worker_pb2.EmbedPromptRequest, context: Any) -> worker_pb2.EmbedPromptResponse:
-        """The vector of a prompt is its first token and its length, and zeros up to the width."""
+        """The vector of a prompt is its first token and its length."""
         self.embed_requests.append(request)
         try:
             await self.reach("embed", request.request_id)
@@ -297,8 +297,7 @@ class ScriptedWorker(
             self.note("embed_cancelled", request.request_id)
             raise
         self.note("embed_done", request.request_id)
-        zeros = [0] * (self.vector_width - 2)
-        vector = struct.pack(f"<{self.vector_width}f", request.prompt_ids[0], len(request.prompt_ids), *zeros)
+        vector = struct.pack("<2f", request.prompt_ids[0], len(request.prompt_ids))
         return worker_pb2.EmbedPromptResponse(values=vector, cached_tokens=1)
 
     # Decoding.

@@ -85,6 +85,7 @@ def test_embeddings_are_the_models_own_hidden_states(embedder: Embedder, theirs:
         for prompt, got in zip(PROMPTS, embedder.embed(PROMPTS, params), strict=True):
             wanted = reference(theirs, prompt, params)
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+            assert len(got) == embedder.engine.info.hidden_size
 
 
 def test_a_prefix_hit_serves_last_pooling_and_never_mean(embedder: Embedder) -> None:

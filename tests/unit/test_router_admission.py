@@ -17,11 +17,11 @@ from tandem.wire import sampling_to_wire
 
 TOKENIZER = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
 FINGERPRINT = Fingerprint("c", "w", "float32", 16, 2, 2, 8, 1)
-MODEL = ModelInfo("tiny", TOKENIZER.get_vocab_size(), 256, (0,), FINGERPRINT)
+MODEL = ModelInfo("tiny", TOKENIZER.get_vocab_size(), 256, (0,), FINGERPRINT, 128)
 
 
 async def admit(request: GenerateRequest, tokenizer: Tokenizer | None = TOKENIZER, model: Any = MODEL) -> Admitted:
-    return await Admission(tokenizer, lambda: model).admit(request)
+    return await Admission(tokenizer, lambda: model, 1 << 20).admit(request)
 
 
 def ids(*values: int, **fields: Any) -> GenerateRequest:
@@ -49,7 +49,7 @@ async def test_text_is_tokenized_once() -> None:
 
 async def test_long_text_is_tokenized_beside_the_event_loop() -> None:
     text = "word " * INLINE_CHARS
-    model = ModelInfo("tiny", MODEL.vocab_size, 10**7, (0,), FINGERPRINT)
+    model = ModelInfo("tiny", MODEL.vocab_size, 10**7, (0,), FINGERPRINT, 128)
     admitted = await admit(GenerateRequest(text=text.encode()), model=model)
     assert admitted.prompt_ids == tuple(TOKENIZER.encode(text).ids)
 

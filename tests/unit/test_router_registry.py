@@ -14,7 +14,7 @@ from tandem.types import Fingerprint, ModelInfo, Role
 from tandem.v1 import registry_pb2
 from tandem.wire import cache_changes_to_wire, model_to_wire, roles_from_wire, roles_to_wire
 
-MODEL = ModelInfo("tiny", 384, 512, (0,), Fingerprint("c", "w", "float32", 16, 2, 2, 8, 1))
+MODEL = ModelInfo("tiny", 384, 512, (0,), Fingerprint("c", "w", "float32", 16, 2, 2, 8, 1), 128)
 BOTH = frozenset({Role.PREFILL, Role.DECODE})
 ONLY_PREFILL = frozenset({Role.PREFILL})
 

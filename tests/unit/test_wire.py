@@ -68,6 +68,7 @@ MODELS = st.builds(
     max_model_len=U32,
     eos_token_ids=st.lists(U32, max_size=3).map(tuple),
     fingerprint=FINGERPRINTS,
+    hidden_size=U32,
 )
 REPORTS = st.builds(
     types.RequestReport,
@@ -172,3 +173,11 @@ def test_decoding_checks_limits() -> None:
 def test_an_unknown_event_is_an_error() -> None:
     with pytest.raises(errors.InternalError, match="unknown event"):
         wire.event_from_wire(generation_pb2.GenerateEvent())
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 1), (1, 64), (64, 16), (64, 4096)])
+def test_an_answer_of_vectors_is_no_larger_than_foretold(count: int, width: int) -> None:
+    most = generation_pb2.Usage(prompt_tokens=2**32 - 1, output_tokens=2**32 - 1, cached_prompt_tokens=2**32 - 1)
+    vectors = [generation_pb2.Embedding(values=bytes(4 * width)) for _ in range(count)]
+    size = generation_pb2.EmbedResponse(embeddings=vectors, usage=most).ByteSize()
+    assert size <= wire.embed_response_bytes(count, width) <= size + 12 * count + 24
