@@ -136,6 +136,9 @@ def check_timeout(timeout_s: float | None) -> float | None:
 
 def merge_sampling(sampling: SamplingParams | None, fields: SamplingFields) -> SamplingParams:
     """Keyword fields on top of `sampling`. An unknown field is a TypeError, as for any function."""
+    if not isinstance(sampling, SamplingParams | None):
+        words = f"sampling must be a tandem.SamplingParams, not {type(sampling).__name__}"
+        raise InvalidRequest(f"{words}; its fields may be given as keyword arguments too", field="sampling")
     unknown = sorted(fields.keys() - SamplingParams.__dataclass_fields__.keys())
     if unknown:
         raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")

@@ -72,6 +72,8 @@ def test_a_prompt_above_the_routers_limit_names_the_prompt(router: ScriptedRoute
         ({"prompt": "p", "stop": b"x"}, "stop"),
         ({"prompt": "p", "keep_special_tokens": "yes"}, "keep_special_tokens"),
         ({"prompt": "p", "timeout_s": 10**400}, "timeout_s"),
+        ({"prompt": "p", "sampling": {"max_tokens": 3}}, "sampling"),
+        ({"prompt": "p", "sampling": {}, "max_tokens": 3}, "sampling"),
     ],
 )
 def test_what_no_server_could_accept_is_refused_before_a_call(arguments: dict[str, Any], field: str | None) -> None:
