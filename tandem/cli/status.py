@@ -20,7 +20,9 @@ def status(
     router: RouterOption = DEFAULT_ADDRESS,
     integrity: Annotated[
         bool,
-        typer.Option("--integrity", help="Every worker checks its block pool; exit code 1 if one is not in order."),
+        typer.Option(
+            "--integrity", help="Every worker checks its pool; exit code 1 if one is not in order, or missing."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:

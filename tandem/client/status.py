@@ -95,9 +95,14 @@ class ServiceStatus:
     def problems(self) -> list[str]:
         """What breaks the law "no orphan", one line each, after `status(check_integrity=True)`; empty: all is well.
 
-        With requests live, blocks are in use for good reason; with none, nothing may be held.
+        With requests live, blocks are in use for good reason; with none, nothing may be held. Of a pool that is not
+        there nothing is known, and nothing can be served without it: that is a problem too.
         """
-        return [problem for worker in self.workers for problem in _problems(worker, idle=self.live_requests == 0)]
+        played = {role for worker in self.workers for role in worker.roles}
+        absent = [f"no {role} worker has joined: nothing can be served" for role in Role if role not in played]
+        return absent + [
+            problem for worker in self.workers for problem in _problems(worker, idle=self.live_requests == 0)
+        ]
 
 
 def _problems(worker: WorkerState, idle: bool) -> list[str]:

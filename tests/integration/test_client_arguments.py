@@ -105,11 +105,12 @@ async def test_an_unknown_keyword_is_a_type_error() -> None:
             client.generate("p", temprature=1)  # type: ignore[call-arg]
 
 
+BOTH = [registry_pb2.ROLE_PREFILL, registry_pb2.ROLE_DECODE]
+
+
 def status_with(**integrity: Any) -> generation_pb2.StatusResponse:
     worker = generation_pb2.WorkerStatus(
-        hello=registry_pb2.Hello(
-            worker_id="w", roles=[registry_pb2.ROLE_PREFILL], pid=7, transports=[registry_pb2.Transport(name="grpc")]
-        ),
+        hello=registry_pb2.Hello(worker_id="w", roles=BOTH, pid=7, transports=[registry_pb2.Transport(name="grpc")]),
         load=registry_pb2.Load(free_blocks=3, kv_bytes_sent={"grpc": 7}),
         cached_blocks=5,
     )
@@ -125,7 +126,7 @@ async def test_status_and_models_are_typed(router: ScriptedRouter) -> None:
     assert [model.name for model in models] == ["tiny"] == [model.name for model in status.models]
     [worker] = status.workers
     assert (worker.worker_id, worker.pid, worker.load.free_blocks, worker.cached_blocks) == ("w", 7, 3, 5)
-    assert worker.roles == {"prefill"}
+    assert worker.roles == {"prefill", "decode"}
     assert (worker.transports, worker.load.kv_bytes_sent, worker.load.kv_bytes_received) == (("grpc",), {"grpc": 7}, {})
     assert status.problems() == []
 

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from tandem.cli.worker import parse_cpus
 from tandem.client.status import status_from_wire
 from tandem.errors import ConfigError, Overloaded
 from tandem.timeline import Timeline
-from tandem.types import Accepted, Completed, Delta, RequestReport, Token, Usage
+from tandem.types import Accepted, Completed, Delta, RequestReport, Role, Token, Usage
 from tandem.v1 import generation_pb2, registry_pb2
+from tandem.wire import roles_to_wire
 
 NOBODY = "127.0.0.1:1"
 
@@ -205,20 +206,25 @@ def test_a_prompt_that_cannot_be_read_is_one_line() -> None:
     assert ran.stderr.decode() == "tandem: cannot read the prompt from standard input: it is not valid UTF-8\n"
 
 
-def status_of(live: int = 0, **integrity: Any) -> generation_pb2.StatusResponse:
-    worker = generation_pb2.WorkerStatus(
+def worker_of(role: Role, **integrity: Any) -> generation_pb2.WorkerStatus:
+    return generation_pb2.WorkerStatus(
         hello=registry_pb2.Hello(
-            worker_id="prefill-1",
+            worker_id=f"{role}-1",
             address="127.0.0.1:9",
-            roles=[registry_pb2.ROLE_PREFILL],
+            roles=roles_to_wire(frozenset([role])),
             total_blocks=10,
             device="cpu",
         ),
         load=registry_pb2.Load(free_blocks=7),
         integrity=registry_pb2.Integrity(**integrity),
     )
+
+
+def status_of(live: int = 0, roles: Iterable[Role] = Role, **integrity: Any) -> generation_pb2.StatusResponse:
+    """integrity: of the first worker."""
+    each = [worker_of(role, **(integrity if not place else {"ok": True})) for place, role in enumerate(roles)]
     return generation_pb2.StatusResponse(
-        version="1", live_requests=live, workers=[worker], models=[registry_pb2.ModelInfo(name="tiny")]
+        version="1", live_requests=live, workers=each, models=[registry_pb2.ModelInfo(name="tiny")]
     )
 
 
@@ -251,6 +257,8 @@ def test_status_without_workers(router: ScriptedRouter) -> None:
         (status_of(ok=True, referenced_blocks=2), 1),
         (status_of(ok=True, reservations=1), 1),
         (status_of(live=1, ok=True, referenced_blocks=2, reservations=1), 0),
+        (status_of(roles=[Role.PREFILL], ok=True), 1),
+        (status_of(roles=[]), 1),
     ],
 )
 def test_integrity_decides_the_exit_code(router: ScriptedRouter, status: Any, code: int) -> None:
@@ -258,6 +266,12 @@ def test_integrity_decides_the_exit_code(router: ScriptedRouter, status: Any, co
     result = tandem("status", "--integrity", "--router", router.address)
     assert result.exit_code == code
     assert bool(result.stderr) == bool(code)
+
+
+def test_a_pool_that_is_missing_is_named(router: ScriptedRouter) -> None:
+    router.status = status_of(roles=[Role.PREFILL], ok=True)
+    result = tandem("status", "--integrity", "--router", router.address)
+    assert one_line(result) == "tandem: no decode worker has joined: nothing can be served"
 
 
 def test_status_as_json(router: ScriptedRouter) -> None:
@@ -307,11 +321,11 @@ def test_colocated_alone_means_no_split(flags: tuple[Any, Any, Any], sizes: tupl
 
 def test_the_ready_line_names_address_model_and_pools() -> None:
     line = ready_line("127.0.0.1:8700", status_from_wire(status_of()))
-    assert line == "ready at 127.0.0.1:8700: model tiny, 1 prefill"
+    assert line == "ready at 127.0.0.1:8700: model tiny, 1 prefill + 1 decode"
     with_door = status_of()
     with_door.http_port = 8701
     line = ready_line("[::1]:8700", status_from_wire(with_door))
-    assert line == "ready at [::1]:8700: model tiny, 1 prefill; OpenAI API at http://[::1]:8701/v1"
+    assert line == "ready at [::1]:8700: model tiny, 1 prefill + 1 decode; OpenAI API at http://[::1]:8701/v1"
 
 
 @pytest.mark.parametrize("text", ["zero", "", "1,", "99999", "-1"])
