@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,13 +50,23 @@ class LoadFormat(StrEnum):
     DUMMY = "dummy"
 
 
-# A pipe or file has no width of its own: wide enough that nothing is cut.
-PIPE_WIDTH = 200
+# A pipe or a file has no width, and some terminals tell none: lines are as long as they are.
+ENDLESS = 100_000
 
 
 def make_console(stderr: bool = False) -> Console:
     console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=PIPE_WIDTH)
+    if console.is_terminal and _has_width(console):
+        return console
+    return Console(stderr=stderr, highlight=False, width=ENDLESS, force_terminal=False)
+
+
+def _has_width(console: Console) -> bool:
+    """That of `ray exec` is 0 columns wide: rich would take it for 80."""
+    try:
+        return os.get_terminal_size(console.file.fileno()).columns > 0
+    except OSError:
+        return False
 
 
 @contextmanager

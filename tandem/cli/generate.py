@@ -173,8 +173,7 @@ def generate(
             timeout_s=timeout,
             **sampling,
         )
-        console = make_console()
-        writer = OneChoice(console.is_terminal) if n == 1 else ManyChoices(console, n)
+        writer = OneChoice(sys.stdout.isatty()) if n == 1 else ManyChoices(make_console(), n)
         try:
             outcome = show(answer, writer)
         except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -234,6 +235,37 @@ def test_status_shows_the_pools(router: ScriptedRouter) -> None:
     assert result.exit_code == 0
     for words in ("model tiny", "prefill-1", "127.0.0.1:9", "7/10"):
         assert words in result.stdout
+
+
+def on_a_new_terminal(*args: str) -> list[str]:
+    """What a command prints, by lines. A new terminal is 0 columns wide, like that of `ray exec`."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "tandem.cli.main", *args]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=theirs, cwd=Path(__file__).parents[2]) as ran:
+        assert ran.wait(timeout=20) == 0
+    os.close(theirs)
+    with open(ours, "rb", buffering=0) as screen:
+        return (screen.read(1 << 16) or b"").decode().splitlines()
+
+
+def test_status_keeps_a_row_on_one_line_where_nobody_knows_the_width(router: ScriptedRouter) -> None:
+    router.status = status_of(ok=True)
+    lines = on_a_new_terminal("status", "--router", router.address)
+    assert len(lines) == 2 + len(Role), "the service, the table's head, a row for each worker"
+    for role, line in zip(sorted(Role), lines[2:], strict=True):
+        assert line.startswith(f"{role}-1")
+        assert line.rstrip().endswith("ms ago")
+
+
+@pytest.mark.parametrize("choices", ["1", "2"])
+def test_no_terminal_gets_control_characters(router: ScriptedRouter, choices: str) -> None:
+    async def paint(request: Any, emit: Any) -> None:
+        await emit(Accepted("request-1", 1))
+        await emit(Delta(0, (Token(1),), "a\x1b[2Jb"))
+        await emit(Completed(Usage(1, 1)))
+
+    router.script = paint
+    assert on_a_new_terminal("generate", "p", "-n", choices, "--router", router.address)[0].endswith("a[2Jb")
 
 
 def test_status_says_which_worker_of_a_request_is_gone(router: ScriptedRouter) -> None:
