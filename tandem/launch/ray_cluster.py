@@ -186,7 +186,7 @@ class Cluster:
             place = re.search(r"\bip=([^,)]+)", str(error))
             state = {"phase": "failed", "error": _cause(error), "node": place[1] if place else ""}
         del self._asked[name]
-        return Member(**state)
+        return Member.of(state)
 
     # What is done about it.
 

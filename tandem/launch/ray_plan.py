@@ -75,6 +75,11 @@ class Member:
     node: str = ""
     error: str = ""
 
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Member:
+        """From what a member says of itself. One of a later version may say more: it can still be told to leave."""
+        return cls(**{name: value for name, value in state.items() if name in cls.__dataclass_fields__})
+
     @property
     def ended(self) -> bool:
         return self.phase in ("failed", "left")

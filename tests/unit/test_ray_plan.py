@@ -50,6 +50,11 @@ def test_what_nobody_has_set_is_left_to_the_node_and_the_head() -> None:
     assert "path" not in worker.model.model_fields_set
 
 
+def test_a_member_of_a_later_version_may_say_more_of_itself() -> None:
+    told = {"spec": "text", "phase": "serving", "pid": 7, "since": "yesterday", "weights": [1]}
+    assert Member.of(told) == Member(spec="text", phase="serving", pid=7)
+
+
 @pytest.mark.parametrize(("host", "address"), [("0.0.0.0", "10.0.0.1:8700"), ("10.9.9.9", "10.9.9.9:8700")])
 def test_workers_dial_where_the_router_listens(host: str, address: str) -> None:
     wanted = specs(router={"host": host}, worker={"host": "10.0.0.2"})
