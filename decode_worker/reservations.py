@@ -108,6 +108,8 @@ class Reservation:
     async def sealed(self, first_token: int, summary: TransferSummary) -> None:
         """The KV is whole and verified: decoding may start. Raises TransferFailed when the reservation is over."""
         if self.local:
+            if self.state is State.ENDED:
+                raise self._over()
             self._let_go()
             return  # the engine went on by itself, perhaps to the end
         sequence = Sequence(
@@ -146,10 +148,13 @@ class Reservation:
 
     def _start(self, sequence: Sequence) -> None:
         if self.state is not State.PROMISED:
-            raise TransferFailed(f"the reservation of request {self.request_id} is {self.state} already")
+            raise self._over()
         self._sequence = sequence
         self._sealed_s = time.monotonic()
         self.state = State.DECODING
+
+    def _over(self) -> TransferFailed:
+        return TransferFailed(f"the reservation of request {self.request_id} is {self.state} already")
 
     def listener(self, event: EngineEvent) -> None:
         if self.state is State.ENDED:

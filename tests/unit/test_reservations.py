@@ -83,6 +83,19 @@ async def test_the_end_of_a_lent_reservation_reaches_the_prefill_that_waits_for_
     assert isinstance(event.error, Unavailable)
 
 
+async def test_a_local_handoff_into_a_reservation_that_has_ended_fails(
+    make: Make, sent: list[worker_pb2.RequestTokens]
+) -> None:
+    """Between the first token, which the prefill has told, and the seal."""
+    reservation = make()
+    reservation.begin(_sequence(reservation))
+    reservation.listener(NewToken(1, Token(8), None))
+    reservation.end(Cancelled("the request was aborted"))
+    with pytest.raises(TransferFailed, match="ended already"):
+        await reservation.sealed(7, SUMMARY)
+    assert sent == []
+
+
 def test_of_many_aborts_the_newest_are_remembered() -> None:
     aborted = Aborted(most=2)
     for name in ("a", "r", "b"):
