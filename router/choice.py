@@ -19,6 +19,8 @@ from tandem.types import ChoiceFinished, Delta, Event, RequestReport
 from tandem.v1 import worker_pb2
 
 Emit = Callable[[Event], Coroutine[Any, Any, None]]
+# Gets why an attempt is followed by another one, and the transport that it used.
+OnRetry = Callable[[TandemError, str], None]
 
 
 class Choice:
@@ -36,11 +38,12 @@ class Choice:
     the first token outlives its attempt: a write that has begun cannot be taken back.
     """
 
-    def __init__(self, brief: Brief, output: ChoiceOutput, registry: Registry, emit: Emit) -> None:
+    def __init__(self, brief: Brief, output: ChoiceOutput, registry: Registry, emit: Emit, on_retry: OnRetry) -> None:
         self._brief = brief
         self._output = output
         self._registry = registry
         self._emit = emit
+        self._on_retry = on_retry
         self.timeline = brief.timeline
         self._attempt = Attempt(brief, registry)
         # Of the first token, once the client has it or is about to.
@@ -100,6 +103,7 @@ class Choice:
             if self._attempt.box.decoding_since_ms is not None:
                 raise
             self._log.warning("attempt 0 by %s failed, once more by %s: %s", self._attempt.transport, GRPC, error)
+            self._on_retry(error, self._attempt.transport)
             self._attempt = Attempt(self._second_brief(), self._registry)
             await self._try(self._attempt)
 

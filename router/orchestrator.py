@@ -12,7 +12,7 @@ from typing import Protocol
 from router.admission import Admission, Admitted, Gate, deadline_s
 from router.aio import first_error
 from router.attempt import Brief
-from router.choice import Choice, Emit
+from router.choice import Choice, Emit, OnRetry
 from router.detokenizer import Detokenizer
 from router.embedding import EmbedJob
 from router.output import ChoiceOutput
@@ -62,6 +62,9 @@ class Observer(Protocol):
     def answered(self, finished: ChoiceFinished) -> None:
         """One choice ended by stop or length."""
 
+    def retried(self, reason: errors.TandemError, transport: str) -> None:
+        """An attempt at one choice, whose KV went by this transport, failed; another one follows."""
+
     def ended(self, outcome: str) -> None:
         """A request ended, or was refused: "ok", or its error's code."""
 
@@ -109,7 +112,7 @@ class Orchestrator:
                 admitted = await self._admission.admit(request)
                 timeline.mark(Phase.ADMITTED)
                 self._check_open()
-                await self._run(admitted, timeline, deadline, _one_at_a_time(emit, observers))
+                await self._run(admitted, timeline, deadline, _one_at_a_time(emit, observers), _each_told(observers))
 
     async def embed(
         self, request: generation_pb2.EmbedRequest, remaining_s: float | None
@@ -155,8 +158,12 @@ class Orchestrator:
         if self._closing:
             raise errors.Unavailable("the router is stopping")
 
-    async def _run(self, admitted: Admitted, timeline: Timeline, deadline: float, emit: Emit) -> None:
-        choices = tuple(self._choice(admitted, index, timeline, deadline, emit) for index in range(admitted.n))
+    async def _run(
+        self, admitted: Admitted, timeline: Timeline, deadline: float, emit: Emit, on_retry: OnRetry
+    ) -> None:
+        choices = tuple(
+            self._choice(admitted, index, timeline, deadline, emit, on_retry) for index in range(admitted.n)
+        )
         note = f"{len(admitted.prompt_ids)} prompt tokens, n={admitted.n}, tag {admitted.user_tag!r}"
         async with self._counted(Live(admitted.request_id, timeline, choices), note):
             await emit(Accepted(admitted.request_id, len(admitted.prompt_ids)))
@@ -166,7 +173,9 @@ class Orchestrator:
                         tasks.create_task(choice.run())
             await emit(Completed(_usage(admitted, choices)))
 
-    def _choice(self, admitted: Admitted, index: int, timeline: Timeline, deadline: float, emit: Emit) -> Choice:
+    def _choice(
+        self, admitted: Admitted, index: int, timeline: Timeline, deadline: float, emit: Emit, on_retry: OnRetry
+    ) -> Choice:
         request = admitted.choice(index)
         marks = replace(timeline, marks=dict(timeline.marks))
         brief = Brief(index, request, admitted.block_names, deadline, marks, self._config.transport)
@@ -174,7 +183,7 @@ class Orchestrator:
         detokenizer = tokenizer and Detokenizer(tokenizer, admitted.prompt_ids, admitted.keep_special_tokens)
         spelled = frozenset(admitted.model.eos_token_ids) if admitted.keep_special_tokens else frozenset()
         output = ChoiceOutput(detokenizer, admitted.stop, admitted.sampling.min_tokens, spelled)
-        return Choice(brief, output, self._registry, emit)
+        return Choice(brief, output, self._registry, emit, on_retry)
 
     @asynccontextmanager
     async def _counted(self, live: Live, note: str) -> AsyncIterator[None]:
@@ -256,6 +265,14 @@ def _one_at_a_time(emit: Emit, observers: tuple[Observer, ...]) -> Emit:
             await emit(event)
 
     return locked
+
+
+def _each_told(observers: tuple[Observer, ...]) -> OnRetry:
+    def tell(reason: errors.TandemError, transport: str) -> None:
+        for observer in observers:
+            observer.retried(reason, transport)
+
+    return tell
 
 
 def _usage(admitted: Admitted, choices: tuple[Choice, ...]) -> Usage:

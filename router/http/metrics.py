@@ -13,6 +13,7 @@ from router.http.answers import SPANS
 from router.orchestrator import Orchestrator
 from router.registry import Registry
 from router.worker import Worker
+from tandem.errors import TandemError
 from tandem.timeline import Phase
 from tandem.types import ChoiceFinished
 
@@ -41,6 +42,8 @@ class Metrics:
     def __init__(self, orchestrator: Orchestrator, registry: Registry) -> None:
         self._registry = CollectorRegistry()
         self._requests = self._counter("requests", "Requests by how they ended: ok, or the error's code.", "outcome")
+        words = "Attempts that failed and were followed by another, by the error's code and the way that the KV went."
+        self._retries = self._counter("retried_attempts", words, "reason", "transport")
         self._output_tokens = self._counter("output_tokens", "Tokens of answers that ended well.")
         self._kv_bytes = self._counter("kv_transferred_bytes", "KV of answers that ended well.", "transport")
         self._ttft = self._histogram("ttft", "From receiving a request to its first token.", _SECONDS)
@@ -59,6 +62,9 @@ class Metrics:
 
     def ended(self, outcome: str) -> None:
         self._requests.labels(outcome).inc()
+
+    def retried(self, reason: TandemError, transport: str) -> None:
+        self._retries.labels(reason.code, transport).inc()
 
     def answered(self, finished: ChoiceFinished) -> None:
         timeline, tokens = finished.report.timeline, finished.output_tokens

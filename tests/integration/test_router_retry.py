@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from http_house import http_configuration, open_http_house
 from router_house import (
     DECODE,
     PREFILL,
@@ -67,6 +68,19 @@ async def test_the_second_attempt_answers(house: House, where: str) -> None:
     assert len(house.cluster.happened("abort")) == (0 if where == "decode" else 1)
     marks = list(finish.report.timeline.marks.values())
     assert marks == sorted(marks)
+
+
+async def test_metrics_count_attempts_that_were_followed_by_another() -> None:
+    counted = 'tandem_retried_attempts_total{reason="transfer_failed",transport="ray"} 2.0'
+    async with open_http_house(http_configuration(transport="ray")) as door:
+        prefill, decode = await pair(door.house)
+        for worker, where in ((prefill, "seal"), (decode, "decode")):
+            worker.faults[where] = LOST
+            await collect(door.house.call(4))
+            assert not worker.faults, "the fault took effect"
+        await collect(door.house.call(4))
+        assert counted in (await door.client.get("/metrics")).text.splitlines()
+        await door.house.check_empty()
 
 
 async def test_the_first_token_is_given_once(house: House) -> None:
