@@ -15,7 +15,7 @@ from functools import partial
 
 from tandem.config import TandemConfig
 from tandem.engine.cores import usable_cores
-from tandem.errors import TandemError
+from tandem.errors import Refused, TandemError
 from tandem.launch.ray_plan import POOLS, Spec
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,9 @@ class Hosted:
     def __init__(self, serve: Callable[[Hosted], None], end_process: Callable[[int], object] = os._exit) -> None:
         """`serve` runs in the new thread until it is stopped; it calls `stoppable` and `ready` from its event loop."""
         self.phase = Phase.STARTING
-        self.address = self.worker_id = self.error = ""
+        self.address = self.worker_id = ""
+        # Why it failed, and the error's code.
+        self.error = self.code = ""
         self._serve = serve
         self._end_process = end_process
         self._lock = threading.Lock()
@@ -89,10 +91,10 @@ class Hosted:
             self._serve(self)
         except TandemError as error:
             log.error("%s", error.message)
-            self._fail(error.message)
+            self._fail(error)
         except ImportError as error:
             log.exception("cannot serve here")
-            self._fail(f"Tandem is not whole here ({error}): install tandem[serve,ray]")
+            self._fail(Refused(f"Tandem is not whole here ({error}): install tandem[serve,ray]"))
         except BaseException:
             log.exception("the service crashed; its process ends")
             if time.monotonic() - self._since_s < STABLE_S:
@@ -101,8 +103,9 @@ class Hosted:
         else:
             self.phase = Phase.LEFT
 
-    def _fail(self, why: str) -> None:
-        self.error, self.phase = why, Phase.FAILED
+    def _fail(self, error: TandemError) -> None:
+        self.error, self.code = error.message, error.code
+        self.phase = Phase.FAILED  # last: whoever sees it reads the others
 
 
 def serve_spec(text: str, node: Node, hosted: Hosted) -> None:

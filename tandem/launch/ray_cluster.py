@@ -32,6 +32,7 @@ from tandem.launch.ray_plan import (
     ROUTER,
     Member,
     Spec,
+    cannot_serve,
     config_of,
     demand,
     missing,
@@ -81,6 +82,7 @@ class MemberActor:
             "pid": os.getpid(),
             "node": self._node.ip,
             "error": hosted.error,
+            "code": hosted.code,
         }
 
     def drain(self) -> None:
@@ -215,11 +217,7 @@ class Cluster:
             seen = self._survey(POLL_S)
             for name, member in seen.items():
                 if name in wanted and member.ended:
-                    if not member.error:
-                        raise Unavailable(
-                            f"{name} was told to leave meanwhile: does somebody else change this service?"
-                        )
-                    raise Refused(f"{name} cannot serve{member.node and f' on node {member.node}'}: {member.error}")
+                    raise cannot_serve(name, member)
             waiting = [name for name in wanted if name not in seen or seen[name].phase != "serving"]
             if not waiting and self._routed(wanted, seen):
                 return

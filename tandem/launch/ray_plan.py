@@ -15,7 +15,7 @@ from typing import Any
 from tandem import __version__
 from tandem.addresses import ANY_ADDRESS, join_address
 from tandem.config import TandemConfig, parse_config
-from tandem.errors import ConfigError, Refused, Unavailable
+from tandem.errors import ConfigError, ModelRefused, Refused, TandemError, Unavailable
 from tandem.launch.pools import check_pools
 from tandem.types import Role
 
@@ -74,6 +74,8 @@ class Member:
     pid: int = 0
     node: str = ""
     error: str = ""
+    # Of the error, see tandem.errors; empty when Ray said it.
+    code: str = ""
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Member:
@@ -151,6 +153,14 @@ def plan_changes(wanted: Mapping[str, str], seen: Mapping[str, Member]) -> Plan:
         ],
         leave=[name for name in seen if name not in wanted],
     )
+
+
+def cannot_serve(name: str, member: Member) -> TandemError:
+    """For a member that ended before it served: ConfigError when its settings or the model are at fault."""
+    if not member.error:
+        return Unavailable(f"{name} was told to leave meanwhile: does somebody else change this service?")
+    kind = ConfigError if member.code in (ConfigError.code, ModelRefused.code) else Refused
+    return kind(f"{name} cannot serve{member.node and f' on node {member.node}'}: {member.error}")
 
 
 def config_of(seen: Mapping[str, Member]) -> TandemConfig:

@@ -227,7 +227,7 @@ def test_settings_that_cannot_work_bring_back_what_served(service: RayService) -
     blocks = {worker.total_blocks for worker in service.status().workers}
     service.configure(worker={"host": "192.0.2.77"}, kv_memory_mib=16)
     ran = service.serve()
-    assert ran.returncode == 1
+    assert ran.returncode == 2
     assert re.search(r"cannot serve on node [0-9.]+: worker.host .*192.0.2.77", ran.stderr), ran.stderr
     assert "starting again what served before: decode-0, prefill-0" in ran.stderr
     wait_until(service.answers, BACK_S, "the workers of before")

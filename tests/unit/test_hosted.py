@@ -13,7 +13,7 @@ from service import wait_until
 
 from tandem.client import Client
 from tandem.config import load_config
-from tandem.errors import Refused
+from tandem.errors import ConfigError, Refused
 from tandem.launch import hosted
 from tandem.launch.hosted import Hosted, Node, Phase, on_node, serve_spec
 from tandem.launch.ray_plan import wanted_specs
@@ -69,7 +69,7 @@ def test_a_refusal_is_told_and_the_process_stays() -> None:
 
     it = Hosted(refused, never)
     in_phase(it, Phase.FAILED)
-    assert it.error == "block_size 32 against 16"
+    assert (it.error, it.code) == ("block_size 32 against 16", Refused.code)
 
 
 def test_a_node_without_a_package_says_which() -> None:
@@ -102,6 +102,7 @@ def test_a_spec_that_is_wrong_fails_with_its_key() -> None:
     it = Hosted(lambda it: serve_spec(spec, NODE, it), never)
     in_phase(it, Phase.FAILED)
     assert "router.lease_s" in it.error
+    assert it.code == ConfigError.code
 
 
 def test_a_router_serves_in_a_thread_and_leaves() -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from tandem.config import TandemConfig, load_config
-from tandem.errors import ConfigError, Refused, Unavailable
+from tandem.errors import ConfigError, Refused, TandemError, Unavailable
 from tandem.launch.ray_plan import (
     Member,
     Plan,
     Spec,
+    cannot_serve,
     config_of,
     demand,
     missing,
@@ -53,6 +54,16 @@ def test_what_nobody_has_set_is_left_to_the_node_and_the_head() -> None:
 def test_a_member_of_a_later_version_may_say_more_of_itself() -> None:
     told = {"spec": "text", "phase": "serving", "pid": 7, "since": "yesterday", "weights": [1]}
     assert Member.of(told) == Member(spec="text", phase="serving", pid=7)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [("config", ConfigError), ("model_refused", ConfigError), ("refused", Refused), ("", Refused)]
+)
+def test_who_is_to_blame_for_a_member_that_cannot_serve(code: str, kind: type[TandemError]) -> None:
+    """`tandem serve --ray` exits with 2 when it is what it was asked for."""
+    error = cannot_serve("decode-0", Member(phase="failed", node="10.0.0.2", error="there is no model nope", code=code))
+    assert type(error) is kind
+    assert error.message == "decode-0 cannot serve on node 10.0.0.2: there is no model nope"
 
 
 @pytest.mark.parametrize(("host", "address"), [("0.0.0.0", "10.0.0.1:8700"), ("10.9.9.9", "10.9.9.9:8700")])
