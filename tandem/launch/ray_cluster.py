@@ -40,6 +40,7 @@ from tandem.launch.ray_plan import (
     plan_changes,
     pool_of,
     router_address,
+    turns_of,
     wanted_specs,
 )
 from tandem.launch.reach import check_reachable, kept_standard_error
@@ -126,15 +127,16 @@ class Cluster:
 
     def _bring(self, wanted: Mapping[str, str], config: TandemConfig, wait_s: float) -> None:
         """Returns when all that is wanted serves; what is not wanted serves on."""
-        before = self._survey()
+        before, started = self._survey(), list[str]()
         plan = plan_changes(wanted, before)
-        started = [*plan.start, *plan.replace]
         try:
             self._demand([*wanted, *plan.leave], config)
-            self._retire(plan.replace, config)
-            for name in started:
-                self._start(name, wanted[name])
-            self._wait_serving(wanted, config, wait_s)
+            for turn in turns_of(plan, wanted, before):
+                started += turn
+                self._retire([name for name in turn if name in before], config)
+                for name in turn:
+                    self._start(name, wanted[name])
+                self._wait_serving(wanted, config, wait_s)
         except BaseException:
             self._withdraw(started, before, config)
             raise

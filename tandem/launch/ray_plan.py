@@ -155,6 +155,34 @@ def plan_changes(wanted: Mapping[str, str], seen: Mapping[str, Member]) -> Plan:
     )
 
 
+def turns_of(plan: Plan, wanted: Mapping[str, str], seen: Mapping[str, Member]) -> list[list[str]]:
+    """Who is started, or replaced, together; each turn when all of the one before serve.
+
+    One member of each pool at a time, so that pools of several serve on. All at once where the old and the new would
+    not serve side by side: workers of another block size, for one, are refused beside the old ones.
+    """
+    if not all(seen[name].ended or _side_by_side(seen[name].spec, wanted[name]) for name in plan.replace):
+        return [[*plan.start, *plan.replace]]
+    turns = [plan.start.copy()]
+    for name in plan.replace:
+        turn = 0 if seen[name].ended else int(name.partition("-")[2] or 0)
+        turns += [[] for _ in range(turn + 1 - len(turns))]
+        turns[turn].append(name)
+    return turns
+
+
+def _side_by_side(old: str, new: str) -> bool:
+    """Whether two workers, or a router and its workers, may differ in this."""
+    try:
+        before, after = Spec.parse(old), Spec.parse(new)
+    except Refused:
+        return False
+    if (before.router, before.settings["model"]) != (after.router, after.settings["model"]):
+        return False
+    engines = before.settings.get("engine", {}), after.settings.get("engine", {})
+    return all(engines[0].get(key) == engines[1].get(key) for key in ("device", "block_size"))
+
+
 def cannot_serve(name: str, member: Member) -> TandemError:
     """For a member that ended before it served: ConfigError when its settings or the model are at fault."""
     if not member.error:

@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -132,8 +133,9 @@ def test_the_same_call_again_changes_nothing(service: RayService) -> None:
     assert service.pids() == before
 
 
-def test_it_grows_and_shrinks_under_load_without_a_failed_request(service: RayService) -> None:
-    before = service.pids()
+@contextmanager
+def under_load(service: RayService) -> Iterator[Callable[[int], None]]:
+    """Yields what waits for so many further answers. No request may fail inside."""
     stop, done, failures = threading.Event(), [0], []
 
     def ask(seed: int) -> None:
@@ -147,21 +149,29 @@ def test_it_grows_and_shrinks_under_load_without_a_failed_request(service: RaySe
                 except TandemError as error:
                     failures.append(str(error))
 
+    def answered(count: int) -> None:
+        reached = done[0]
+        wait_until(lambda: done[0] > reached + count, 30, "load on the service")
+
     with ThreadPoolExecutor(4) as threads:
         try:
             asking = [threads.submit(ask, seed) for seed in range(4)]
-            service.scale("prefill=2", "decode=2")
-            grown = service.pids()
-            reached = done[0]
-            wait_until(lambda: done[0] > reached + 20, 30, "load on the grown service")
-            service.scale("prefill=1", "decode=1")
-            reached = done[0]
-            wait_until(lambda: done[0] > reached + 5, 30, "load on the shrunken service")
+            yield answered
         finally:
             stop.set()
         for each in asking:
             each.result()
     assert failures == []
+
+
+def test_it_grows_and_shrinks_under_load_without_a_failed_request(service: RayService) -> None:
+    before = service.pids()
+    with under_load(service) as answered:
+        service.scale("prefill=2", "decode=2")
+        grown = service.pids()
+        answered(20)
+        service.scale("prefill=1", "decode=1")
+        answered(5)
     assert len(grown) == 5
     assert grown > before
     # The highest index left; whoever was first stays.
@@ -185,14 +195,21 @@ def test_a_killed_router_comes_back_at_its_address(service: RayService) -> None:
     assert service.worker_pids() == workers
 
 
-def test_changed_settings_replace_the_workers_alone(service: RayService) -> None:
+def test_changed_settings_replace_the_workers_alone_one_of_each_pool_at_a_time(service: RayService) -> None:
+    service.scale("prefill=2", "decode=2")
     workers, router = set(service.worker_pids().values()), service.router_pid()
     service.configure(kv_memory_mib=48)
-    ran = service.serve()
+    with under_load(service) as answered:
+        ran = service.serve("--prefill", "2", "--decode", "2")
+        answered(5)
     assert ran.returncode == 0, ran.stderr
+    drained = [line for line in ran.stderr.splitlines() if line.startswith("draining")]
+    assert drained == ["draining prefill-0, decode-0", "draining prefill-1, decode-1"]
     assert service.router_pid() == router
+    assert len(service.worker_pids()) == 4
     assert not workers & set(service.worker_pids().values())
     assert {worker.total_blocks for worker in service.status().workers} == {1536}
+    service.scale("prefill=1", "decode=1")
 
 
 @pytest.mark.parametrize(

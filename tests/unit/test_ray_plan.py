@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tandem import __version__
 from tandem.config import TandemConfig, load_config
 from tandem.errors import ConfigError, Refused, TandemError, Unavailable
 from tandem.launch.ray_plan import (
@@ -19,6 +20,7 @@ from tandem.launch.ray_plan import (
     parse_counts,
     plan_changes,
     router_address,
+    turns_of,
     wanted_specs,
 )
 
@@ -54,6 +56,50 @@ def test_what_nobody_has_set_is_left_to_the_node_and_the_head() -> None:
 def test_a_member_of_a_later_version_may_say_more_of_itself() -> None:
     told = {"spec": "text", "phase": "serving", "pid": 7, "since": "yesterday", "weights": [1]}
     assert Member.of(told) == Member(spec="text", phase="serving", pid=7)
+
+
+POOLS = {"prefill": 3, "decode": 2}
+
+
+def turns(*, before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> list[list[str]]:
+    seen, wanted = running(specs(**before)), specs(**after)
+    return turns_of(plan_changes(wanted, seen), wanted, seen)
+
+
+def test_changed_workers_are_replaced_one_of_each_pool_at_a_time() -> None:
+    before = {"serve": POOLS, "engine": {"kv_memory_mib": 64}}
+    after = {"serve": {**POOLS, "decode": 3}, "engine": {"kv_memory_mib": 32}}
+    assert turns(before=before, after=after) == [
+        ["decode-2", "prefill-0", "decode-0"],
+        ["prefill-1", "decode-1"],
+        ["prefill-2"],
+    ]
+    assert turns(before=before, after={**before, "router": {"lease_s": 5}}) == [["router"]]
+    assert turns(before=before, after=before) == [[]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"engine": {"block_size": 32}},
+        {"engine": {"device": "cuda"}},
+        {"model": {"max_model_len": 64}},
+        {"router": {"port": 9}},
+    ],
+)
+def test_workers_that_would_not_serve_beside_the_old_ones_are_replaced_at_once(change: dict[str, Any]) -> None:
+    (only,) = turns(before={"serve": POOLS}, after={"serve": POOLS, **change})
+    assert {name for name in only if name != "router"} == {name for name in specs(serve=POOLS) if name != "router"}
+
+
+def test_what_another_version_started_is_replaced_at_once_and_what_has_failed_first() -> None:
+    wanted = specs(serve=POOLS, engine={"kv_memory_mib": 32})
+    seen = running({name: text.replace(__version__, "0.0.0") for name, text in wanted.items()})
+    assert turns_of(plan_changes(wanted, seen), wanted, seen) == [list(wanted)]
+    seen = {**running(specs(serve=POOLS)), "prefill-2": Member(phase="failed", error="of Ray")}
+    first, second = turns_of(plan_changes(wanted, seen), wanted, seen)
+    assert first == ["prefill-0", "prefill-2", "decode-0"]
+    assert second == ["prefill-1", "decode-1"]
 
 
 @pytest.mark.parametrize(
