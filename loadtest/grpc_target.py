@@ -42,7 +42,10 @@ class GrpcTarget:
             ignore_eos=self._options.ignore_eos,
         )
         async for event in self._client.generate(
-            request.prompt_ids.tolist(), sampling=sampling, model=self._options.model
+            request.prompt_ids.tolist(),
+            sampling=sampling,
+            model=self._options.model,
+            cache_salt=self._options.cache_salt,
         ):
             match event:
                 case Delta() if event.tokens:

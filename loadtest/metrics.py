@@ -12,6 +12,7 @@ The start is the moment of sending, as for vLLM. Everything that depends on it i
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,17 +112,30 @@ def _from(
     """What depends on when a request's clock starts."""
     ttfts = [outcome.arrivals_s[0] - start(outcome) for outcome in done]
     e2els = [outcome.arrivals_s[-1] - start(outcome) for outcome in done]
-    measured = {"ttft": ttfts, "tpot": [outcome.tpot_s or 0.0 for outcome in done], "e2el": e2els}
-    good = sum(
-        all(measured[name][index] * 1000 <= limit_ms for name, limit_ms in goodput.items())
-        for index in range(len(done))
-    )
+    good = sum(not missed(outcome, start(outcome), goodput) for outcome in done)
     return {
         "request_goodput": good / duration_s if goodput else None,
         "attainment": good / offered if goodput and offered else None,
         **_spread("ttft", ttfts, percentiles),
         **_spread("e2el", e2els, percentiles),
     }
+
+
+def missed(
+    outcome: Outcome, start_s: float, goodput: Goodput, tokens: int | None = None, now_s: float = math.inf
+) -> list[Metric]:
+    """The objectives that an answer missed.
+
+    Of one that is under way, with the `tokens` that it will have, those that it has missed by now whatever comes.
+    """
+    reached = outcome.arrivals_s or [now_s]
+    gaps = (outcome.output_tokens if tokens is None else tokens) - 1
+    seconds: dict[Metric, float] = {
+        "ttft": reached[0] - start_s,
+        "tpot": (reached[-1] - reached[0]) / gaps if gaps > 0 else 0.0,
+        "e2el": reached[-1] - start_s,
+    }
+    return [name for name, limit_ms in goodput.items() if seconds[name] * 1000 > limit_ms]
 
 
 def _spread(name: str, seconds: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:

@@ -84,7 +84,7 @@ class OpenAITarget:
             outcome.fail("bad_stream", f"not the stream of an OpenAI endpoint: {shown(str(error))}")
 
     def _payload(self, request: LoadRequest) -> dict[str, Any]:
-        payload = {
+        payload: dict[str, Any] = {
             "model": self._model,
             "prompt": request.prompt_ids.tolist(),
             "max_tokens": request.output_tokens,
@@ -92,8 +92,12 @@ class OpenAITarget:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        # Not OpenAI's own; vLLM and Tandem know it.
-        return {**payload, "ignore_eos": True} if self._options.ignore_eos else payload
+        # Not OpenAI's own; vLLM and Tandem know them.
+        if self._options.ignore_eos:
+            payload["ignore_eos"] = True
+        if self._options.cache_salt:
+            payload["cache_salt"] = self._options.cache_salt
+        return payload
 
     async def _stream(self, request: LoadRequest, outcome: Outcome) -> None:
         """Raises _Failed, and what aiohttp raises."""

@@ -49,19 +49,19 @@ class Plan:
     max_model_len: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.workload in get_args(Workload), "workload", "random, mooncake or azure", self.workload)
-        _require(1 <= self.num_prompts <= MAX_REQUESTS, "num_prompts", f"in [1, {MAX_REQUESTS}]", self.num_prompts)
+        require(self.workload in get_args(Workload), "workload", "random, mooncake or azure", self.workload)
+        require(1 <= self.num_prompts <= MAX_REQUESTS, "num_prompts", f"in [1, {MAX_REQUESTS}]", self.num_prompts)
         for name in ("scale_lengths", "scale_time"):
-            _require(_positive(getattr(self, name)), name, "a number above 0", getattr(self, name))
+            require(is_positive(getattr(self, name)), name, "a number above 0", getattr(self, name))
         jitter_ok = self.jitter_s is None or (self.jitter_s >= 0 and math.isfinite(self.jitter_s))
-        _require(jitter_ok, "jitter", "0 seconds or more", self.jitter_s)
+        require(jitter_ok, "jitter", "0 seconds or more", self.jitter_s)
         for name in ("request_rate", "burstiness"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, "above 0", value)
-        _require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+            require(value is None or value > 0, name, "above 0", value)
+        require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
         for name in ("vocab_size", "max_model_len"):
             value = getattr(self, name)
-            _require(value is None or 1 <= value < 2**31, name, "1 or more", value)
+            require(value is None or 1 <= value < 2**31, name, "1 or more", value)
         self._check_lengths()
         self._check_ramp_up()
         self._check_combination()
@@ -71,14 +71,14 @@ class Plan:
         for name, low in (("input_tokens", 1), ("output_tokens", 1), ("prefix_tokens", 0)):
             value = getattr(lengths, name)
             option = name.replace("_tokens", "_len")
-            _require(low <= value <= traces.MAX_TRACE_TOKENS, option, f"in [{low}, {traces.MAX_TRACE_TOKENS}]", value)
-        _require(0 <= lengths.range_ratio < 1, "range_ratio", "in [0, 1)", lengths.range_ratio)
+            require(low <= value <= traces.MAX_TRACE_TOKENS, option, f"in [{low}, {traces.MAX_TRACE_TOKENS}]", value)
+        require(0 <= lengths.range_ratio < 1, "range_ratio", "in [0, 1)", lengths.range_ratio)
 
     def _check_ramp_up(self) -> None:
         if self.ramp_up is not None:
             for name in ("start_rps", "end_rps"):
                 value = getattr(self.ramp_up, name)
-                _require(_positive(value), f"ramp_up_{name}", "a number above 0", value)
+                require(is_positive(value), f"ramp_up_{name}", "a number above 0", value)
 
     def _check_combination(self) -> None:
         if self.workload == "random" and self.trace is not None:
@@ -192,11 +192,12 @@ def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else "inf"
 
 
-def _positive(value: float) -> bool:
+def is_positive(value: float) -> bool:
     return value > 0 and math.isfinite(value)
 
 
-def _require(ok: bool, option: str, limit: str, value: object) -> None:
+def require(ok: bool, option: str, limit: str, value: object) -> None:
+    """Raises ConfigError that names the option and its limit."""
     if not ok:
         name = option.replace("_", "-")
         raise ConfigError(f"--{name} must be {limit}, not {shown(value)}", field=option)
@@ -227,11 +228,11 @@ def parse_percentiles(text: str) -> tuple[float, ...]:
         values = tuple(float(each) for each in text.split(","))
     except ValueError:
         values = (math.nan,)
-    _require(all(0 <= value <= 100 for value in values), "percentiles", "numbers in [0, 100]", text)
+    require(all(0 <= value <= 100 for value in values), "percentiles", "numbers in [0, 100]", text)
     return values
 
 
 def check_timeout(timeout_s: float) -> float:
     """Raises ConfigError unless it is a positive, finite number of seconds."""
-    _require(_positive(timeout_s), "timeout", "a number of seconds above 0", timeout_s)
+    require(is_positive(timeout_s), "timeout", "a number of seconds above 0", timeout_s)
     return timeout_s

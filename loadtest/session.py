@@ -12,6 +12,7 @@ from loadtest.metrics import Goodput, Outcome, details, summarize
 from loadtest.plan import Plan, Schedule
 from loadtest.runner import Arrival, Run, Runner, Watch
 from loadtest.target import Served, Target
+from loadtest.workloads import LoadRequest
 from tandem.errors import TandemError, Unavailable
 
 DEFAULT_PERCENTILES = (50.0, 90.0, 95.0, 99.0)
@@ -47,16 +48,16 @@ async def measure(
     """Until the schedule is done or `stop` is set. Raises TandemError when it cannot begin."""
     served = await target.describe()
     schedule = plan.schedule(served)
-    await _warm_up(target, schedule, measuring, stop)
+    await warm_up(target, schedule.warm_up(measuring.num_warmups), stop, measuring.max_concurrency)
     run = await Runner(target, schedule.arrivals, measuring.max_concurrency, watch).send_all(stop)
-    return Result(served, schedule, run, _figures(target, plan, measuring, served, schedule, run))
+    return Result(served, schedule, run, figures(target, plan, measuring, served, schedule, run))
 
 
-async def _warm_up(target: Target, schedule: Schedule, measuring: Measuring, stop: asyncio.Event) -> None:
+async def warm_up(
+    target: Target, requests: Sequence[LoadRequest], stop: asyncio.Event, max_concurrency: int | None = None
+) -> None:
     """All at once, as many as may be. Raises Unavailable if none of them was answered: so would be no other."""
-    requests = schedule.warm_up(measuring.num_warmups)
-    runner = Runner(target, [Arrival(0.0, request) for request in requests], measuring.max_concurrency)
-    run = await runner.send_all(stop)
+    run = await Runner(target, [Arrival(0.0, request) for request in requests], max_concurrency).send_all(stop)
     if requests and run.failed == len(requests) and not run.interrupted:
         raise _why(run.outcomes[0])
 
@@ -65,7 +66,7 @@ def _why(outcome: Outcome) -> TandemError:
     return Unavailable(f"no warm-up request was answered; the first ended in {outcome.failure}: {outcome.error}")
 
 
-def _figures(
+def figures(
     target: Target, plan: Plan, measuring: Measuring, served: Served, schedule: Schedule, run: Run
 ) -> dict[str, Any]:
     return {

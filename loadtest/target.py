@@ -28,6 +28,8 @@ class SendOptions:
     temperature: float = 0.0
     # Seconds that an answer may take from its sending on.
     timeout_s: float = 600.0
+    # Prefix caches serve only requests of the same salt; not OpenAI's own: vLLM and Tandem know it.
+    cache_salt: str = ""
 
 
 class Target(Protocol):

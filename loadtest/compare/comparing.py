@@ -1,0 +1,203 @@
+"""The whole comparison: every shape's search by turns, then runs at common rates whose answers are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
+
+import tandem
+from loadtest.compare import model
+from loadtest.compare.contender import Contender, Ending, Offered
+from loadtest.compare.judge import keeps
+from loadtest.compare.processes import memory_gib, processor
+from loadtest.compare.question import Question
+from loadtest.compare.search import Search, still_racing
+from loadtest.compare.shapes import all_shapes
+from loadtest.compare.verdict import best_of, verdict_on
+from loadtest.runner import Run
+from loadtest.session import Measuring
+from loadtest.target import SendOptions
+
+# Starts a shape's service; gives its router's address, and ends all of its processes on leaving.
+Starter = Callable[[model.Shape], AbstractAsyncContextManager[str]]
+# Of the time limit, what the search may take: the rest is for the runs that are shown.
+SEARCH_SHARE = 0.75
+
+
+class Progress(Protocol):
+    def stage(self, words: str) -> None:
+        """What is being done."""
+
+    def watch(self, run: Run) -> None:
+        """The load that runs."""
+
+    def ended(self, shape: model.Shape, run: model.Run, ending: Ending) -> None:
+        """A load that has ended."""
+
+
+class NothingFound(Exception):
+    """Stopped before any shape was measured."""
+
+
+@dataclass
+class _Entry:
+    """A contender, and what is known of it."""
+
+    contender: Contender
+    search: Search
+    probes: list[model.Run] = field(default_factory=list)
+    shown: list[model.ShownRun] = field(default_factory=list)
+
+    @property
+    def shape(self) -> model.Shape:
+        return self.contender.shape
+
+    def measured(self) -> model.Measured:
+        best = next((run for run in self.probes if run.rate_rps == self.search.kept_rps), None)
+        return model.Measured(
+            shape=self.shape,
+            probes=self.probes,
+            best_rate_rps=self.search.kept_rps,
+            goodput_rps=best.goodput_rps if best else 0.0,
+            shown=self.shown,
+        )
+
+
+class Comparing:
+    """Runs one comparison. `stop` ends it early: what was found until then is reported."""
+
+    def __init__(self, question: Question, start: Starter, stop: asyncio.Event, progress: Progress) -> None:
+        self._question = question
+        self._start = start
+        self._stop = stop
+        self._progress = progress
+        self._measuring = Measuring(goodput=question.objectives)
+        limit_s = question.time_limit_s
+        self._deadline_s = None if limit_s is None else time.monotonic() + limit_s
+        self._search_deadline_s = None if limit_s is None else time.monotonic() + limit_s * SEARCH_SHARE
+        self._cut = False
+
+    async def run(self, command: str) -> model.Comparison:
+        """Raises TandemError when a service does not start or breaks, NothingFound when stopped before a measurement.
+
+        All services stay up until the end: an idle one takes 0.4 % of a core for each process, and so no turn waits
+        for a model to load.
+        """
+        async with AsyncExitStack() as services:
+            entries = await self._entries(services)
+            await self._search(entries)
+            await self._show(entries)
+        return self._comparison(entries, command)
+
+    async def _entries(self, services: AsyncExitStack) -> list[_Entry]:
+        contenders = []
+        for shape in all_shapes(self._question.workers, self._question.step_tokens):
+            self._check_stop()
+            self._progress.stage(f"starting {shape.name}")
+            address = await services.enter_async_context(self._start(shape))
+            sending = SendOptions(timeout_s=self._question.timeout_s)
+            contenders.append(await services.enter_async_context(Contender.at(address, shape, sending)))
+        alone = [await self._alone(contender) for contender in contenders]
+        start_rps = self._question.start_rps or self._first_rate(alone)
+        entries = [_Entry(contender, Search(start_rps, self._question.resolution)) for contender in contenders]
+        for entry, run in zip(entries, alone, strict=True):
+            if run.attainment == 0:  # and under load it gets no better
+                entry.search.give_up()
+                entry.probes.append(run)
+        return entries
+
+    async def _alone(self, contender: Contender) -> model.Run:
+        self._check_stop()
+        self._progress.stage(f"warming up {contender.shape.name}")
+        await contender.warm_up(self._question.plan, self._stop)
+        self._check_stop()
+        return await contender.alone(self._question.plan, self._question.objectives, self._stop)
+
+    def _first_rate(self, alone: Sequence[model.Run]) -> float:
+        """What all workers could prefill one by one: rather too high, and that is found out soonest."""
+        fastest_ms = min(float(run.figures["median_ttft_ms"]) for run in alone)
+        return self._question.workers * 1000 / max(fastest_ms, 1.0)
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise NothingFound
+
+    async def _search(self, entries: list[_Entry]) -> None:
+        """Round by round, one load for each that still searches; who goes first in one round goes last in the next."""
+        families = {split: [each for each in entries if each.shape.is_split == split] for split in (False, True)}
+
+        def racing(entry: _Entry) -> bool:
+            rivals = [rival.search for rival in families[entry.shape.is_split] if rival is not entry]
+            return still_racing(entry.search, rivals)
+
+        turn = entries
+        while any(racing(entry) for entry in entries):
+            for entry in turn:
+                if racing(entry):
+                    await self._probe(entry)
+                if self._cut:
+                    return
+            turn = turn[::-1]
+
+    async def _probe(self, entry: _Entry) -> None:
+        rate_rps = entry.search.next_rps()
+        offered = await self._offer(entry, rate_rps, self._search_deadline_s)
+        if offered.ending is Ending.CUT:
+            self._cut = True
+            return
+        entry.probes.append(offered.result)
+        kept = offered.ending is Ending.WHOLE and keeps(offered.result.attainment, self._question.target)
+        entry.search.learn(rate_rps, kept)
+
+    async def _show(self, entries: list[_Entry]) -> None:
+        """The best of either kind at the best rate of each, with other arrivals than in the search."""
+        measured = [entry.measured() for entry in entries]
+        best = [best_of(measured, split) for split in (False, True)]
+        finalists = [entry for entry in entries if entry.shape in [each.shape for each in best]]
+        rates = sorted({each.best_rate_rps for each in best if each.best_rate_rps})
+        for number, rate_rps in enumerate(rates):
+            for entry in finalists if number % 2 == 0 else finalists[::-1]:
+                offered = await self._offer(entry, rate_rps, self._deadline_s, shown=True)
+                if offered.ending is Ending.CUT:
+                    self._cut = True
+                    return
+                entry.shown.append(offered.shown())
+
+    async def _offer(self, entry: _Entry, rate_rps: float, deadline_s: float | None, shown: bool = False) -> Offered:
+        def halted() -> bool:
+            return self._stop.is_set() or (deadline_s is not None and time.monotonic() > deadline_s)
+
+        self._progress.stage(f"{entry.shape.name}: {rate_rps:.2f} requests/s")
+        plan = self._question.plan_at(rate_rps, seed_offset=int(shown))
+        offered = await entry.contender.offer(
+            plan, self._measuring, self._question.target, halted, self._progress.watch, whole=shown
+        )
+        self._progress.ended(entry.shape, offered.result, offered.ending)
+        return offered
+
+    def _comparison(self, entries: list[_Entry], command: str) -> model.Comparison:
+        question, measured = self._question, [entry.measured() for entry in entries]
+        if not any(each.probes for each in measured):
+            raise NothingFound
+        some = entries[0].contender
+        cores = {core for entry in entries for worker in entry.contender.workers for core in worker.cores}
+        return model.Comparison(
+            tandem_version=tandem.__version__,
+            date=datetime.now().astimezone().isoformat(timespec="seconds"),
+            command=command,
+            machine=model.Machine(
+                processor=processor(), cores=len(cores), memory_gib=round(memory_gib(), 1), device=some.device
+            ),
+            model=some.served.model,
+            workload=question.plan.as_json() | {"request_rate": None, "min_seconds": question.min_seconds},
+            objectives=dict(question.objectives),
+            target_attainment=question.target,
+            measured=measured,
+            verdict=verdict_on(measured, question.target, self._cut),
+            interrupted=self._cut,
+        )

@@ -1,0 +1,226 @@
+"""One shape that runs: offers it a load, and watches its processes meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from loadtest.compare import model
+from loadtest.compare.judge import Judge
+from loadtest.compare.processes import cores_of, cpu_seconds
+from loadtest.grpc_target import GrpcTarget
+from loadtest.metrics import Goodput, Outcome, missed, summarize
+from loadtest.plan import Plan
+from loadtest.runner import Arrival, Run, Runner, Watch
+from loadtest.session import DEFAULT_PERCENTILES, Measuring, figures, warm_up
+from loadtest.target import SendOptions, Served
+from tandem.client import AsyncClient, ServiceStatus, WorkerState
+from tandem.errors import Unavailable
+from tandem.types import Role
+
+LOOK_S = 0.2
+# What was cancelled is released within a second; a wait this long for it means that something is wrong.
+IDLE_S = 30.0
+# Requests one after the other, to see whether a shape can meet the objectives at all.
+ALONE = 3
+
+
+@dataclass(frozen=True)
+class Worker:
+    name: str
+    pool: model.Pool
+    pid: int
+    cores: list[int]
+
+
+class Ending(StrEnum):
+    WHOLE = "whole"
+    # Stopped because the target was out of reach already.
+    HOPELESS = "hopeless"
+    # Stopped because the whole comparison was: says nothing.
+    CUT = "cut"
+
+
+@dataclass(frozen=True)
+class Offered:
+    """What became of one load."""
+
+    run: Run
+    ending: Ending
+    result: model.Run
+
+    def shown(self) -> model.ShownRun:
+        answers = [_answer(outcome, self.run, self.result) for outcome in self.run.outcomes]
+        return model.ShownRun(**self.result.model_dump(), answers=answers)
+
+
+class Contender:
+    """A shape whose service runs. Every load gets a salt of its own: it finds nothing that another left in a cache."""
+
+    def __init__(
+        self,
+        shape: model.Shape,
+        address: str,
+        client: AsyncClient,
+        served: Served,
+        status: ServiceStatus,
+        sending: SendOptions,
+    ) -> None:
+        self.shape = shape
+        self.served = served
+        self.workers = [_worker(state, shape) for state in status.workers]
+        self.device = ", ".join(sorted({state.device for state in status.workers}))
+        self._address = address
+        self._client = client
+        self._sending = sending
+
+    @classmethod
+    @asynccontextmanager
+    async def at(cls, address: str, shape: model.Shape, sending: SendOptions) -> AsyncIterator[Contender]:
+        async with AsyncClient(address) as client:
+            target = GrpcTarget(address, sending)
+            try:
+                served = await target.describe()
+            finally:
+                await target.close()
+            yield cls(shape, address, client, served, await client.status(), sending)
+
+    async def warm_up(self, plan: Plan, stop: asyncio.Event) -> None:
+        async with self._target() as target:
+            await warm_up(target, plan.schedule(self.served).warm_up(4 * len(self.workers)), stop)
+        await self._idle()
+
+    async def alone(self, plan: Plan, objectives: Goodput, stop: asyncio.Event) -> model.Run:
+        """Some requests, each sent when the one before it has ended."""
+        schedule = replace(plan, num_prompts=ALONE).schedule(self.served)
+        outcomes: list[Outcome] = []
+        before, started_s = self._cpu(), time.perf_counter()
+        async with self._target() as target:
+            for arrival in schedule.arrivals:
+                run = await Runner(target, [Arrival(0.0, arrival.request)], None).send_all(stop)
+                outcomes += run.outcomes
+        seconds = time.perf_counter() - started_s
+        found = summarize(outcomes, seconds, DEFAULT_PERCENTILES, objectives)
+        found["missed"] = Judge(schedule.arrivals, objectives, 1.0).causes(outcomes, time.perf_counter())
+        return _result(len(outcomes) / seconds, found, self._use(before, seconds))
+
+    async def offer(
+        self,
+        plan: Plan,
+        measuring: Measuring,
+        target_attainment: float,
+        halted: Callable[[], bool],
+        watch: Watch,
+        whole: bool = False,
+    ) -> Offered:
+        """To the end, or until it is hopeless (unless it has to be `whole`), or halted."""
+        schedule = plan.schedule(self.served)
+        judge = Judge(schedule.arrivals, measuring.goodput, 0.0 if whole else target_attainment)
+        async with self._target() as target:
+            before = self._cpu()
+            run, ending = await _send(Runner(target, schedule.arrivals, None, watch), judge, halted)
+            use = self._use(before, run.duration_s)
+            found = figures(target, plan, measuring, self.served, schedule, run)
+        found["missed"] = judge.causes(run.outcomes, run.started_s + run.duration_s)
+        await self._idle()
+        assert plan.request_rate is not None
+        return Offered(run, ending, _result(plan.request_rate, found, use))
+
+    @asynccontextmanager
+    async def _target(self) -> AsyncIterator[GrpcTarget]:
+        target = GrpcTarget(self._address, replace(self._sending, cache_salt=uuid.uuid4().hex))
+        try:
+            yield target
+        finally:
+            await target.close()
+
+    async def _idle(self) -> None:
+        """Until nothing of the last load is left."""
+        give_up_s = time.monotonic() + IDLE_S
+        while live := (await self._client.status()).live_requests:
+            if time.monotonic() > give_up_s:
+                raise Unavailable(f"{self.shape.name}: {live} requests still live {IDLE_S:g} s after their load ended")
+            await asyncio.sleep(LOOK_S)
+
+    def _cpu(self) -> dict[str, float]:
+        """CPU seconds by worker, of those where the system tells them."""
+        seconds = {worker.name: cpu_seconds(worker.pid) for worker in self.workers}
+        return {name: value for name, value in seconds.items() if value is not None}
+
+    def _use(self, before: dict[str, float], seconds: float) -> list[model.WorkerUse]:
+        """Raises Unavailable if a worker has gone meanwhile: what was measured is not the shape any more."""
+        now, found = self._cpu(), []
+        for worker in self.workers:
+            if worker.name in before and worker.name not in now:
+                raise Unavailable(f"{self.shape.name}: worker {worker.name} (pid {worker.pid}) ended during a load")
+            if worker.name in now and worker.cores:
+                busy = (now[worker.name] - before[worker.name]) / (seconds * len(worker.cores))
+                found.append(
+                    model.WorkerUse(worker=worker.name, pool=worker.pool, cores=worker.cores, busy=max(0.0, busy))
+                )
+        return found
+
+
+def _worker(state: WorkerState, shape: model.Shape) -> Worker:
+    pool: model.Pool = "colocated" if not shape.is_split else "prefill" if Role.PREFILL in state.roles else "decode"
+    return Worker(state.worker_id, pool, state.pid, cores_of(state.pid))
+
+
+async def _send(runner: Runner, judge: Judge, halted: Callable[[], bool]) -> tuple[Run, Ending]:
+    stop, why = asyncio.Event(), Ending.WHOLE
+
+    async def look() -> None:
+        nonlocal why
+        while why is Ending.WHOLE:
+            await asyncio.sleep(LOOK_S)
+            if halted():
+                why = Ending.CUT
+            elif judge.hopeless(runner.run.outcomes, time.perf_counter()):
+                why = Ending.HOPELESS
+        stop.set()
+
+    looking = asyncio.create_task(look())
+    try:
+        run = await runner.send_all(stop)
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+    return run, why if run.interrupted else Ending.WHOLE
+
+
+def _result(rate_rps: float, found: dict[str, object], use: list[model.WorkerUse]) -> model.Run:
+    scheduled = found["from_schedule"]
+    assert isinstance(scheduled, dict)
+    return model.Run.model_validate(
+        {
+            "rate_rps": rate_rps,
+            "duration_s": found["duration"],
+            "offered": found["offered"],
+            "failed": found["failed"],
+            "attainment": scheduled["attainment"] or 0.0,
+            "goodput_rps": scheduled["request_goodput"],
+            "figures": found,
+            "use": use,
+        }
+    )
+
+
+def _answer(outcome: Outcome, run: Run, result: model.Run) -> model.Answer:
+    prefill_worker, decode_worker = outcome.workers or ("", "")
+    return model.Answer(
+        prompt_tokens=outcome.prompt_tokens,
+        output_tokens=outcome.output_tokens,
+        scheduled_s=outcome.scheduled_s - run.started_s,
+        sent_s=outcome.start_s - run.started_s,
+        arrivals_s=[at_s - run.started_s for at_s in outcome.arrivals_s],
+        phases_ms=outcome.phases_ms,
+        prefill_worker=prefill_worker,
+        decode_worker=decode_worker,
+        met=outcome.ok and not missed(outcome, outcome.scheduled_s, result.figures["goodput"]),
+        failure=outcome.failure,
+    )

@@ -1,0 +1,160 @@
+"""What a comparison means, in plain words. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from loadtest.compare.judge import FAILED, keeps
+from loadtest.compare.model import Measured, Pool, Run, Verdict, WorkerUse
+
+_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL", FAILED: "an answer at all"}
+
+
+def verdict_on(measured: Sequence[Measured], target: float, interrupted: bool) -> Verdict:
+    colocated, split = best_of(measured, split=False), best_of(measured, split=True)
+    ratio = split.goodput_rps / colocated.goodput_rps if colocated.goodput_rps else None
+    texts = _Texts(measured, colocated, split, target, interrupted)
+    return Verdict(
+        pays=_pays(colocated, split, target),
+        best_split=split.shape.name,
+        best_colocated=colocated.shape.name,
+        ratio=ratio,
+        text=list(texts.all()),
+    )
+
+
+def best_of(measured: Sequence[Measured], split: bool) -> Measured:
+    """The first of its kind if none kept any rate."""
+    kind = [each for each in measured if each.shape.is_split == split]
+    return max(kind, key=lambda each: (each.best_rate_rps, each.goodput_rps))
+
+
+def _pays(colocated: Measured, split: Measured, target: float) -> bool:
+    """Only if the split kept a rate that the colocated one did not, as far as the search told them apart."""
+    return split.best_rate_rps > 0 and split.goodput_rps > colocated.goodput_rps and _apart(split, colocated, target)
+
+
+def _apart(winner: Measured, loser: Measured, target: float) -> bool:
+    fell_short = _fell_short(loser, target)
+    return winner.best_rate_rps >= (fell_short.rate_rps if fell_short else math.inf)
+
+
+def _fell_short(measured: Measured, target: float) -> Run | None:
+    """The slowest load that the shape did not keep."""
+    missed = [run for run in measured.probes if not keeps(run.attainment, target)]
+    return min(missed, key=lambda run: run.rate_rps, default=None)
+
+
+class _Texts:
+    """The sentences: who won, by how much; what limited each; other shapes; how sure that is."""
+
+    def __init__(
+        self, measured: Sequence[Measured], colocated: Measured, split: Measured, target: float, interrupted: bool
+    ) -> None:
+        self._measured, self._target, self._interrupted = measured, target, interrupted
+        self._colocated, self._split = colocated, split
+
+    def all(self) -> Iterator[str]:
+        if self._interrupted:
+            yield "The comparison was cut off: what follows is what was found until then."
+        yield self._result()
+        for best in (self._split, self._colocated):
+            yield from self._limit(best)
+        yield from self._shown()
+        yield from self._others()
+        yield from self._certainty()
+
+    def _result(self) -> str:
+        split, colocated = self._split, self._colocated
+        if not split.best_rate_rps and not colocated.best_rate_rps:
+            return "Nothing can be said of splitting: no shape kept the objectives at any rate that was tried."
+        if not colocated.best_rate_rps:
+            return (
+                f"Splitting pays here: {_delivered(split)}, and colocated workers kept the objectives at no rate that "
+                "was tried."
+            )
+        if not split.best_rate_rps:
+            return (
+                f"Splitting does not pay here: no split shape kept the objectives at any rate that was tried; "
+                f"{_delivered(colocated)}."
+            )
+        both = f"{_delivered(split)}, {_delivered(colocated)}"
+        ratio = split.goodput_rps / colocated.goodput_rps
+        if _pays(colocated, split, self._target):
+            return f"Splitting pays here, {ratio:.2f} times: {both}."
+        if ratio < 1 and _apart(colocated, split, self._target):
+            return f"Splitting does not pay here, it costs {1 - ratio:.0%} of the goodput ({ratio:.2f} times): {both}."
+        return f"Splitting makes no difference that this search can tell ({ratio:.2f} times): {both}."
+
+    def _limit(self, measured: Measured) -> Iterator[str]:
+        short = _fell_short(measured, self._target)
+        if short is not None:
+            where = f"at {_rate(short.rate_rps)}, the lowest rate at which it fell short"
+            yield f"What limits {measured.shape.name}: {where}, {_causes(short)}."
+        best = next((run for run in measured.probes if run.rate_rps == measured.best_rate_rps), None)
+        if best is not None and best.use:
+            yield f"At its best rate {_busy(best.use)}."
+
+    def _shown(self) -> Iterator[str]:
+        """What each does at the other one's best rate, of which both have a run."""
+        for run in self._split.shown:
+            other = next((each for each in self._colocated.shown if each.rate_rps == run.rate_rps), None)
+            if other is not None:
+                yield (
+                    f"With other arrivals, at {_rate(run.rate_rps)}: {self._split.shape.name} met the objectives for "
+                    f"{run.attainment:.0%} of the requests, {self._colocated.shape.name} for {other.attainment:.0%}."
+                )
+
+    def _others(self) -> Iterator[str]:
+        for split, best in ((False, self._colocated), (True, self._split)):
+            others = [each for each in self._measured if each.shape.is_split == split and each is not best]
+            if others and best.best_rate_rps:
+                words = "; ".join(f"{each.shape.name}: {_reached(each, self._target)}" for each in others)
+                kind = "split" if split else "colocated"
+                yield f"Of the {kind} shapes {best.shape.name} was the best. The others: {words}."
+
+    def _certainty(self) -> Iterator[str]:
+        brackets = [
+            f"{each.shape.name} within {_rate(each.best_rate_rps)} and {short.rate_rps:.2f}"
+            for each in (self._split, self._colocated)
+            if each.best_rate_rps and (short := _fell_short(each, self._target)) is not None
+        ]
+        runs = [run for each in self._measured for run in each.probes if run.rate_rps == each.best_rate_rps]
+        if brackets and runs:
+            offered = min(run.offered for run in runs)
+            spread = math.sqrt(self._target * (1 - self._target) / offered)
+            yield (
+                f"How sure this is: the highest rates lie {', '.join(brackets)}. Each rate was tried once, the best ones "
+                f"with {offered} requests or more: a share of {self._target:.0%} of so few is uncertain by about "
+                f"{spread * 100:.0f} percentage points. A difference of less than the resolution is none."
+            )
+
+
+def _delivered(measured: Measured) -> str:
+    return f"{measured.shape.name} gives {measured.goodput_rps:.2f} good answers/s at {_rate(measured.best_rate_rps)}"
+
+
+def _reached(measured: Measured, target: float) -> str:
+    short = _fell_short(measured, target)
+    if measured.best_rate_rps:
+        return f"kept {_rate(measured.best_rate_rps)}" + (f", not {short.rate_rps:.2f}" if short else "")
+    return f"did not keep {_rate(short.rate_rps)}" if short else "not measured"
+
+
+def _causes(run: Run) -> str:
+    causes: dict[str, int] = run.figures["missed"]
+    words = [f"{count} missed {_NAMES[name]}" for name, count in sorted(causes.items(), key=lambda item: -item[1])]
+    return f"of {run.offered} requests offered until then {' and '.join(words) or 'none missed an objective'}"
+
+
+def _busy(use: Sequence[WorkerUse]) -> str:
+    shares: dict[Pool, list[float]] = {}
+    for each in use:
+        shares.setdefault(each.pool, []).append(each.busy)
+    words = [f"the {pool} pool was {sum(busy) / len(busy):.0%} busy" for pool, busy in shares.items()]
+    return " and ".join(words)
+
+
+def _rate(rate_rps: float) -> str:
+    return f"{rate_rps:.2f} requests/s"
