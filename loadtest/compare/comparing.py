@@ -155,11 +155,15 @@ class Comparing:
         entry.search.learn(rate_rps, kept)
 
     async def _show(self, entries: list[_Entry]) -> None:
-        """The best of either kind at the best rate of each, with other arrivals than in the search."""
+        """The best of either kind at the best rate of each, with other arrivals than in the search.
+
+        If nobody kept any rate, at the lowest that was tried.
+        """
         measured = [entry.measured() for entry in entries]
         best = [best_of(measured, split) for split in (False, True)]
         finalists = [entry for entry in entries if entry.shape in [each.shape for each in best]]
-        rates = sorted({each.best_rate_rps for each in best if each.best_rate_rps})
+        tried = sorted(run.rate_rps for each in best for run in each.probes)
+        rates = sorted({each.best_rate_rps for each in best if each.best_rate_rps}) or tried[:1]
         for number, rate_rps in enumerate(rates):
             for entry in finalists if number % 2 == 0 else finalists[::-1]:
                 offered = await self._offer(entry, rate_rps, self._deadline_s, shown=True)

@@ -125,8 +125,8 @@ class _Texts:
             offered = min(run.offered for run in runs)
             spread = math.sqrt(self._target * (1 - self._target) / offered)
             yield (
-                f"How sure this is: the highest rates lie {', '.join(brackets)}. Each rate was tried once, the best ones "
-                f"with {offered} requests or more: a share of {self._target:.0%} of so few is uncertain by about "
+                f"How sure this is: the highest rates lie {', '.join(brackets)}. Each rate was tried once, the best "
+                f"ones with {offered} requests or more: a share of {self._target:.0%} of so few is uncertain by about "
                 f"{spread * 100:.0f} percentage points. A difference of less than the resolution is none."
             )
 

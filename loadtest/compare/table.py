@@ -1,0 +1,26 @@
+"""A comparison for a person at a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from loadtest.compare.model import Comparison, Measured
+
+
+def table_of(found: Comparison) -> Table:
+    table = Table("shape", box=None, padding=(0, 2))
+    for head in ("highest rate", "good answers/s", "median TTFT", "p90 TTFT", "median TPOT", "p90 TPOT", "pools busy"):
+        table.add_column(head, justify="right")
+    for each in found.measured:
+        table.add_row(each.shape.name, *_cells(each))
+    return table
+
+
+def _cells(measured: Measured) -> list[str]:
+    best = next((run for run in measured.probes if run.rate_rps == measured.best_rate_rps), None)
+    if best is None:
+        return ["none kept"]
+    figures = {**best.figures, **best.figures["from_schedule"]}
+    latencies = [f"{figures[f'{head}_{name}_ms']:.0f} ms" for name in ("ttft", "tpot") for head in ("median", "p90")]
+    busy = " ".join(f"{use.pool} {use.busy:.0%}" for use in best.use)
+    return [f"{best.rate_rps:.2f}/s", f"{best.goodput_rps:.2f}", *latencies, busy]

@@ -1,0 +1,101 @@
+"""`tandem bench run`: measures one service, Tandem's own or any OpenAI endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tandem.cli.bench_common import Bar, check_writable, need_extra, stopping
+from tandem.cli.bench_options import ArrivalOptions, ObjectiveOptions, WorkloadOptions
+from tandem.cli.common import RouterOption, make_console, reported
+from tandem.client.request import DEFAULT_ADDRESS
+from tandem.entry import INTERRUPTED
+from tandem.errors import ConfigError
+
+if TYPE_CHECKING:  # numpy and aiohttp: only for whoever runs a load test
+    from loadtest.plan import Plan
+    from loadtest.session import Measuring, Result
+    from loadtest.target import SendOptions, Target
+
+
+def run(
+    objectives: ObjectiveOptions,
+    load: WorkloadOptions,
+    arrivals: ArrivalOptions,
+    router: RouterOption = DEFAULT_ADDRESS,
+    openai: Annotated[
+        str | None, typer.Option(metavar="URL", help="Measure this OpenAI endpoint instead, such as http://host:8000.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Of the OpenAI endpoint.")] = None,
+    model: Annotated[str, typer.Option(help="The model to ask for, if the service has several.")] = "",
+    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests under way at most.")] = None,
+    num_warmups: Annotated[int, typer.Option(min=0, max=10_000, help="Requests before the clock starts.")] = 0,
+    percentiles: Annotated[str, typer.Option(help="To report, with commas between.")] = "50,90,95,99",
+    ignore_eos: Annotated[bool, typer.Option(help="Generate every token asked for; no OpenAI field.")] = True,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For each answer.")] = 600.0,
+    vocab_size: Annotated[int | None, typer.Option(help="Token ids below this; if not given: ask the service.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Leave longer requests out; if not given: ask the service.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")] = None,
+    save_detailed: Annotated[bool, typer.Option("--save-detailed", help="In FILE also every request.")] = False,
+) -> None:
+    """Send requests when they are due, whatever the answers do, and report latencies, throughput and goodput.
+
+    Figures have the names and the meaning of `vllm bench serve`. Ctrl-C ends the run with the report so far.
+    """
+    with reported():
+        need_extra()
+        from loadtest.plan import check_timeout, parse_percentiles
+        from loadtest.session import Measuring
+        from loadtest.target import SendOptions
+
+        plan = load.plan(vocab_size=vocab_size, max_model_len=max_model_len, **arrivals.of_plan())
+        measuring = Measuring(max_concurrency, num_warmups, objectives.objectives(), parse_percentiles(percentiles))
+        options = SendOptions(model, ignore_eos, temperature, check_timeout(timeout))
+        if output is not None:
+            check_writable(output)
+        elif save_detailed:
+            raise ConfigError("--save-detailed belongs to --output FILE", field="save_detailed")
+        try:
+            result = asyncio.run(_measured(router, openai, api_key, options, plan, measuring))
+        except KeyboardInterrupt:  # the second one
+            typer.echo("tandem: cancelled", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        _show(result, measuring, output, save_detailed)
+    if result.run.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+async def _measured(
+    router: str, openai: str | None, api_key: str | None, options: SendOptions, plan: Plan, measuring: Measuring
+) -> Result:
+    from loadtest.session import measure
+
+    target = _target(router, openai, api_key, options)
+    try:
+        with stopping() as stop, Bar(make_console(stderr=True)) as bar:
+            return await measure(target, plan, measuring, stop, bar.watch)
+    finally:
+        await target.close()
+
+
+def _target(router: str, openai: str | None, api_key: str | None, options: SendOptions) -> Target:
+    from loadtest.grpc_target import GrpcTarget
+    from loadtest.openai_target import OpenAITarget
+
+    return GrpcTarget(router, options) if openai is None else OpenAITarget(openai, options, api_key)
+
+
+def _show(result: Result, measuring: Measuring, output: Path | None, detailed: bool) -> None:
+    from loadtest.report import report
+
+    make_console().print(report(result.figures, measuring.percentiles))
+    if output is not None:
+        figures: dict[str, Any] = result.figures | (result.details() if detailed else {})
+        output.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")

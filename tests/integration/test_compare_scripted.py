@@ -1,0 +1,206 @@
+"""The comparison against services whose capacity a test writes down: real sockets, no model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from scripted_router import REPORT, ScriptedRouter, serving
+
+from loadtest.compare import model
+from loadtest.compare.comparing import Comparing, NothingFound
+from loadtest.compare.contender import Ending
+from loadtest.compare.question import Question
+from loadtest.plan import Plan
+from loadtest.runner import Run
+from loadtest.workloads import Lengths
+from tandem.errors import Unavailable
+from tandem.types import Accepted, ChoiceFinished, Completed, Delta, FinishReason, Token, Usage
+from tandem.v1 import generation_pb2, registry_pb2
+
+OUTPUT = 3
+ROLES = (registry_pb2.ROLE_PREFILL, registry_pb2.ROLE_DECODE)
+
+
+class Line:
+    """Serves one request after the other, each for so long."""
+
+    def __init__(self, service_s: float) -> None:
+        self._service_s = service_s
+        self._one = asyncio.Lock()
+
+    async def answer(self, request: generation_pb2.GenerateRequest, emit: Any) -> None:
+        prompt = len(request.token_ids.ids)
+        await emit(Accepted("r", prompt))
+        async with self._one:
+            await asyncio.sleep(self._service_s)
+        for _ in range(OUTPUT):
+            await emit(Delta(0, (Token(7),), "a"))
+        await emit(ChoiceFinished(0, FinishReason.LENGTH, OUTPUT, REPORT))
+        await emit(Completed(Usage(prompt, OUTPUT)))
+
+
+@dataclass
+class Scripted:
+    """Starts the services: seconds for one request, colocated and split."""
+
+    colocated_s: float
+    split_s: float
+    pids: tuple[int, int] = (os.getpid(), os.getpid())
+    routers: dict[str, ScriptedRouter] = field(default_factory=dict)
+    running: int = 0
+
+    @asynccontextmanager
+    async def start(self, shape: model.Shape) -> AsyncIterator[str]:
+        router = ScriptedRouter(Line(self.split_s if shape.is_split else self.colocated_s).answer, self._status(shape))
+        with serving(router):
+            self.routers[shape.name], self.running = router, self.running + 1
+            try:
+                yield router.address
+            finally:
+                self.running -= 1
+
+    def _status(self, shape: model.Shape) -> generation_pb2.StatusResponse:
+        info = registry_pb2.ModelInfo(name="scripted", vocab_size=500, max_model_len=4096)
+        status = generation_pb2.StatusResponse(models=[info])
+        for index, pid in enumerate(self.pids):
+            hello = status.workers.add().hello
+            hello.worker_id, hello.pid, hello.device = f"w-{index}", pid, "cpu"
+            hello.model.CopyFrom(info)
+            hello.roles.extend(ROLES if not shape.is_split else ROLES[index : index + 1])
+        return status
+
+
+@dataclass
+class Notes:
+    """What a comparison says of its progress; may stop it after so many loads."""
+
+    stop: asyncio.Event
+    stop_after: int | None = None
+    loads: list[tuple[str, model.Run, Ending]] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
+
+    def stage(self, words: str) -> None:
+        self.stages.append(words)
+        if len(self.loads) == self.stop_after:
+            self.stop.set()
+
+    def watch(self, run: Run) -> None: ...
+
+    def ended(self, shape: model.Shape, run: model.Run, ending: Ending) -> None:
+        self.loads.append((shape.name, run, ending))
+
+
+def question(**changed: Any) -> Question:
+    given: dict[str, Any] = {
+        "plan": Plan(num_prompts=20, lengths=Lengths(8, OUTPUT), seed=3),
+        "objectives": {"ttft": 250.0},
+        "workers": 2,
+        "step_tokens": (64,),
+        "min_seconds": 0.5,
+        "resolution": 0.4,
+        "start_rps": 60.0,
+    }
+    return Question(**{**given, **changed})
+
+
+async def compared(
+    scripted: Scripted, asked: Question, stop_after: int | None = None
+) -> tuple[model.Comparison, Notes]:
+    stop = asyncio.Event()
+    notes = Notes(stop, stop_after)
+    try:
+        return await Comparing(asked, scripted.start, stop, notes).run("tandem bench compare"), notes
+    finally:
+        assert scripted.running == 0
+
+
+async def test_the_faster_shape_wins_by_about_what_it_is_faster() -> None:
+    found, notes = await compared(Scripted(colocated_s=0.04, split_s=0.01), question())
+    colocated, split = found.measured
+    # 25 and 100 requests a second, for ever; for a short time a little more, for a queue of 250 ms may be left over.
+    assert 10 < colocated.best_rate_rps < 40
+    assert 40 < split.best_rate_rps < 160
+    assert found.verdict.pays
+    assert found.verdict.ratio == pytest.approx(split.goodput_rps / colocated.goodput_rps)
+    assert not found.interrupted
+    searched = [(name, ending) for name, _, ending in notes.loads[: len(colocated.probes) + len(split.probes)]]
+    names = [each.shape.name for each in found.measured]
+    assert [name for name, _ in searched[:4]] == [*names, *reversed(names)]
+    assert Ending.HOPELESS in [ending for _, ending in searched]
+
+
+async def test_runs_that_are_shown_share_rates_and_keep_every_answer() -> None:
+    found, _ = await compared(Scripted(colocated_s=0.01, split_s=0.02), question(resolution=1.0))
+    assert not found.verdict.pays
+    rates = [[run.rate_rps for run in each.shown] for each in found.measured]
+    assert rates[0] == rates[1] == sorted(each.best_rate_rps for each in found.measured)
+    for each in found.measured:
+        for run in each.shown:
+            assert len(run.answers) == run.offered
+            assert sum(answer.met for answer in run.answers) / run.offered == pytest.approx(run.attainment)
+            assert all(answer.decode_worker == "decode-b" for answer in run.answers)
+            assert run.answers[0].scheduled_s <= run.answers[0].sent_s <= run.answers[0].arrivals_s[0]
+
+
+async def test_no_load_finds_what_another_left_in_a_cache() -> None:
+    scripted = Scripted(0.02, 0.02)
+    _, notes = await compared(scripted, question(resolution=1.0))
+    for name, router in scripted.routers.items():
+        salts = [request.cache_salt for request in router.requests]
+        assert "" not in salts
+        # Every load its own, and so have the warm-up and the requests that were alone.
+        assert len(set(salts)) == 2 + len([load for load in notes.loads if load[0] == name])
+
+
+async def test_a_shape_that_is_too_slow_even_alone_is_not_searched() -> None:
+    found, _ = await compared(
+        Scripted(colocated_s=0.12, split_s=0.01), question(resolution=1.0, objectives={"ttft": 100.0})
+    )
+    colocated = found.measured[0]
+    assert (colocated.best_rate_rps, len(colocated.probes), colocated.probes[0].attainment) == (0, 1, 0)
+    assert colocated.probes[0].figures["missed"] == {"ttft": 3}
+    assert found.verdict.ratio is None
+    assert found.verdict.pays
+
+
+async def test_stopped_in_the_search_it_says_what_was_found() -> None:
+    found, notes = await compared(Scripted(0.02, 0.02), question(), stop_after=2)
+    assert notes.loads[2][2] is Ending.CUT
+    assert found.interrupted
+    assert [len(each.probes) for each in found.measured] == [1, 1]
+    assert found.measured[0].shown == []
+
+
+async def test_stopped_before_anything_was_found() -> None:
+    with pytest.raises(NothingFound):
+        await compared(Scripted(0.02, 0.02), question(), stop_after=0)
+
+
+async def test_a_time_limit_ends_the_search_and_leaves_time_for_what_is_shown() -> None:
+    loop = asyncio.get_running_loop()
+    started_s = loop.time()
+    found, notes = await compared(Scripted(0.02, 0.04), question(resolution=0.01, min_seconds=1.0, time_limit_s=6))
+    assert loop.time() - started_s < 9
+    assert found.interrupted
+    assert Ending.CUT in [ending for _, _, ending in notes.loads]
+    assert any(each.shown for each in found.measured)
+
+
+async def test_a_worker_that_is_gone_voids_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loadtest.compare import contender
+
+    looks = iter([1.0] * 6)
+    monkeypatch.setattr(contender, "cpu_seconds", lambda pid: next(looks, None))
+    with pytest.raises(Unavailable, match=r"worker w-0 \(pid \d+\) ended during a load"):
+        await compared(Scripted(0.02, 0.02), question())
+
+
+def test_the_comparison_reads_back_what_it_wrote() -> None:
+    found, _ = asyncio.run(compared(Scripted(0.02, 0.02), question(resolution=1.0)))
+    assert model.Comparison.model_validate_json(found.model_dump_json()) == found

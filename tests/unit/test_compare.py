@@ -1,0 +1,249 @@
+"""`tandem bench compare` without a service: shapes, the search, early stops, the verdict."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loadtest.compare.judge import Judge, keeps
+from loadtest.compare.model import Measured, Run, Shape, WorkerUse
+from loadtest.compare.question import Question, parse_step_tokens
+from loadtest.compare.search import MAX_STEPS, Search, still_racing
+from loadtest.compare.shapes import all_shapes
+from loadtest.compare.verdict import verdict_on
+from loadtest.metrics import Goodput, Outcome
+from loadtest.plan import Plan
+from loadtest.runner import Arrival
+from loadtest.target import Served
+from loadtest.workloads import LoadRequest
+from tandem.errors import ConfigError
+
+TTFT: Goodput = {"ttft": 1000}
+
+
+def test_shapes_of_two_workers() -> None:
+    assert [shape.name for shape in all_shapes(2, [32, 512])] == [
+        "2 colocated, 32-token steps",
+        "2 colocated, 512-token steps",
+        "1P1D",
+    ]
+
+
+def test_every_split_of_four_workers_takes_the_largest_budget() -> None:
+    split = [shape for shape in all_shapes(4, [512, 64]) if shape.is_split]
+    assert [(shape.name, shape.step_tokens) for shape in split] == [("1P3D", 512), ("2P2D", 512), ("3P1D", 512)]
+
+
+def searched(capacity_rps: float, start_rps: float, resolution: float = 0.1) -> tuple[Search, list[float]]:
+    """A service that keeps every rate up to its capacity; the search, and the rates that it tried."""
+    search, tried = Search(start_rps, resolution), []
+    while not search.done:
+        rate = search.next_rps()
+        tried.append(rate)
+        search.learn(rate, kept=rate <= capacity_rps)
+        assert len(tried) <= 2 * MAX_STEPS
+    return search, tried
+
+
+@pytest.mark.parametrize("start_rps", [0.2, 1.0, 3.7, 50.0])
+@pytest.mark.parametrize("capacity_rps", [0.31, 1.0, 7.9])
+def test_the_search_brackets_the_capacity(start_rps: float, capacity_rps: float) -> None:
+    search, tried = searched(capacity_rps, start_rps)
+    assert search.kept_rps <= capacity_rps < search.missed_rps <= search.kept_rps * 1.1
+    assert len(set(tried)) == len(tried)
+
+
+def test_a_finer_resolution_takes_more_tries() -> None:
+    assert len(searched(1.3, 1.0, 0.02)[1]) > len(searched(1.3, 1.0, 0.2)[1])
+
+
+def test_a_shape_that_keeps_nothing_ends_the_search() -> None:
+    search, tried = searched(0.0, 1.0)
+    assert (search.kept_rps, len(tried)) == (0.0, MAX_STEPS + 1)
+    given_up = Search(1.0, 0.1)
+    given_up.give_up()
+    assert given_up.done
+
+
+def test_a_shape_that_keeps_everything_ends_the_search() -> None:
+    assert searched(math.inf, 1.0)[0].kept_rps == 2.0**MAX_STEPS
+
+
+def test_who_missed_what_a_rival_kept_is_out_of_the_race() -> None:
+    slow, fast = Search(4.0, 0.1), Search(4.0, 0.1)
+    slow.learn(4.0, kept=False)
+    assert still_racing(slow, [fast])
+    fast.learn(4.0, kept=True)
+    assert not still_racing(slow, [fast])
+    assert still_racing(fast, [slow])
+
+
+def judge_of(count: int, objectives: Goodput = TTFT, target: float = 0.9, tokens: int = 5) -> Judge:
+    request = LoadRequest(np.zeros(4, dtype=np.uint32), tokens)
+    return Judge([Arrival(0.0, request)] * count, objectives, target)
+
+
+def waiting(since_s: float) -> Outcome:
+    return Outcome(since_s, 4, since_s)
+
+
+def answered(due_s: float, *arrivals_s: float) -> Outcome:
+    return Outcome(due_s, 4, due_s, list(arrivals_s), len(arrivals_s))
+
+
+def test_a_load_is_hopeless_when_one_more_is_late_than_may_be() -> None:
+    judge = judge_of(20)
+    assert not judge.hopeless([waiting(0.0), waiting(0.0), waiting(5.0)], 5.5)
+    assert judge.hopeless([waiting(0.0), waiting(0.0), waiting(5.0)], 6.1)
+
+
+def test_late_counts_from_the_schedule() -> None:
+    sent_late = Outcome(0.0, 4, 3.0, [3.5])
+    assert judge_of(1).causes([sent_late], 3.6) == {"ttft": 1}
+
+
+def test_a_slow_answer_is_lost_before_it_has_ended() -> None:
+    """Of five tokens two have come, 0.9 s apart: with the rest at once it would be 0.225 s a token."""
+    judge = judge_of(1, {"tpot": 200}, 0.5)
+    assert judge.hopeless([answered(0.0, 0.1, 1.0)], 1.0)
+    assert not judge_of(1, {"tpot": 230}, 0.5).hopeless([answered(0.0, 0.1, 1.0)], 1.0)
+
+
+def test_a_failure_is_lost_and_an_interruption_is_not() -> None:
+    failed, interrupted = waiting(0.0), waiting(0.0)
+    failed.fail("unavailable", "")
+    interrupted.fail("interrupted", "")
+    assert judge_of(2).causes([failed, interrupted], 0.5) == {"failed": 1}
+
+
+@pytest.mark.parametrize(("met", "kept"), [(35, False), (36, True), (40, True)])
+def test_ninety_percent_of_forty_are_thirty_six(met: int, kept: bool) -> None:
+    assert keeps(met / 40, 0.9) is kept
+    late = [waiting(0.0)] * (40 - met)
+    assert judge_of(40).hopeless(late, 2.0) is not kept
+
+
+def test_loads_at_two_rates_ask_the_same() -> None:
+    question = question_of(min_seconds=10)
+    slow, fast = (question.plan_at(rate).schedule(Served("m", 1000)) for rate in (1.0, 2.0))
+    assert len(slow.arrivals) == len(fast.arrivals) == 20
+    for one, other in zip(slow.arrivals, fast.arrivals, strict=True):
+        assert one.at_s == pytest.approx(other.at_s * 2)
+        assert one.request.prompt_ids.tolist() == other.request.prompt_ids.tolist()
+    assert len(question.plan_at(8.0).schedule(Served("m", 1000)).arrivals) == 80
+
+
+def question_of(**changed: Any) -> Question:
+    given: dict[str, Any] = {"plan": Plan(num_prompts=20), "objectives": TTFT, "workers": 2, "step_tokens": (64,)}
+    return Question(**{**given, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"workers": 1}, "--workers must be in [2, 16], not 1"),
+        ({"target": 1.0}, "--attainment must be between 0 and 1"),
+        ({"resolution": 0.0}, "--resolution must be in [0.01, 1]"),
+        ({"min_seconds": math.inf}, "--min-seconds must be"),
+        ({"start_rps": 0.0}, "--start-rate must be a number above 0"),
+        ({"time_limit_s": math.nan}, "--time-limit must be a number above 0"),
+        ({"objectives": {"tpot": 50}}, "--goodput must limit ttft or e2el"),
+        ({"objectives": {}}, "--goodput must limit ttft or e2el"),
+        ({"plan": Plan(num_prompts=9)}, "--num-prompts must be 10 or more"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_by_name(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        question_of(**changed)
+    assert words in caught.value.message
+
+
+def test_step_budgets() -> None:
+    assert parse_step_tokens("32, 128,512") == (32, 128, 512)
+    for wrong in ("", "0", "32,32", "a", "1e3", str(1 << 21)):
+        with pytest.raises(ConfigError, match="--step-tokens takes"):
+            parse_step_tokens(wrong)
+
+
+SPLIT, MIXED = Shape(prefill=1, decode=1, step_tokens=512), Shape(colocated=2, step_tokens=64)
+
+
+def probe(rate_rps: float, attainment: float, **missed: int) -> Run:
+    use = [WorkerUse(worker="w", pool="prefill", cores=[0], busy=0.5)]
+    return Run(
+        rate_rps=rate_rps,
+        duration_s=40,
+        offered=40,
+        failed=0,
+        attainment=attainment,
+        goodput_rps=rate_rps * attainment,
+        figures={"missed": missed},
+        use=use,
+    )
+
+
+def measured(shape: Shape, *probes: Run) -> Measured:
+    best = max((run for run in probes if run.attainment >= 0.9), key=lambda run: run.rate_rps, default=None)
+    return Measured(
+        shape=shape,
+        probes=list(probes),
+        best_rate_rps=best.rate_rps if best else 0.0,
+        goodput_rps=best.goodput_rps if best else 0.0,
+        shown=[],
+    )
+
+
+def test_it_pays_by_the_ratio_of_goodput() -> None:
+    split = measured(SPLIT, probe(2.0, 0.95), probe(2.2, 0.5, ttft=20))
+    mixed = measured(MIXED, probe(1.0, 0.95), probe(1.1, 0.8, tpot=8, ttft=1))
+    verdict = verdict_on([mixed, split], 0.9, interrupted=False)
+    assert (verdict.pays, verdict.ratio) == (True, pytest.approx(2.0))
+    text = "\n".join(verdict.text)
+    assert "Splitting pays here, 2.00 times" in text
+    assert "of 40 requests offered until then 8 missed TPOT and 1 missed TTFT" in text
+    assert "within 2.00 requests/s and 2.20" in text
+    assert "the prefill pool was 50% busy" in text
+
+
+def test_it_does_not_pay_and_by_how_much() -> None:
+    split = measured(SPLIT, probe(1.0, 0.95), probe(1.1, 0.5, ttft=20))
+    mixed = measured(MIXED, probe(2.0, 0.95), probe(2.2, 0.8, tpot=8))
+    verdict = verdict_on([mixed, split], 0.9, interrupted=False)
+    assert (verdict.pays, verdict.ratio) == (False, pytest.approx(0.5))
+    assert "Splitting does not pay here, it costs 50% of the goodput (0.50 times)" in verdict.text[0]
+
+
+def test_what_the_search_cannot_tell_apart_is_no_difference() -> None:
+    split = measured(SPLIT, probe(1.05, 0.95), probe(1.15, 0.5))
+    mixed = measured(MIXED, probe(1.0, 0.95), probe(1.1, 0.8))
+    verdict = verdict_on([mixed, split], 0.9, interrupted=False)
+    assert not verdict.pays
+    assert "no difference that this search can tell (1.05 times)" in verdict.text[0]
+
+
+def test_the_best_colocated_shape_counts() -> None:
+    other = Shape(colocated=2, step_tokens=512)
+    mixed = [measured(MIXED, probe(1.0, 0.95), probe(1.1, 0.5)), measured(other, probe(1.1, 0.1))]
+    verdict = verdict_on([*mixed, measured(SPLIT, probe(3.0, 1.0))], 0.9, interrupted=True)
+    assert verdict.best_colocated == MIXED.name
+    assert verdict.text[0].startswith("The comparison was cut off")
+    assert any(f"{other.name}: did not keep 1.10 requests/s" in sentence for sentence in verdict.text)
+
+
+@pytest.mark.parametrize(
+    ("split", "mixed", "pays", "words"),
+    [
+        (0.0, 0.0, False, "Nothing can be said of splitting"),
+        (1.0, 0.0, True, "colocated workers kept the objectives at no rate"),
+        (0.0, 1.0, False, "no split shape kept the objectives"),
+    ],
+)
+def test_who_keeps_no_rate(split: float, mixed: float, pays: bool, words: str) -> None:
+    found = [measured(shape, probe(1.0, share)) for shape, share in ((MIXED, mixed), (SPLIT, split))]
+    verdict = verdict_on(found, 0.9, interrupted=False)
+    assert verdict.pays is pays
+    assert words in verdict.text[0]
+    assert (verdict.ratio is None) == (mixed == 0)
