@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Does splitting pay? Two colocated workers against one for prefill and one for decode, on the same two cores, with the
+# shape of Llama-160M and random weights: long prompts under a tight TPOT, then short prompts under a loose one.
+#
+# usage: benchmarks/colocated_vs_disaggregated.sh [FOLDER]
+#
+# Writes FOLDER/long-prompts.json and .html, FOLDER/short-prompts.json and .html (FOLDER: the working directory), and
+# prints both verdicts. Takes 20 minutes at most and 14 GiB of memory; the machine must have nothing else to do.
+# PYTHON: an interpreter that has tandem[serve,bench].
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-python}
+folder=${1:-.}
+mkdir -p "$folder"
+model=$(mktemp -d)
+trap 'rm -rf "$model"' EXIT
+PYTHONPATH="$here" "$python" -c 'import pathlib, sys; from shapes import write_model
+write_model("160m", pathlib.Path(sys.argv[1]) / "llama-160m", weights=False)' "$model"
+
+compare() {
+  "$python" -m tandem.cli.main bench compare --model "$model/llama-160m" --load-format dummy --workers 2 "$@"
+}
+
+echo "== long prompts, tight TPOT: 256 tokens in, 16 out; first token within 3 s, then 13 tokens/s or more"
+compare --input-len 256 --output-len 16 --goodput ttft:3000 tpot:75 --step-tokens 32,512 \
+  --num-prompts 40 --min-seconds 30 --start-rate 1.6 --resolution 0.15 --time-limit 760 --output "$folder/long-prompts"
+
+echo "== short prompts, loose TPOT: 32 tokens in, 32 out; first token within 2 s, then 5 tokens/s or more"
+compare --input-len 32 --output-len 32 --goodput ttft:2000 tpot:200 --step-tokens 32,512 \
+  --num-prompts 60 --min-seconds 20 --start-rate 6 --resolution 0.15 --time-limit 420 --output "$folder/short-prompts"
