@@ -56,14 +56,13 @@ class Running:
 def comparing(output: Path, *args: str) -> Iterator[Running]:
     """Afterwards no process of it is left."""
     command = [sys.executable, "-m", "tandem.cli.main", "bench", "compare", *LOAD, "--output", str(output), *args]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    running = Running(process)
-    try:
-        yield running
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        running = Running(process)
+        try:
+            yield running
+        finally:
+            if process.poll() is None:
+                process.kill()
     assert len(running.below) >= 6, running.lines  # two services of a router and two workers
     assert not [each for each in running.below if each.is_running()]
 
