@@ -78,7 +78,8 @@ def answerless(comparison: Comparison) -> Comparison:
 
 
 def test_it_says_the_verdict_first_and_what_was_compared(two: Comparison, page: Page) -> None:
-    at = [page.text.index(sentence) for sentence in two.verdict.text]
+    headline, lead = two.verdict.text[0].split(": ")
+    at = [page.text.index(sentence) for sentence in (f"{headline}.", lead, *two.verdict.text[1:])]
     assert at == sorted(at)
     assert at[0] < page.text.index("Machine") < page.text.index("Goodput")
     for expected in (
@@ -173,7 +174,7 @@ def test_many_shapes_have_looks_of_their_own() -> None:
     comparison = made_comparison(shapes, probes=(1.0, 2.0), shown=(1.0,), count=30)
     source = render(comparison)
     assert len(source.encode()) < MAX_BYTES
-    curves = Page(source).figures["attainment"]["data"]
+    curves = Page(source).figures["ttft-0"]["data"]
     looks = {(each["line"]["color"], each["line"]["dash"]) for each in curves}
     assert len(looks) == len(shapes) == len({each["name"] for each in curves})
 
@@ -195,9 +196,8 @@ def test_a_shape_that_kept_no_rate_is_said_so(two: Comparison) -> None:
     none = made_measured(TWO[1], probes=(30.0, 60.0), shown=())
     assert none.best_rate_rps == 0
     text = Page(render(two.model_copy(update={"measured": [two.measured[0], none]}))).text
-    assert (
-        "1P1D: No rate kept 90%. Attainment and latencies are those at the lowest rate tried, 30.00 requests/s." in text
-    )
+    lowest = "Attainment and latencies are those at the lowest rate tried, 30.00 requests/s."
+    assert f"1P1D: no rate that was tried kept 90%. {lowest}" in text
 
 
 def test_an_interrupted_comparison_says_so(two: Comparison) -> None:
@@ -209,15 +209,16 @@ def test_an_interrupted_comparison_says_so(two: Comparison) -> None:
 
 
 def test_the_headline_of_an_interrupted_comparison_is_its_result(two: Comparison) -> None:
-    verdict = two.verdict.model_copy(update={"text": ["It was cut off.", "Splitting pays.", "Why: so."]})
+    verdict = two.verdict.model_copy(update={"text": ["It was cut off.", "Splitting pays: a lot.", "Why: so."]})
     source = render(two.model_copy(update={"interrupted": True, "verdict": verdict}))
     assert "<h1>Splitting pays.</h1>" in source
+    assert "A lot." in source
     assert Page(source).text.index("It was cut off.") < Page(source).text.index("Why: so.")
 
 
 def test_runs_that_were_stopped_early_look_other_than_whole_ones(two: Comparison, page: Page) -> None:
     stopped = sum(run.attainment < two.target_attainment for each in two.measured for run in each.probes)
-    marks = [mark for curve in page.figures["attainment"]["data"] for mark in curve["marker"]["symbol"]]
+    marks = [mark for curve in page.figures["attainment"]["data"][1::2] for mark in curve["marker"]["symbol"]]
     assert 0 < sum(mark.endswith("-open") for mark in marks) == stopped
     assert f"({stopped} of them stopped early)" in page.text
 
@@ -241,6 +242,25 @@ def test_shapes_without_a_run_at_a_shared_rate_are_not_in_the_legend_there(two: 
     latencies = text[text.index("Latencies") : text.index("What happens on the workers")]
     assert "Only these shapes ran at shared rates" in latencies
     assert more.shape.name not in latencies
+
+
+def test_a_shape_that_did_not_run_at_every_shared_rate_is_said_so(two: Comparison) -> None:
+    short = two.measured[0].model_copy(update={"shown": two.measured[0].shown[:1]})
+    text = Page(render(two.model_copy(update={"measured": [short, two.measured[1]]}))).text
+    assert text.count("Without 2 colocated, 64-token steps: not run at this rate.") == 1
+    assert "of a run at 1.00 requests/s" in text
+
+
+def test_a_split_that_waits_as_long_is_not_praised(two: Comparison) -> None:
+    def late(run: ShownRun) -> ShownRun:
+        answers = [
+            each.model_copy(update={"arrivals_s": each.arrivals_s[:1] + each.arrivals_s[20:]}) for each in run.answers
+        ]
+        return run.model_copy(update={"answers": answers})
+
+    split = two.measured[1].model_copy(update={"shown": [late(run) for run in two.measured[1].shown]})
+    text = Page(render(two.model_copy(update={"measured": [two.measured[0], split]}))).text
+    assert "So 1P1D waits as long here" in text
 
 
 def test_failed_answers_and_answers_without_marks_are_no_trouble(two: Comparison) -> None:

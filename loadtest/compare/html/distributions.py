@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from loadtest.compare.html.figure import Drawn, Figure, log_axis, plain, requests_per_s, thinned
 from loadtest.compare.html.goodput import limit_line
 from loadtest.compare.model import Answer, Comparison, ShownRun
@@ -55,6 +57,8 @@ _METRICS = (
 @dataclass(frozen=True)
 class AtRate:
     rate_rps: float
+    # The names of shapes that ran at other shared rates, but not at this one.
+    missing: list[str]
     figures: list[Figure]
 
 
@@ -75,6 +79,7 @@ def distributions(shapes: Sequence[Drawn], comparison: Comparison) -> list[AtRat
     return [
         AtRate(
             rate,
+            [each.look.name for each in shapes if each.measured.shown and at_rate(each, rate) is None],
             [
                 _figure(metric, index, rate, values[metric.key], shapes, comparison.objectives, points)
                 for metric in metrics
@@ -114,7 +119,8 @@ def _figure(
     limit_ms = objectives.get(metric.objective)
     # One range for all rates: plots above each other can be compared.
     everything = [value for each in values.values() for value in each] + ([limit_ms] if limit_ms else [])
-    extent = (min(everything, default=1.0), max(everything, default=1000.0))
+    # Of tokens that come together the waits are next to nothing, and would take half of the axis.
+    extent = (float(np.quantile(everything, 0.01)), max(everything)) if everything else (1.0, 1000.0)
     layout = {
         "xaxis": log_axis(*extent, "ms"),
         "yaxis": {"range": [0, 1.02], "tickformat": ".0%", "title": {"text": f"share of {metric.share_of}"}},

@@ -37,7 +37,7 @@ def _row(drawn: Drawn, target: float) -> Row:
     note = ""
     if not measured.best_rate_rps:
         lowest = f"the lowest rate tried, {requests_per_s(run.rate_rps)}"
-        note = f"No rate kept {target:.0%}. Attainment and latencies are those at {lowest}."
+        note = f"no rate that was tried kept {target:.0%}. Attainment and latencies are those at {lowest}."
     return Row(
         drawn.look,
         f"{measured.best_rate_rps:.2f}" if measured.best_rate_rps else "none",
@@ -77,7 +77,7 @@ def bars(shapes: Sequence[Drawn]) -> Figure:
         "x": rounded(values),
         "y": names,
         "marker": {"color": [f"var({each.look.colour})" for each in shapes]},
-        "text": [f"{value:.2f}" if value else "0: no rate kept the target" for value in values],
+        "text": [f"{value:.2f}" if value else "0: no rate that was tried kept the target" for value in values],
         "textposition": ["auto" if value else "outside" for value in values],
         "hovertemplate": "%{y}: %{x} good requests/s<extra></extra>",
         "width": 0.62,
@@ -99,7 +99,7 @@ def attainment(shapes: Sequence[Drawn], comparison: Comparison) -> Figure:
     data: list[dict[str, Any]] = []
     for each in shapes:
         probes = sorted(each.measured.probes, key=lambda run: run.rate_rps)
-        data.append(_curve(each, probes))
+        data += _curves(each, probes)
     rates = [run.rate_rps for each in shapes for run in each.measured.probes]
     target = comparison.target_attainment
     layout = {
@@ -123,15 +123,28 @@ def attainment(shapes: Sequence[Drawn], comparison: Comparison) -> Figure:
     return Figure("attainment", "Attainment over the offered rate, for each shape", 360, data, layout)
 
 
-def _curve(drawn: Drawn, probes: Sequence[Run]) -> dict[str, Any]:
-    best_rps = drawn.measured.best_rate_rps
+def _curves(drawn: Drawn, probes: Sequence[Run]) -> list[dict[str, Any]]:
+    """All runs, and once more those that can be compared: what a stopped one would have attained, nobody knows."""
+    whole = [run for run in probes if not stopped_early(run)]
+    return [
+        _line(drawn, whole) | {"mode": "lines", "line": drawn.look.line | {"width": 3}, "hoverinfo": "skip"},
+        _line(drawn, probes) | {"mode": "lines+markers", **_marks(drawn, probes)},
+    ]
+
+
+def _line(drawn: Drawn, probes: Sequence[Run]) -> dict[str, Any]:
     return {
         "type": "scatter",
-        "mode": "lines+markers",
         "name": plain(drawn.look.name),
         "x": rounded(run.rate_rps for run in probes),
         "y": rounded(run.attainment for run in probes),
-        "line": drawn.look.line,
+    }
+
+
+def _marks(drawn: Drawn, probes: Sequence[Run]) -> dict[str, Any]:
+    best_rps = drawn.measured.best_rate_rps
+    return {
+        "line": drawn.look.line | {"width": 1},
         "marker": {
             "symbol": [drawn.look.symbol + ("-open" if stopped_early(run) else "") for run in probes],
             "color": f"var({drawn.look.colour})",

@@ -46,16 +46,21 @@ class _Told:
     """The verdict's sentences by their places in the page."""
 
     headline: str
+    # What the headline stands on.
+    lead: str
     rest: list[str]
     # That the comparison was interrupted.
     notice: str | None
 
     @classmethod
     def of(cls, comparison: Comparison) -> _Told:
-        sentences = comparison.verdict.text
+        sentences, notice = comparison.verdict.text, None
         if comparison.interrupted and len(sentences) > 1:
-            return cls(sentences[1], sentences[2:], sentences[0])
-        return cls(sentences[0], sentences[1:], None)
+            notice, *sentences = sentences
+        headline, colon, lead = sentences[0].partition(": ")
+        if colon:
+            headline, lead = f"{headline}.", lead[:1].upper() + lead[1:]
+        return cls(headline, lead, sentences[1:], notice)
 
 
 def _content(comparison: Comparison, shapes: list[Drawn]) -> dict[str, Any]:

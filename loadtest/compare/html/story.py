@@ -118,7 +118,7 @@ def _same_requests(one: ShownRun, other: ShownRun) -> bool:
 
 def _picture(scene: _Scene, scenes: Sequence[_Scene]) -> Picture:
     figure, left_out = gantt(scene.drawn, scene.run, scene.window)
-    when = f"{scene.window.start_s:.1f} to {scene.window.end_s:.1f} s of the run"
+    when = f"{scene.window.start_s:.2f} to {scene.window.end_s:.2f} s of the run"
     if scene is scenes[0]:
         why = "where decoding lost most to prefills" if _is_disturbed(scene) else "where most tokens came"
     elif scene.window == scenes[0].window:
@@ -148,8 +148,15 @@ def _sentences(scenes: Sequence[_Scene]) -> list[str]:
     found = [(each.name, each.longest_ms) for each in scenes]
     if all(longest is not None for _, longest in found):
         each_said = " against ".join(f"{milliseconds(longest or 0)} ms with {name}" for name, longest in found)
-        said.append(f"Longest wait for a next token in the window: {each_said}.")
+        said.append(f"Longest wait for a next token in the window: {each_said}.{_but(scenes)}")
     return said
+
+
+def _but(scenes: Sequence[_Scene]) -> str:
+    """What not to read into the picture."""
+    if len(scenes) < 2 or (scenes[1].longest_ms or 0) < (scenes[0].longest_ms or 0):
+        return ""
+    return f" So {scenes[1].name} waits as long here, though for no prefill on the worker that decodes."
 
 
 def _share(found: Waits) -> str:

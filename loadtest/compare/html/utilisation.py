@@ -43,8 +43,9 @@ def _figure(drawn: Drawn, rates: Sequence[float]) -> Figure:
 def _pool(drawn: Drawn, pool: Pool, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The mean of the pool as a line, and a mark for each worker."""
     colour = f"var({drawn.look.colour})"
-    means = [(run.rate_rps, fmean(busy)) for run in runs if (busy := [u.busy for u in run.use if u.pool == pool])]
     marks = [(run.rate_rps, use) for run in runs for use in run.use if use.pool == pool]
+    rates = sorted({rate for rate, _ in marks})
+    means = [(rate, fmean(use.busy for at, use in marks if at == rate)) for rate in rates]
     return [
         {
             "type": "scatter",
