@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,12 @@ def test_folders_do_not_shadow_packages() -> None:
     """An __init__.py in proto/ would claim its path; in tests/router it would hide the router."""
     assert not (ROOT / "proto" / "__init__.py").exists()
     assert [str(path) for path in (ROOT / "tests").rglob("__init__.py")] == []
+
+
+def test_no_two_tests_share_a_file_name() -> None:
+    """Without packages pytest knows a file by its name alone, and collects only one of two."""
+    counts = Counter(path.name for path in files("tests") if path.name != "conftest.py")
+    assert [name for name, count in counts.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("module", ["tandem", "tandem.client", "tandem.types", "tandem.config", "router.app"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +18,9 @@ from loadtest.compare.model import (
     Run,
     Shape,
     ShownRun,
-    Verdict,
     WorkerUse,
 )
+from loadtest.compare.verdict import verdict_on
 from tandem.timeline import Phase
 
 OBJECTIVES: dict[metrics.Metric, float] = {"ttft": 1200.0, "tpot": 45.0}
@@ -169,6 +170,8 @@ def made_run(shape: Shape, rate_rps: float, count: int = 120, seed: int = 7, fai
     for each in outcomes[:failures]:
         each.fail("overloaded", "no room")
     figures = metrics.summarize(outcomes, duration_s, (50, 90, 95, 99), OBJECTIVES)
+    missed = (metrics.missed(each, each.scheduled_s, OBJECTIVES) if each.ok else ["failed"] for each in outcomes)
+    figures["missed"] = dict(Counter(name for names in missed for name in names))
     good = sum(_met(job) for job in jobs[failures:])
     return ShownRun(
         rate_rps=rate_rps,
@@ -233,27 +236,6 @@ def made_comparison(
         objectives=dict(OBJECTIVES),
         target_attainment=TARGET,
         measured=measured,
-        verdict=_verdict(measured),
+        verdict=verdict_on(measured, TARGET, interrupted=False),
     )
     return made.model_copy(update=changes)
-
-
-def _verdict(measured: Sequence[Measured]) -> Verdict:
-    split, colocated = (
-        max((each for each in measured if each.shape.is_split is kind), key=lambda each: each.goodput_rps)
-        for kind in (True, False)
-    )
-    ratio = split.goodput_rps / colocated.goodput_rps if colocated.goodput_rps else None
-    pays = split.goodput_rps > colocated.goodput_rps
-    words = [
-        f"{each.shape.name} gives {each.goodput_rps:.2f} good answers/s at {each.best_rate_rps:.2f} requests/s"
-        for each in (split, colocated)
-    ]
-    first = f"Splitting {'pays' if pays else 'does not pay'} here: {', '.join(words)}."
-    return Verdict(
-        pays=pays,
-        best_split=split.shape.name,
-        best_colocated=colocated.shape.name,
-        ratio=ratio,
-        text=[first, f"What limits {split.shape.name}: the prefill pool.", "The others did not come near."],
-    )
