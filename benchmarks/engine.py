@@ -13,19 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import record
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, write_model
+from side import Side
 
 HERE = Path(__file__).resolve().parent
 CASES = {
@@ -39,45 +39,26 @@ CASES = {
 Answer = dict[str, float]
 
 
-class Side:
-    """A process that answers cases; stopped while it is not its turn, so that idle threads do not spin."""
+class Pausing(Side):
+    """Stopped while it is not its turn, so that idle threads do not spin."""
 
     def __init__(self, *command: str) -> None:
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=sys.stderr if os.environ.get("VERBOSE") else subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-        self.facts: Answer = self._read()["ready"]
+        super().__init__(command, stderr=None if os.environ.get("VERBOSE") else subprocess.DEVNULL, own_group=True)
         self._signal(signal.SIGSTOP)
 
-    def ask(self, case: str) -> Answer:
+    def ask(self, line: str) -> Answer:
         self._signal(signal.SIGCONT)
-        assert self._process.stdin is not None
-        self._process.stdin.write(case + "\n")
-        self._process.stdin.flush()
-        answer = self._read()
+        answer = super().ask(line)
         self._signal(signal.SIGSTOP)
         return answer
 
     def close(self) -> None:
-        """The whole process group: vLLM's engine is a child of its own."""
+        """vLLM's engine is a child of its own."""
         self._signal(signal.SIGKILL)
         self._process.wait()
 
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                answer: dict[str, Any] = json.loads(line)
-                return answer
-        raise SystemExit(f"{self._process.args} ended with {self._process.wait()}; VERBOSE=1 shows why")
-
     def _signal(self, signum: signal.Signals) -> None:
-        os.killpg(self._process.pid, signum)
+        os.killpg(self.pid, signum)
 
 
 def parse() -> argparse.Namespace:
@@ -113,18 +94,20 @@ def settings(options: argparse.Namespace, model: Path) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     cases = {case: case for case in options.case} if options.case else CASES
-    sides = {"tandem": Side(sys.executable, str(HERE / "engine_side.py"), json.dumps(settings(options, model)))}
+    sides = {"tandem": Pausing(sys.executable, str(HERE / "engine_side.py"), json.dumps(settings(options, model)))}
     try:
         if options.peer:
             python = str(options.peer / "bin" / "python")
-            sides["vllm"] = Side(python, str(HERE / "vllm_offline.py"), str(model), "--threads", str(options.threads))
+            sides["vllm"] = Pausing(
+                python, str(HERE / "vllm_offline.py"), str(model), "--threads", str(options.threads)
+            )
         answers: dict[str, dict[str, list[Answer]]] = {name: {side: [] for side in sides} for name in cases}
         for turn in range(options.rounds):
             for name, case in cases.items():
                 # Whoever goes first in one round goes second in the next.
                 for side in sorted(sides, reverse=turn % 2 == 1):
                     answers[name][side].append(sides[side].ask(case))
-        return {"facts": sides["tandem"].facts, "answers": answers, "cases": cases}
+        return {"facts": sides["tandem"].hello["ready"], "answers": answers, "cases": cases}
     finally:
         for side in sides.values():
             side.close()
@@ -191,16 +174,13 @@ def main() -> None:
         results = measure(options, model)
         rows = summarize(results, model, 2 if options.device == "cuda" else 4)
     show(rows, results["facts"])
-    if options.output:
-        report = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(sys.argv),
-            "machine": f"{platform.machine()}, {options.threads} threads, {platform.platform()}",
-            "model": str(options.model) if options.model else f"shape {shape}, random weights",
-            "facts": results["facts"],
-            "rows": rows,
-        }
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    record.write(
+        options.output,
+        threads=options.threads,
+        model=str(options.model) if options.model else f"shape {shape}, random weights",
+        facts=results["facts"],
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import secrets
 import shutil
 import socket
@@ -23,14 +22,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
+import record
 from rich.console import Console
 from rich.table import Table
+from side import Side
 
 HERE = Path(__file__).resolve().parent
 TOKEN_BYTES = 12 * 2 * 12 * 64 * 4
@@ -44,45 +43,6 @@ TRANSPORTS: dict[str, tuple[str, dict[str, str] | None]] = {
 }
 
 
-class Process:
-    """A kv_side.py, spoken to by lines of JSON. -P: kv_transfer is the package, not this script."""
-
-    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(HERE / "kv_side.py"), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
-        self.facts = self._read()
-
-    def ask(self, **case: object) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(case) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def cpu_s(self) -> float:
-        """Of the process and its children."""
-        whole = psutil.Process(self._process.pid)
-        times = [each.cpu_times() for each in (whole, *whole.children(recursive=True))]
-        return sum(each.user + each.system for each in times)
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                answer: dict[str, Any] = json.loads(line)
-                return answer
-        raise SystemExit(f"{self._process.args} ended")
-
-
 class Pair:
     """A sender and a receiver, and the Ray cluster under them if there is one."""
 
@@ -90,26 +50,28 @@ class Pair:
         self._transport = transport
         config = json.dumps({"worker": settings})
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **(ray or {})}
-        self._processes: list[Process] = []
+        self._sides: list[Side] = []
         cluster = ""
         if ray is not None:
             folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            cluster = self._start(stack, environment, "head", folder, str(STORE_BYTES)).facts["address"]
-        port = self._start(stack, environment, "receive", config, cluster).facts["port"]
+            cluster = self._start(stack, environment, "head", folder, str(STORE_BYTES)).hello["address"]
+        port = self._start(stack, environment, "receive", config, cluster).hello["port"]
         self._sender = self._start(stack, environment, "send", config, cluster, str(port))
 
-    def _start(self, stack: ExitStack, environment: dict[str, str], *arguments: str) -> Process:
-        process = Process(environment, *arguments)
-        stack.callback(process.close)
-        self._processes.append(process)
-        return process
+    def _start(self, stack: ExitStack, environment: dict[str, str], *arguments: str) -> Side:
+        command = [sys.executable, "-P", str(HERE / "kv_side.py"), *arguments]
+        side = Side(command, {**os.environ, **environment})
+        stack.callback(side.close)
+        self._sides.append(side)
+        return side
 
     def measure(self, tokens: int, repeats: int) -> dict[str, float]:
         """GB/s and CPU seconds per GB of some transfers, one after another."""
-        before = sum(process.cpu_s() for process in self._processes)
-        seconds = [self._sender.ask(transport=self._transport, tokens=tokens)["seconds"] for _ in range(repeats)]
-        cpu_s = sum(process.cpu_s() for process in self._processes) - before
+        case = json.dumps({"transport": self._transport, "tokens": tokens})
+        before = sum(side.cpu_s() for side in self._sides)
+        seconds = [self._sender.ask(case)["seconds"] for _ in range(repeats)]
+        cpu_s = sum(side.cpu_s() for side in self._sides) - before
         gigabytes = tokens * TOKEN_BYTES / 1e9
         return {"gb_s": gigabytes / statistics.median(seconds), "cpu_s_per_gb": cpu_s / (gigabytes * repeats)}
 
@@ -205,15 +167,7 @@ def main() -> None:
     options = parse()
     roofs, rows = run(options)
     show(rows, roofs)
-    if options.output:
-        report = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(sys.argv),
-            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {platform.platform()}",
-            "roofs_gb_s": roofs,
-            "rows": rows,
-        }
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    record.write(options.output, roofs_gb_s=roofs, rows=rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -23,10 +22,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import record
 from rich.console import Console
 from rich.table import Table
 from shapes import write_model
@@ -136,10 +135,8 @@ def main() -> None:
         rounds = measure(options, Path(folder))
     found = compare(rounds)
     show(found)
-    if options.output is not None:
-        facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "cpus": os.cpu_count()}
-        facts |= {"machine": platform.machine(), "num_prompts": options.num_prompts, "rate": options.rate}
-        options.output.write_text(json.dumps({**facts, "figures": found, "rounds": rounds}, indent=1) + "\n")
+    load = {"num_prompts": options.num_prompts, "rate": options.rate}
+    record.write(options.output, **load, figures=found, rounds=rounds)
     apart = [name for name, row in found.items() if abs(row["difference"]) > LIMIT]
     if apart:
         sys.exit(f"more than {LIMIT:.0%} apart: {', '.join(apart)}")

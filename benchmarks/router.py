@@ -11,20 +11,20 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
+import record
 from rich.console import Console
 from rich.table import Table
+from side import Side, cpu_s
 
 from tandem.config import TINY_MODEL
 
@@ -53,43 +53,11 @@ CASES = {
 }
 
 
-class Side:
-    """A process of the benchmark, spoken to by lines of JSON. -P: router is the package, not this script."""
-
-    def __init__(self, stack: ExitStack, cores: Sequence[int], *arguments: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        psutil.Process(self._process.pid).cpu_affinity(list(cores))
-        stack.callback(self._close)
-        self.hello = self.read()
-
-    def ask(self, **case: object) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(case) + "\n")
-        self._process.stdin.flush()
-        return self.read()
-
-    def read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self._process.args} ended")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def cpu_s(self) -> float:
-        return cpu_s(self._process.pid)
-
-    def _close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
-
-
-def cpu_s(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
-    return times.user + times.system
+def start(stack: ExitStack, cores: Sequence[int], script: str, *arguments: str) -> Side:
+    side = Side([sys.executable, "-P", str(HERE / script), *arguments])
+    psutil.Process(side.pid).cpu_affinity(list(cores))
+    stack.callback(side.close)
+    return side
 
 
 @contextmanager
@@ -108,14 +76,10 @@ def routing(core: int, log: IO[str], launcher: Sequence[str]) -> Iterator[tuple[
 
 
 def measure(case: Case, seconds: float, router: int, workers: Side, clients: Side) -> dict[str, Any]:
-    workers.ask(step_s=case.step_ms / 1000)
-    clients.ask(
-        streams=case.streams,
-        output_tokens=case.output_tokens,
-        step_s=case.step_ms / 1000,
-        warm_s=WARM_S,
-        seconds=seconds,
-    )
+    step_s = case.step_ms / 1000
+    asked = {"streams": case.streams, "output_tokens": case.output_tokens, "warm_s": WARM_S, "seconds": seconds}
+    workers.ask(json.dumps({"step_s": step_s}))
+    clients.ask(json.dumps({**asked, "step_s": step_s}))
     before = [cpu_s(router), workers.cpu_s(), clients.cpu_s()]
     seen = clients.read()
     after = [cpu_s(router), workers.cpu_s(), clients.cpu_s()]
@@ -155,9 +119,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         log = stack.enter_context(tempfile.TemporaryFile("w+"))
         pid, address = stack.enter_context(routing(first, log, options.python))
-        workers = Side(stack, others, str(HERE / "router_workers.py"), address)
+        workers = start(stack, others, "router_workers.py", address)
         direct = f"127.0.0.1:{workers.hello['port']}"
-        clients = Side(stack, others, str(HERE / "router_client.py"), address, direct)
+        clients = start(stack, others, "router_client.py", address, direct)
         rows = []
         for name in options.case:
             rows.append({"case": name, **measure(CASES[name], options.seconds, pid, workers, clients)})
@@ -198,14 +162,7 @@ def main() -> None:
     options = parse()
     rows = run(options)
     show(rows)
-    if options.output:
-        report = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(sys.argv),
-            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {platform.platform()}",
-            "rows": rows,
-        }
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    record.write(options.output, rows=rows)
 
 
 if __name__ == "__main__":

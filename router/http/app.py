@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -125,7 +126,11 @@ class OpenAIDoor:
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
-        report = (await self._probe.check()).report
+        """503 whatever went wrong: the status of the error itself would be about a request of the caller's."""
+        try:
+            report = (await self._probe.check()).report
+        except TandemError as error:
+            return JSONResponse(failures.object_of(error), HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "ready", "transport": report.transport, "kv_bytes": report.kv_bytes})
 
     async def metrics(self) -> Response:

@@ -19,13 +19,15 @@ from router_house import (
     next_event,
     open_house,
 )
-from scripted_worker import GRPC, ScriptedWorker
+from scripted_member import GRPC
+from scripted_worker import ScriptedWorker
 
 from tandem import errors
 from tandem.types import Accepted, Completed, Delta, FinishReason
 from tandem.v1 import registry_pb2
 
 RAY = registry_pb2.Transport(name="ray", domain="cluster", node="node")
+TWO_WAYS = (RAY, GRPC)
 LOST = errors.TransferFailed("a payload in Ray's object store is lost")
 
 
@@ -35,11 +37,6 @@ async def house() -> AsyncIterator[House]:
         opened.cluster.output = [7, 8, 9, 10]
         yield opened
         await opened.check_empty()
-
-
-async def pair(house: House) -> tuple[ScriptedWorker, ScriptedWorker]:
-    prefill = await house.join("p1", PREFILL, transports=(RAY, GRPC))
-    return prefill, await house.join("d1", DECODE, transports=(RAY, GRPC))
 
 
 def attempts(prefill: ScriptedWorker, decode: ScriptedWorker) -> list[tuple[int, str]]:
@@ -52,7 +49,7 @@ def attempts(prefill: ScriptedWorker, decode: ScriptedWorker) -> list[tuple[int,
 @pytest.mark.parametrize("where", ["start", "first", "seal", "decode"])
 async def test_the_second_attempt_answers(house: House, where: str) -> None:
     """decode: the receiving end is the one that says so."""
-    prefill, decode = await pair(house)
+    prefill, decode = await house.pair(transports=TWO_WAYS)
     (decode if where == "decode" else prefill).faults[where] = LOST
     events = await collect(house.call(4))
     assert not prefill.faults
@@ -73,7 +70,7 @@ async def test_the_second_attempt_answers(house: House, where: str) -> None:
 async def test_metrics_count_attempts_that_were_followed_by_another() -> None:
     counted = 'tandem_retried_attempts_total{reason="transfer_failed",transport="ray"} 2.0'
     async with open_http_house(http_configuration(transport="ray")) as door:
-        prefill, decode = await pair(door.house)
+        prefill, decode = await door.house.pair(transports=TWO_WAYS)
         for worker, where in ((prefill, "seal"), (decode, "decode")):
             worker.faults[where] = LOST
             await collect(door.house.call(4))
@@ -84,7 +81,7 @@ async def test_metrics_count_attempts_that_were_followed_by_another() -> None:
 
 
 async def test_the_first_token_is_given_once(house: House) -> None:
-    prefill, _ = await pair(house)
+    prefill, _ = await house.pair(transports=TWO_WAYS)
     prefill.hold("seal")
     call = house.call(4)
     assert isinstance(await next_event(call), Accepted)
@@ -99,7 +96,7 @@ async def test_the_first_token_is_given_once(house: House) -> None:
 @pytest.mark.parametrize("answers", [1, 2])
 async def test_a_failure_while_the_client_does_not_read_loses_no_token(house: House, answers: int) -> None:
     """answers: the second one waits for its turn to write."""
-    prefill, decode = await pair(house)
+    prefill, decode = await house.pair(transports=TWO_WAYS)
     house.cluster.top_logprobs = WIDER_THAN_A_WINDOW
     prefill.hold("seal")
     call = house.call(4, n=answers)
@@ -116,7 +113,7 @@ async def test_a_failure_while_the_client_does_not_read_loses_no_token(house: Ho
 
 
 async def test_another_first_token_is_an_error(house: House) -> None:
-    prefill, _ = await pair(house)
+    prefill, _ = await house.pair(transports=TWO_WAYS)
     prefill.hold("seal")
     call = house.call(4)
     await next_event(call)
@@ -129,7 +126,7 @@ async def test_another_first_token_is_an_error(house: House) -> None:
 
 
 async def test_two_failures_are_one_error(house: House) -> None:
-    prefill, decode = await pair(house)
+    prefill, decode = await house.pair(transports=TWO_WAYS)
     prefill.errors["seal"] = LOST
     with pytest.raises(errors.TransferFailed, match="is lost"):
         await collect(house.call(4))
@@ -139,7 +136,7 @@ async def test_two_failures_are_one_error(house: House) -> None:
 
 
 async def test_any_other_failure_is_not_tried_again(house: House) -> None:
-    prefill, decode = await pair(house)
+    prefill, decode = await house.pair(transports=TWO_WAYS)
     prefill.errors["seal"] = errors.Refused("prefill and decode workers do not fit")
     with pytest.raises(errors.Refused):
         await collect(house.call(4))
@@ -148,7 +145,7 @@ async def test_any_other_failure_is_not_tried_again(house: House) -> None:
 
 @pytest.mark.parametrize("phase", ["reserve", "start", "first", "seal", "decode"])
 async def test_a_cancel_in_the_second_attempt_releases_it(house: House, phase: str) -> None:
-    prefill, decode = await pair(house)
+    prefill, decode = await house.pair(transports=TWO_WAYS)
     prefill.faults["seal"] = LOST
     prefill.hold("seal")
     call = house.call(50)
@@ -167,7 +164,7 @@ async def test_a_cancel_in_the_second_attempt_releases_it(house: House, phase: s
 
 
 async def test_the_deadline_holds_for_both_attempts_together(house: House) -> None:
-    prefill, decode = await pair(house)
+    prefill, decode = await house.pair(transports=TWO_WAYS)
     prefill.faults["seal"] = LOST
     decode.hold("decode")
     with pytest.raises(errors.DeadlineExceeded):
@@ -178,7 +175,7 @@ async def test_the_deadline_holds_for_both_attempts_together(house: House) -> No
 
 
 async def test_a_transport_that_is_ordered_and_not_shared_is_unavailable(house: House) -> None:
-    await house.join("p1", PREFILL, transports=(RAY, GRPC))
+    await house.join("p1", PREFILL, transports=TWO_WAYS)
     await house.join("d1", DECODE, transports=(GRPC,))
     with pytest.raises(errors.Unavailable, match="do not share the KV transport ray; in common they have: grpc"):
         await collect(house.call(4))

@@ -18,7 +18,7 @@ from router_house import (
     spell,
     text_of,
 )
-from scripted_worker import FINGERPRINT
+from scripted_member import FINGERPRINT
 
 from tandem import errors, wire
 from tandem.timeline import Phase

@@ -20,7 +20,8 @@ from router_house import (
     ids_of,
     open_house,
 )
-from scripted_worker import FINGERPRINT, MODEL, ScriptedWorker, eventually
+from scripted_member import FINGERPRINT, MODEL
+from scripted_worker import ScriptedWorker, eventually
 
 from tandem import errors, wire
 from tandem.v1 import generation_pb2

@@ -48,3 +48,12 @@ async def open_http_house(config: TandemConfig) -> AsyncIterator[HttpHouse]:
         port = (await house.status()).http_port
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
             yield HttpHouse(house, port, client)
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """Every error has OpenAI's shape."""
+    body: dict[str, Any] = response.json()
+    assert list(body) == ["error"]
+    assert sorted(body["error"]) == ["code", "message", "param", "type"]
+    found: dict[str, Any] = body["error"]
+    return found

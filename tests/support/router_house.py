@@ -75,8 +75,8 @@ class House:
         await eventually(lambda: any(worker_id in line for line in self.routable_log))
         self.routable_log.clear()
 
-    async def pair(self) -> tuple[ScriptedWorker, ScriptedWorker]:
-        return await self.join("p1", PREFILL), await self.join("d1", DECODE)
+    async def pair(self, **changes: Any) -> tuple[ScriptedWorker, ScriptedWorker]:
+        return await self.join("p1", PREFILL, **changes), await self.join("d1", DECODE, **changes)
 
     def call(self, max_tokens: int = 4, timeout: float | None = 20, **fields: Any) -> Any:
         sampling = fields.pop("sampling", None) or SamplingParams(max_tokens=max_tokens)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from own_loop import serving_by
 
 Write = Callable[[bytes], Awaitable[None]]
 # Called with the request's body and `write`, which sends bytes of the stream; what it raises breaks the connection.
@@ -83,18 +84,5 @@ class ScriptedOpenAI:
 
 @contextmanager
 def serving(endpoint: ScriptedOpenAI) -> Iterator[ScriptedOpenAI]:
-    started, loop, stop = threading.Event(), asyncio.new_event_loop(), asyncio.Event()
-
-    def run() -> None:
-        with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(endpoint._serve(started, stop))
-
-    thread = threading.Thread(target=run, name="scripted-openai")
-    thread.start()
-    try:
-        assert started.wait(10), "the scripted endpoint did not start"
+    with serving_by(endpoint._serve):
         yield endpoint
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
-        assert not thread.is_alive()

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from own_loop import serving_by
+
 from tandem import rpc, wire
 from tandem.timeline import Phase, Timeline
 from tandem.types import Accepted, ChoiceFinished, Completed, Delta, Event, FinishReason, RequestReport, Token, Usage
@@ -94,19 +96,5 @@ class ScriptedRouter(generation_pb2_grpc.GenerationServicer):
 
 @contextmanager
 def serving(router: ScriptedRouter) -> Iterator[ScriptedRouter]:
-    """Runs it on a loop of its own in a thread, so that blocking clients can be tested against it."""
-    started, loop, stop = threading.Event(), asyncio.new_event_loop(), asyncio.Event()
-
-    def run() -> None:
-        with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(router._serve(started, stop))
-
-    thread = threading.Thread(target=run, name="scripted-router")
-    thread.start()
-    try:
-        assert started.wait(10), "the scripted router did not start"
+    with serving_by(router._serve):
         yield router
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
-        assert not thread.is_alive()

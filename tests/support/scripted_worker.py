@@ -1,4 +1,4 @@
-"""A worker without a model: a real gRPC server and a real Join stream, whose every phase a test can hold or fail."""
+"""A worker without a model: a real gRPC server in the pool, whose every phase a test can hold or fail."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import grpc
+from scripted_member import ScriptedMember
 
-import tandem
 from tandem import rpc, wire
 from tandem.errors import TandemError
-from tandem.types import Fingerprint, FinishReason, ModelInfo, Role
-from tandem.v1 import common_pb2, registry_pb2, registry_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tandem.types import FinishReason, Role
+from tandem.v1 import common_pb2, registry_pb2, worker_pb2, worker_pb2_grpc
 
-FINGERPRINT = Fingerprint("config", "weights", "float32", 16, 2, 2, 8, 1)
-# Its vectors hold 2 numbers.
-MODEL = ModelInfo("tiny", 4096, 512, (0,), FINGERPRINT, 2)
 # Where a test can hold a request or make it fail.
-SHM, GRPC = (registry_pb2.Transport(name=name) for name in ("shm", "grpc"))
 PHASES = ("reserve", "start", "first", "seal", "decode", "rest", "embed")
 
 
@@ -80,22 +75,15 @@ class Cluster:
 
 
 class ScriptedWorker(
-    worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorkerServicer, worker_pb2_grpc.WorkerAdminServicer
+    ScriptedMember,
+    worker_pb2_grpc.PrefillWorkerServicer,
+    worker_pb2_grpc.DecodeWorkerServicer,
+    worker_pb2_grpc.WorkerAdminServicer,
 ):
-    def __init__(
-        self,
-        cluster: Cluster,
-        worker_id: str,
-        roles: Sequence[Role],
-        model: ModelInfo = MODEL,
-        version: str = "",
-        total_blocks: int = 1000,
-        transports: Sequence[registry_pb2.Transport] = (SHM, GRPC),
-        address: str = "",
-    ) -> None:
-        self.cluster, self.id, self.roles, self.model = cluster, worker_id, frozenset(roles), model
-        self.version, self.total_blocks, self.transports = version or tandem.__version__, total_blocks, transports
-        self.address = address
+    def __init__(self, cluster: Cluster, worker_id: str, roles: Sequence[Role], **changes: Any) -> None:
+        """changes: see ScriptedMember."""
+        super().__init__(cluster.router, worker_id, roles, **changes)
+        self.cluster = cluster
         # Cleared: requests wait there.
         self.gates = {phase: asyncio.Event() for phase in PHASES}
         # By phase, and "integrity".
@@ -106,13 +94,6 @@ class ScriptedWorker(
         self.prefill_requests: list[worker_pb2.PrefillRequest] = []
         self.embed_requests: list[worker_pb2.EmbedPromptRequest] = []
         self.renewed: list[list[str]] = []
-        self.directives: list[registry_pb2.Directive] = []
-        self.join_error: grpc.aio.AioRpcError | None = None
-        self.load = registry_pb2.Load(free_blocks=total_blocks)
-        # Silent: no heartbeats. Tests that read join_error ask for it first: a write that meets the end of the call
-        # makes grpc.aio forget the status that the router sent ("Internal error from Core").
-        self.silent = self.draining = False
-        self.beats = 0
         self.steps_per_batch = 1
         self.integrity = registry_pb2.Integrity(ok=True)
         self._queues: dict[str, asyncio.Queue[worker_pb2.TokenBatch | None]] = {}
@@ -142,70 +123,15 @@ class ScriptedWorker(
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, self.server)
         worker_pb2_grpc.add_WorkerAdminServicer_to_server(self, self.server)
         port = rpc.bind(self.server, "127.0.0.1", 0)
-        self.address = self.address or f"127.0.0.1:{port}"
         await self.server.start()
-        self.channel = rpc.make_channel(self.cluster.router)
-        self.joining = asyncio.create_task(self._join())
+        self.open(port)
 
     async def kill(self) -> None:
         """As a process that dies: nothing is said to anybody."""
-        self.joining.cancel()
-        await asyncio.gather(self.joining, return_exceptions=True)
-        await self.channel.close(None)
+        await self.close()
         for task in self._decodes.values():
             task.cancel()
         await self.server.stop(0)
-
-    # Join.
-
-    def hello(self) -> registry_pb2.Hello:
-        return registry_pb2.Hello(
-            worker_id=self.id,
-            address=self.address,
-            roles=wire.roles_to_wire(self.roles),
-            model=wire.model_to_wire(self.model),
-            version=self.version,
-            total_blocks=self.total_blocks,
-            transports=self.transports,
-            prefix_cache=True,
-        )
-
-    async def _join(self) -> None:
-        self.call: Any = registry_pb2_grpc.RegistryStub(self.channel).Join()
-        try:
-            await self.beat(self.hello())
-            reader = asyncio.create_task(self._read_directives())
-            try:
-                while not reader.done():
-                    await asyncio.wait({reader}, timeout=0.05)
-                    if not self.silent and not reader.done():
-                        await self.beat()
-                await reader
-            finally:
-                reader.cancel()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            await self._note_error()
-
-    async def _note_error(self) -> None:
-        self.join_error = rpc.error_from_rpc(
-            grpc.aio.AioRpcError(
-                await self.call.code(),
-                await self.call.initial_metadata(),
-                await self.call.trailing_metadata(),
-                await self.call.details(),
-            )
-        )
-
-    async def beat(self, hello: registry_pb2.Hello | None = None) -> None:
-        await self.call.write(registry_pb2.Heartbeat(hello=hello, load=self.load, draining=self.draining))
-        self.beats += 1
-
-    async def _read_directives(self) -> None:
-        while (directive := await self.call.read()) is not grpc.aio.EOF:
-            self.directives.append(directive)
-
-    async def leave(self) -> None:
-        await self.call.done_writing()
 
     # Serving.
 

@@ -7,9 +7,11 @@ import time
 from typing import Any
 
 import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
 
 from router.http.body import parse
-from router.http.fields import ChatRequest, CompletionRequest
+from router.http.fields import UNSUPPORTED, ChatRequest, CompletionRequest
 from router.http.prompts import CHAT_TOKENS, chat_request, completion_requests
 from tandem.errors import InvalidRequest
 from tandem.v1 import generation_pb2
@@ -33,6 +35,24 @@ def test_what_is_not_said_is_as_openai_has_it() -> None:
     assert [requests_of(**{name: None}) for name in CompletionRequest.model_fields if name != "prompt"] == [
         [request]
     ] * (len(CompletionRequest.model_fields) - 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "openais"),
+    [
+        (CompletionRequest, completion_create_params.CompletionCreateParamsBase),
+        (ChatRequest, chat_create_params.CompletionCreateParamsBase),
+    ],
+)
+def test_every_field_of_openai_s_is_taken_or_refused_by_name(kind: Any, openais: Any) -> None:
+    asked = openais.__required_keys__ | openais.__optional_keys__
+    assert asked - kind.model_fields.keys() - UNSUPPORTED.keys() == set()
+    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+    required = {name: body[name] for name in body.keys() & kind.model_fields.keys()}
+    for name in asked & UNSUPPORTED.keys():
+        with pytest.raises(InvalidRequest, match=f"^{name} is not supported by this server") as caught:
+            parse(kind, json.dumps({**required, name: "some"}).encode())
+        assert caught.value.field == name
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""A process that takes part in a benchmark: it is told a line, and answers with a line of JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psutil
+
+
+class Side:
+    """Its stdin's end is its end. A script of this folder is run with -P: router is the package then, not router.py."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        stderr: int | None = None,
+        own_group: bool = False,
+    ) -> None:
+        """own_group: a signal can then reach the process and its children."""
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment,
+            start_new_session=own_group,
+        )
+        # What it says once it is ready.
+        self.hello = self.read()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self.read()
+
+    def read(self) -> dict[str, Any]:
+        """The next line of JSON; libraries may print others."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise SystemExit(f"{self._process.args!r} ended with {self._process.wait()}")
+
+    def cpu_s(self) -> float:
+        return cpu_s(self.pid)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+def cpu_s(pid: int) -> float:
+    """Of the process and its children."""
+    whole = psutil.Process(pid)
+    times = [each.cpu_times() for each in (whole, *whole.children(recursive=True))]
+    return sum(each.user + each.system for each in times)

@@ -1,0 +1,97 @@
+"""The command `tandem bench run`: its files, its exit codes, and what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paced_service import FAST, OUTPUT, Scripted, address_of, joined
+from scripted_router import ScriptedRouter, serving
+from service import ROOT
+from typer.testing import CliRunner
+
+from tandem.cli.app import app
+
+
+def bench(*args: str) -> list[str]:
+    return [sys.executable, "-m", "tandem.cli.main", "bench", "run", *args]
+
+
+def test_the_command_writes_the_keys_of_vllm(tmp_path: Path) -> None:
+    wanted = {"ttft", "tpot", "itl", "e2el"}
+    with address_of("grpc", Scripted([FAST])) as address:
+        command = bench("--router", address, "--num-prompts", "5", "--input-len", "9", "--output-len", str(OUTPUT))
+        command += ["--goodput", "ttft:500", "tpot:50", "--output", str(tmp_path / "out.json"), "--save-detailed"]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    for words in ("TTFT", "from schedule", "goodput from sending", "ttft ≤ 500 ms, tpot ≤ 50 ms", "5 answered"):
+        assert words in ran.stdout
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert {f"{head}_{name}_ms" for name in wanted for head in ("mean", "median", "std", "p99")} <= set(found)
+    named = "duration completed failed total_input_tokens total_output_tokens request_throughput request_goodput"
+    named += " output_throughput total_token_throughput max_output_tokens_per_s max_concurrent_requests input_lens"
+    named += " output_lens ttfts itls latencies start_times queue_times errors date backend model_id num_prompts"
+    assert set(named.split()) <= set(found)
+    assert (found["request_rate"], found["goodput"]) == ("inf", {"ttft": 500, "tpot": 50})
+    assert found["output_lens"] == [OUTPUT] * 5
+    assert found["phases_ms"][0]["first_token"] == 12.0
+
+
+def test_ctrl_c_gives_the_report_so_far(tmp_path: Path) -> None:
+    asked = threading.Event()
+
+    async def first_only(request: Any, emit: Any) -> None:
+        if len(router.requests) > 1:
+            asked.set()
+            await asyncio.Event().wait()
+        await Scripted([FAST]).by_grpc(request, emit)
+
+    router = ScriptedRouter(first_only, joined())
+    output = tmp_path / "out.json"
+    with serving(router):
+        command = bench("--router", router.address, "--num-prompts", "50", "--request-rate", "2", "--input-len", "4")
+        ran = subprocess.Popen(
+            [*command, "--output", str(output)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert asked.wait(30)
+            os.kill(ran.pid, signal.SIGINT)
+            out, err = ran.communicate(timeout=20)
+        finally:
+            ran.kill()
+            ran.wait()
+    assert (ran.returncode, err) == (130, "")
+    assert "requests were not offered any more" in out
+    found = json.loads(output.read_text())
+    assert found["interrupted"] is True
+    assert found["offered"] + found["not_offered"] == 50
+    assert found["failures"] == {"interrupted": found["offered"] - found["completed"]}
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--goodput", "itl:5"], 2, "--goodput takes ttft, tpot and e2el"),
+        (["--request-rate", "0"], 2, "--request-rate must be above 0"),
+        (["--workload", "azure"], 2, "--workload azure needs --trace FILE"),
+        (["--ramp-up-strategy", "linear"], 2, "go together"),
+        (["--save-detailed"], 2, "--save-detailed belongs to --output"),
+        (["--output", "/nowhere/x.json"], 2, "cannot write /nowhere/x.json"),
+        (["--timeout", "nan"], 2, "--timeout must be a number of seconds above 0"),
+        (["--router", "127.0.0.1:1"], 1, "cannot reach a Tandem router at 127.0.0.1:1"),
+        (["--openai", "http://127.0.0.1:1"], 1, "cannot reach an OpenAI endpoint at http://127.0.0.1:1"),
+    ],
+)
+def test_what_cannot_be_is_one_line(args: list[str], code: int, words: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "run", *args])
+    lines = result.stderr.splitlines()
+    assert (result.exit_code, len(lines)) == (code, 1), result.stderr
+    assert words in lines[0]
