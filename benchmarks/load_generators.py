@@ -3,9 +3,13 @@
 usage: python benchmarks/load_generators.py --peer VENV [--rounds 3] [--num-prompts 20] [--rate 0.8] [--output FILE]
 
 VENV is a virtual environment with vLLM. The service is Tandem's, on this machine: one prefill and one decode worker
-with the 160M shape and random weights, asked through its OpenAI door. A round's number is its seed: both tools send
-requests of the same lengths at the same times (vLLM's prompts are text, ours token ids), one after the other, by turns
-first. A figure is the median of its rounds; the script fails if any two differ by more than 5 %.
+with the 160M shape and random weights, without a prefix cache, asked through its OpenAI door. A round's number is its
+seed: both tools send requests of the same lengths at the same times (vLLM's prompts are text, ours token ids), each
+twice, in the order A B B A, so that what drifts meets both alike.
+
+A figure's difference is that of the tools' means in a round, and of the rounds the median. Beside it stands how far two
+runs of the same tool are apart: no difference that is smaller says anything about the tools. The script fails if a
+difference is above 5 %.
 """
 
 from __future__ import annotations
@@ -16,13 +20,13 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import record
@@ -43,6 +47,8 @@ FIGURES = (
     "request_goodput",
     *(f"{head}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for head in ("mean", "median")),
 )
+# By tool, of both of its runs.
+Round = dict[str, list[dict[str, float]]]
 GOODPUT = ("ttft:2000", "tpot:200", "e2el:10000")
 
 
@@ -50,7 +56,10 @@ GOODPUT = ("ttft:2000", "tpot:200", "e2el:10000")
 def service(model: Path) -> Iterator[str]:
     """The URL of its OpenAI door."""
     command = [sys.executable, "-m", "tandem.cli.main", "serve", "--model", str(model), "--load-format", "dummy"]
-    command += ["--prefill", "1", "--decode", "1", "--port", "0", "--http-port", "0"]
+    # A tool's second run of a round would find its first one's prompts.
+    config = model.parent / "config.json"
+    config.write_text(json.dumps({"engine": {"prefix_cache": False}}))
+    command += ["--config", str(config), "--prefill", "1", "--decode", "1", "--port", "0", "--http-port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
@@ -82,44 +91,54 @@ def theirs(url: str, model: Path, seed: int, options: argparse.Namespace, output
     command += ["--base-url", url, "--model", model.name, "--tokenizer", str(TOKENIZER), "--dataset-name", "random"]
     command += ["--random-input-len", str(INPUT_TOKENS), "--random-output-len", str(OUTPUT_TOKENS), "--ignore-eos"]
     command += ["--num-prompts", str(options.num_prompts), "--request-rate", str(options.rate), "--seed", str(seed)]
-    # Its check and its warm-ups send the first prompt, and would leave it in the prefix cache.
     command += ["--ready-check-timeout-sec", "0", "--goodput", *GOODPUT, "--percentile-metrics", "ttft,tpot,itl,e2el"]
     command += ["--temperature", "0", "--disable-tqdm", "--save-result"]
     return run([*command, "--result-dir", str(output.parent), "--result-filename", output.name], output)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, dict[str, float]]]:
+def measure(options: argparse.Namespace, folder: Path) -> list[Round]:
     model = write_model("160m", folder / "llama-160m", weights=False)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, model)
     rounds = []
     with service(model) as url:
-        ours(url, options.rounds, options, folder / "warm-up.json")
+        tools: dict[str, Callable[[int], dict[str, Any]]] = {
+            "vllm": lambda seed: theirs(url, model, seed, options, folder / "vllm.json"),
+            "tandem": lambda seed: ours(url, seed, options, folder / "tandem.json"),
+        }
+        for tool in tools.values():
+            tool(options.rounds)  # warms everything up
         for seed in range(options.rounds):
-            tools = {
-                "vllm": lambda seed=seed: theirs(url, model, seed, options, folder / "vllm.json"),
-                "tandem": lambda seed=seed: ours(url, seed, options, folder / "tandem.json"),
-            }
-            turns = list(tools) if seed % 2 else list(reversed(tools))
-            found = {tool: tools[tool]() for tool in turns}
-            rounds.append({tool: {name: figures[name] for name in FIGURES} for tool, figures in found.items()})
+            first, second = list(tools) if seed % 2 else reversed(tools)
+            found: Round = {tool: [] for tool in tools}
+            for tool in (first, second, second, first):
+                figures = tools[tool](seed)
+                found[tool].append({name: figures[name] for name in FIGURES})
+            rounds.append(found)
     return rounds
 
 
-def compare(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+def compare(rounds: list[Round]) -> dict[str, dict[str, float]]:
     found = {}
     for name in FIGURES:
-        vllm, tandem = (statistics.median(each[tool][name] for each in rounds) for tool in ("vllm", "tandem"))
-        found[name] = {"vllm": vllm, "tandem": tandem, "difference": tandem / vllm - 1}
+        vllm, tandem = ([[run[name] for run in each[tool]] for each in rounds] for tool in ("vllm", "tandem"))
+        differences = [mean(ours) / mean(theirs) - 1 for ours, theirs in zip(tandem, vllm, strict=True)]
+        found[name] = {
+            "vllm": median(map(mean, vllm)),
+            "tandem": median(map(mean, tandem)),
+            "difference": median(differences),
+            "repeat": median(abs(again / once - 1) for once, again in vllm + tandem),
+        }
     return found
 
 
 def show(found: dict[str, dict[str, float]]) -> None:
     table = Table("figure", box=None)
-    for head in ("vllm bench serve", "tandem bench", "difference"):
+    for head in ("vllm bench serve", "tandem bench", "difference", "the same tool again"):
         table.add_column(head, justify="right")
     for name, row in found.items():
-        table.add_row(name, f"{row['vllm']:.2f}", f"{row['tandem']:.2f}", f"{row['difference']:+.1%}")
+        cells = (f"{row['vllm']:.2f}", f"{row['tandem']:.2f}", f"{row['difference']:+.1%}", f"± {row['repeat']:.1%}")
+        table.add_row(name, *cells)
     Console().print(table)
 
 

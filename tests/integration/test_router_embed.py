@@ -11,7 +11,8 @@ from typing import Any
 import grpc
 import pytest
 from router_house import DECODE, PREFILL, House, configuration, eventually_status, open_house, open_house_around
-from scripted_worker import MODEL, eventually
+from scripted_member import MODEL
+from scripted_worker import eventually
 
 from router.embedding import MAX_AT_ONCE
 from tandem import rpc
