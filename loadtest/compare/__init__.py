@@ -2,7 +2,7 @@
 
 question.py    what is asked, checked
 shapes.py      the ways to divide the workers
-search.py      the highest rate that a shape keeps: brackets, bisection, who is beaten already
+search.py      the highest rate that a shape keeps: brackets, bisection
 contender.py   one shape that runs: offers it a load, watches its processes
   judge.py       whether a load that runs can still reach its target
   processes.py   cores and CPU seconds of a process

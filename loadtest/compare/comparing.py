@@ -16,7 +16,7 @@ from loadtest.compare.contender import Contender, Ending, Offered
 from loadtest.compare.judge import keeps
 from loadtest.compare.processes import memory_gib, processor
 from loadtest.compare.question import Question
-from loadtest.compare.search import Search, still_racing
+from loadtest.compare.search import Search
 from loadtest.compare.shapes import all_shapes
 from loadtest.compare.verdict import best_of, verdict_on
 from loadtest.runner import Run
@@ -129,23 +129,17 @@ class Comparing:
 
     async def _search(self, entries: list[_Entry]) -> None:
         """Round by round, one load for each that still searches; who goes first in one round goes last in the next."""
-        families = {split: [each for each in entries if each.shape.is_split == split] for split in (False, True)}
-
-        def racing(entry: _Entry) -> bool:
-            rivals = [rival.search for rival in families[entry.shape.is_split] if rival is not entry]
-            return still_racing(entry.search, rivals)
-
         turn = entries
-        while any(racing(entry) for entry in entries):
+        while any(not entry.search.done(_floor_rps(entry, entries)) for entry in entries):
             for entry in turn:
-                if racing(entry):
-                    await self._probe(entry)
+                floor_rps = _floor_rps(entry, entries)
+                if not entry.search.done(floor_rps):
+                    await self._probe(entry, entry.search.next_rps(floor_rps))
                 if self._cut:
                     return
             turn = turn[::-1]
 
-    async def _probe(self, entry: _Entry) -> None:
-        rate_rps = entry.search.next_rps()
+    async def _probe(self, entry: _Entry, rate_rps: float) -> None:
         offered = await self._offer(entry, rate_rps, self._search_deadline_s)
         if offered.ending is Ending.CUT:
             self._cut = True
@@ -205,3 +199,9 @@ class Comparing:
             verdict=verdict_on(measured, question.target, self._cut),
             interrupted=self._cut,
         )
+
+
+def _floor_rps(entry: _Entry, entries: Sequence[_Entry]) -> float:
+    """What the same workers have kept with other settings: only the best ones count."""
+    rivals = [other for other in entries if other is not entry and other.shape.division == entry.shape.division]
+    return max((rival.search.kept_rps for rival in rivals), default=0.0)

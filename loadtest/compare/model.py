@@ -27,6 +27,11 @@ class Shape(_Value):
         return not self.colocated
 
     @property
+    def division(self) -> tuple[int, int, int]:
+        """Without the settings."""
+        return self.prefill, self.decode, self.colocated
+
+    @property
     def name(self) -> str:
         """`2 colocated, 64-token steps` or `1P1D`."""
         if self.is_split:
@@ -90,7 +95,8 @@ class Measured(_Value):
     shape: Shape
     # Of the search, in the order in which they ran.
     probes: list[Run]
-    # The highest rate found that kept the share of objectives, and the goodput there; 0 if no rate did.
+    # The highest rate found that kept the share of objectives, and the goodput there; 0 if no rate did. Settings that
+    # lose to others of the same workers may have none: they are tried only above what the others have kept.
     best_rate_rps: float
     goodput_rps: float
     # At rates that all shapes share; by turns with the other shapes.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Halvings, or doublings, of the first rate after which there is no bracket to be hoped for.
@@ -25,18 +24,20 @@ class Search:
     kept_rps: float = 0.0
     missed_rps: float = math.inf
 
-    @property
-    def done(self) -> bool:
-        if self.kept_rps == 0:
+    def done(self, floor_rps: float = 0.0) -> bool:
+        """floor_rps: what a rival has kept; to be better, this one must keep more."""
+        low_rps = max(self.kept_rps, floor_rps)
+        if low_rps == 0:
             return self.missed_rps * _FURTHEST <= self.start_rps
         if math.isinf(self.missed_rps):
-            return self.kept_rps >= self.start_rps * _FURTHEST
-        return self.missed_rps <= self.kept_rps * (1 + self.resolution)
+            return low_rps >= self.start_rps * _FURTHEST
+        return self.missed_rps <= low_rps * (1 + self.resolution)
 
-    def next_rps(self) -> float:
-        if self.kept_rps == 0:
+    def next_rps(self, floor_rps: float = 0.0) -> float:
+        low_rps = max(self.kept_rps, floor_rps)
+        if low_rps == 0:
             return self.start_rps if math.isinf(self.missed_rps) else self.missed_rps / 2
-        return self.kept_rps * 2 if math.isinf(self.missed_rps) else math.sqrt(self.kept_rps * self.missed_rps)
+        return low_rps * 2 if math.isinf(self.missed_rps) else math.sqrt(low_rps * self.missed_rps)
 
     def learn(self, rate_rps: float, kept: bool) -> None:
         if kept:
@@ -47,8 +48,3 @@ class Search:
     def give_up(self) -> None:
         """No rate is low enough."""
         self.missed_rps = 0.0
-
-
-def still_racing(search: Search, rivals: Sequence[Search]) -> bool:
-    """Whether to go on: only the best of a family counts, and one that missed what a rival kept is not it."""
-    return not search.done and search.missed_rps > max((rival.kept_rps for rival in rivals), default=0.0)

@@ -19,7 +19,7 @@ def table_of(found: Comparison) -> Table:
 def _cells(measured: Measured) -> list[str]:
     best = next((run for run in measured.probes if run.rate_rps == measured.best_rate_rps), None)
     if best is None:
-        return ["none kept"]
+        return [f"below {min(run.rate_rps for run in measured.probes):.2f}/s" if measured.probes else "not measured"]
     figures = {**best.figures, **best.figures["from_schedule"]}
     latencies = [f"{figures[f'{head}_{name}_ms']:.0f} ms" for name in ("ttft", "tpot") for head in ("median", "p90")]
     busy = " ".join(f"{use.pool} {use.busy:.0%}" for use in best.use)

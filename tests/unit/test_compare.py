@@ -11,7 +11,7 @@ import pytest
 from loadtest.compare.judge import Judge, keeps
 from loadtest.compare.model import Measured, Run, Shape, WorkerUse
 from loadtest.compare.question import Question, parse_step_tokens
-from loadtest.compare.search import MAX_STEPS, Search, still_racing
+from loadtest.compare.search import MAX_STEPS, Search
 from loadtest.compare.shapes import all_shapes
 from loadtest.compare.verdict import verdict_on
 from loadtest.metrics import Goodput, Outcome
@@ -40,7 +40,7 @@ def test_every_split_of_four_workers_takes_the_largest_budget() -> None:
 def searched(capacity_rps: float, start_rps: float, resolution: float = 0.1) -> tuple[Search, list[float]]:
     """A service that keeps every rate up to its capacity; the search, and the rates that it tried."""
     search, tried = Search(start_rps, resolution), []
-    while not search.done:
+    while not search.done():
         rate = search.next_rps()
         tried.append(rate)
         search.learn(rate, kept=rate <= capacity_rps)
@@ -65,20 +65,22 @@ def test_a_shape_that_keeps_nothing_ends_the_search() -> None:
     assert (search.kept_rps, len(tried)) == (0.0, MAX_STEPS + 1)
     given_up = Search(1.0, 0.1)
     given_up.give_up()
-    assert given_up.done
+    assert given_up.done()
 
 
 def test_a_shape_that_keeps_everything_ends_the_search() -> None:
     assert searched(math.inf, 1.0)[0].kept_rps == 2.0**MAX_STEPS
 
 
-def test_who_missed_what_a_rival_kept_is_out_of_the_race() -> None:
-    slow, fast = Search(4.0, 0.1), Search(4.0, 0.1)
-    slow.learn(4.0, kept=False)
-    assert still_racing(slow, [fast])
-    fast.learn(4.0, kept=True)
-    assert not still_racing(slow, [fast])
-    assert still_racing(fast, [slow])
+def test_a_rival_is_the_floor() -> None:
+    """Only the best counts: who missed what a rival kept is out, and who did not looks above that only."""
+    slow = Search(4.0, 0.1)
+    assert slow.next_rps(floor_rps=4.0) == 8.0
+    slow.learn(8.0, kept=False)
+    assert slow.next_rps(floor_rps=2.0) == 4.0
+    assert not slow.done(floor_rps=7.0)
+    assert slow.done(floor_rps=7.5)
+    assert slow.done(floor_rps=9.0)
 
 
 def judge_of(count: int, objectives: Goodput = TTFT, target: float = 0.9, tokens: int = 5) -> Judge:
