@@ -94,7 +94,7 @@ def plain(text: str) -> str:
 def log_axis(least: float, most: float, title: str) -> dict[str, Any]:
     """Labelled at 1, 2, 5, 10, ...; a short one at more: plotly's own labels repeat bare digits."""
     low, high = math.log10(least) - 0.05, math.log10(most) + 0.05
-    steps = (1, 2, 5) if high - low > 1 else (1, 1.5, 2, 3, 4, 5, 7)
+    steps = (1, 2, 5) if high - low > 1.2 else (1, 1.5, 2, 3, 4, 5, 7)
     ticks = [step * 10.0**decade for decade in range(math.floor(low), math.ceil(high)) for step in steps]
     return {
         "type": "log",
