@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 
 from loadtest.compare.judge import Judge, keeps
 from loadtest.compare.model import Measured, Run, Shape, WorkerUse
+from loadtest.compare.processes import cores_of, cpu_seconds
 from loadtest.compare.question import Question, parse_step_tokens
 from loadtest.compare.search import MAX_STEPS, Search
 from loadtest.compare.shapes import all_shapes
@@ -249,3 +254,18 @@ def test_who_keeps_no_rate(split: float, mixed: float, pays: bool, words: str) -
     assert verdict.pays is pays
     assert words in verdict.text[0]
     assert (verdict.ratio is None) == (mixed == 0)
+
+
+def test_cpu_seconds_of_a_process_and_of_none() -> None:
+    first = cpu_seconds(os.getpid())
+    assert first is not None
+    busy_until = time.process_time() + 0.05
+    while time.process_time() < busy_until:
+        pass
+    later = cpu_seconds(os.getpid())
+    assert later is not None
+    assert 0.03 < later - first < 5
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+        assert cpu_seconds(gone.pid) is None
+        assert cores_of(gone.pid) == []
