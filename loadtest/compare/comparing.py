@@ -27,6 +27,8 @@ from loadtest.target import SendOptions
 Starter = Callable[[model.Shape], AbstractAsyncContextManager[str]]
 # Of the time limit, what the search may take: the rest is for the runs that are shown.
 SEARCH_SHARE = 0.75
+# Of a load that other programs disturbed.
+TRIES = 3
 
 
 class Progress(Protocol):
@@ -170,12 +172,17 @@ class Comparing:
         def halted() -> bool:
             return self._stop.is_set() or (deadline_s is not None and time.monotonic() > deadline_s)
 
-        self._progress.stage(f"{entry.shape.name}: {rate_rps:.2f} requests/s")
         plan = self._question.plan_at(rate_rps, seed_offset=int(shown))
-        offered = await entry.contender.offer(
-            plan, self._measuring, self._question.target, halted, self._progress.watch, whole=shown
-        )
-        self._progress.ended(entry.shape, offered.result, offered.ending)
+        for _ in range(TRIES):
+            self._progress.stage(f"{entry.shape.name}: {rate_rps:.2f} requests/s")
+            offered = await entry.contender.offer(
+                plan, self._measuring, self._question.target, halted, self._progress.watch, whole=shown
+            )
+            self._progress.ended(entry.shape, offered.result, offered.ending)
+            # Disturbed and kept all the same is kept.
+            kept = offered.ending is Ending.WHOLE and keeps(offered.result.attainment, self._question.target)
+            if offered.ending is Ending.CUT or kept or not offered.disturbed:
+                break
         return offered
 
     def _comparison(self, entries: list[_Entry], command: str) -> model.Comparison:

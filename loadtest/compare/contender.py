@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from loadtest.compare import model
-from loadtest.compare.judge import Judge
-from loadtest.compare.processes import cores_of, cpu_seconds
+from loadtest.compare.judge import Judge, is_disturbed
+from loadtest.compare.processes import cores_of, cpu_seconds, others_cpu_seconds
 from loadtest.grpc_target import GrpcTarget
 from loadtest.metrics import Goodput, Outcome, missed, summarize
 from loadtest.plan import Plan
@@ -54,6 +54,10 @@ class Offered:
     ending: Ending
     result: model.Run
 
+    @property
+    def disturbed(self) -> bool:
+        return is_disturbed(self.result)
+
     def shown(self) -> model.ShownRun:
         answers = [_answer(outcome, self.run, self.result) for outcome in self.run.outcomes]
         return model.ShownRun(**self.result.model_dump(), answers=answers)
@@ -75,6 +79,7 @@ class Contender:
         self.served = served
         self.workers = [_worker(state, shape) for state in status.workers]
         self.device = ", ".join(sorted({state.device for state in status.workers}))
+        self._cores = {core for worker in self.workers for core in worker.cores}
         self._address = address
         self._client = client
         self._sending = sending
@@ -122,11 +127,14 @@ class Contender:
         schedule = plan.schedule(self.served)
         judge = Judge(schedule.arrivals, measuring.goodput, 0.0 if whole else target_attainment)
         async with self._target() as target:
-            before = self._cpu()
+            before, others_before = self._cpu(), others_cpu_seconds(self._cores)
             run, ending = await _send(Runner(target, schedule.arrivals, None, watch), judge, halted)
-            use = self._use(before, run.duration_s)
+            use, others = self._use(before, run.duration_s), others_cpu_seconds(self._cores)
             found = figures(target, plan, measuring, self.served, schedule, run)
         found["missed"] = judge.causes(run.outcomes, run.started_s + run.duration_s)
+        # Share of the cores that other programs took.
+        if self._cores and others is not None and others_before is not None:
+            found["others_busy"] = max(0.0, others - others_before) / (run.duration_s * len(self._cores))
         await self._idle()
         assert plan.request_rate is not None
         return Offered(run, ending, _result(plan.request_rate, found, use))

@@ -7,16 +7,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loadtest.compare.model import Run
 from loadtest.metrics import Goodput, Metric, Outcome, missed
 from loadtest.runner import Arrival
 
 FAILED = "failed"
+# Share of the cores that other programs may take before a load counts as disturbed.
+QUIET = 0.05
 # Shares are sums of ones divided by a count: this much is rounding.
 _ROUNDING = 1e-9
 
 
 def keeps(attainment: float, target: float) -> bool:
     return attainment >= target - _ROUNDING
+
+
+def is_disturbed(run: Run) -> bool:
+    return bool(run.figures.get("others_busy", 0.0) > QUIET)
 
 
 @dataclass(frozen=True)

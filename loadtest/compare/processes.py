@@ -1,9 +1,10 @@
-"""Cores and CPU seconds of a process, where the system tells them: on Linux."""
+"""Cores and CPU seconds, of a process and of all that is not ours, where the system tells them: on Linux."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 # Of /proc/PID/stat, counted behind the name in brackets: user and system time, in clock ticks.
@@ -25,6 +26,29 @@ def cpu_seconds(pid: int) -> float | None:
     except OSError:
         return None
     return (int(fields[_USER]) + int(fields[_SYSTEM])) / os.sysconf("SC_CLK_TCK")
+
+
+def others_cpu_seconds(cores: Collection[int]) -> float | None:
+    """What these cores have done since the machine's start, less what this process and its children have.
+
+    What a hypervisor took away counts as others' too. A difference of two is meant: children that have ended are not
+    ours any more. None where the system does not tell.
+    """
+    try:
+        lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()
+    except OSError:
+        return None
+    wanted = {f"cpu{core}" for core in cores}
+    ticks = sum(_busy_ticks(line.split()[1:]) for line in lines if line.split()[0] in wanted)
+    ours = sum(cpu_seconds(int(pid)) or 0.0 for pid in [str(os.getpid()), *children])
+    return ticks / os.sysconf("SC_CLK_TCK") - ours
+
+
+def _busy_ticks(fields: Sequence[str]) -> int:
+    """Of a core's line in /proc/stat, all but idling (fourth) and waiting for disks (fifth); guests are users."""
+    user, nice, system, _, _, irq, softirq, steal = (int(field) for field in fields[:8])
+    return user + nice + system + irq + softirq + steal
 
 
 def processor() -> str:

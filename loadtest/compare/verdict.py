@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from loadtest.compare.judge import FAILED, keeps
+from loadtest.compare.judge import FAILED, QUIET, is_disturbed, keeps
 from loadtest.compare.model import Measured, Pool, Run, Verdict, WorkerUse
 
 _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL", FAILED: "an answer at all"}
@@ -115,6 +115,13 @@ class _Texts:
                 yield f"Of the {kind} shapes {best.shape.name} was the best. The others: {words}."
 
     def _certainty(self) -> Iterator[str]:
+        every = [run for each in self._measured for run in [*each.probes, *each.shown]]
+        disturbed = [run.figures["others_busy"] for run in every if is_disturbed(run)]
+        if disturbed:
+            yield (
+                f"The machine was not quiet: in {len(disturbed)} of {len(every)} loads other programs took more than "
+                f"{QUIET:.0%} of the cores, up to {max(disturbed):.0%}, also when a load was repeated for that."
+            )
         brackets = [
             f"{each.shape.name} within {_rate(each.best_rate_rps)} and {short.rate_rps:.2f}"
             for each in (self._split, self._colocated)
@@ -126,8 +133,9 @@ class _Texts:
             spread = math.sqrt(self._target * (1 - self._target) / offered)
             yield (
                 f"How sure this is: the highest rates lie {', '.join(brackets)}. Each rate was tried once, the best "
-                f"ones with {offered} requests or more: a share of {self._target:.0%} of so few is uncertain by about "
-                f"{spread * 100:.0f} percentage points. A difference of less than the resolution is none."
+                f"ones with {offered} requests or more: a share of {self._target:.0%} of so few is uncertain by "
+                f"{spread * 100:.0f} percentage points if requests miss independently of each other, and by more as "
+                "they miss in bursts. A difference of less than the resolution is none."
             )
 
 

@@ -132,6 +132,8 @@ class _Progress:
 
     def ended(self, shape: Shape, run: Run, ending: Ending) -> None:
         how = {"whole": "", "hopeless": ", out of reach: stopped", "cut": ", cut off"}[ending.value]
+        others = run.figures.get("others_busy", 0.0)
+        how += f"; other programs took {others:.0%} of the cores" if others >= 0.01 else ""
         self._console.print(
             f"{shape.name}: {run.rate_rps:.2f} requests/s, {run.attainment:.0%} of {run.offered} requests met all "
             f"({run.duration_s:.0f} s{how})"

@@ -14,7 +14,7 @@ import pytest
 
 from loadtest.compare.judge import Judge, keeps
 from loadtest.compare.model import Measured, Run, Shape, WorkerUse
-from loadtest.compare.processes import cores_of, cpu_seconds
+from loadtest.compare.processes import cores_of, cpu_seconds, others_cpu_seconds
 from loadtest.compare.question import Question, parse_step_tokens
 from loadtest.compare.search import MAX_STEPS, Search
 from loadtest.compare.shapes import all_shapes
@@ -24,6 +24,7 @@ from loadtest.plan import Plan
 from loadtest.runner import Arrival
 from loadtest.target import Served
 from loadtest.workloads import LoadRequest
+from tandem.engine.cores import usable_cores
 from tandem.errors import ConfigError
 
 TTFT: Goodput = {"ttft": 1000}
@@ -269,3 +270,25 @@ def test_cpu_seconds_of_a_process_and_of_none() -> None:
         gone.wait()
         assert cpu_seconds(gone.pid) is None
         assert cores_of(gone.pid) == []
+
+
+def test_what_others_do_is_counted_on_these_cores() -> None:
+    """A process that is no child of ours: its parent has ended."""
+    cores = usable_cores()
+    first = others_cpu_seconds(cores)
+    orphan = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]])"
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", orphan, burn], check=True, timeout=30)
+    assert first is not None
+    give_up = time.monotonic() + 30
+    while (others_cpu_seconds(cores) or 0) - first < 0.4:
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+def test_disturbed_loads_are_named_in_the_verdict() -> None:
+    loud = probe(1.1, 0.5, tpot=5).model_copy(update={"figures": {"missed": {}, "others_busy": 0.3}})
+    verdict = verdict_on([measured(MIXED, probe(1.0, 0.95), loud), measured(SPLIT, probe(1.0, 1.0))], 0.9, False)
+    assert any(
+        "in 1 of 3 loads other programs took more than 5% of the cores, up to 30%" in each for each in verdict.text
+    )
