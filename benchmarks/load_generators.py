@@ -1,15 +1,16 @@
 """Do `tandem bench` and `vllm bench serve` measure the same? Both load the same service with the same seeds, by turns.
 
-usage: python benchmarks/load_generators.py --peer VENV [--rounds 3] [--num-prompts 20] [--rate 0.8] [--output FILE]
+usage: python benchmarks/load_generators.py --peer VENV [--rounds 3] [--num-prompts 80] [--rate 8] [--output FILE]
 
-VENV is a virtual environment with vLLM. The service is Tandem's, on this machine: one prefill and one decode worker
-with the 160M shape and random weights, without a prefix cache, asked through its OpenAI door. A round's number is its
-seed: both tools send requests of the same lengths at the same times (vLLM's prompts are text, ours token ids), each
-twice, in the order A B B A, so that what drifts meets both alike.
+VENV is a virtual environment with vLLM. The service is Tandem's router with its OpenAI door, and behind it workers
+without a model that keep a pace by the clock (router_workers.py): one prompt after the other, then a step for all live
+requests. So what is measured depends on the load alone: an engine that shares its cores with the tools, and with
+whatever else runs, is not like itself from one run to the next.
 
-A figure's difference is that of the tools' means in a round, and of the rounds the median. Beside it stands how far two
-runs of the same tool are apart: no difference that is smaller says anything about the tools. The script fails if a
-difference is above 5 %.
+A round's number is its seed: both tools send requests of the same lengths at the same times (vLLM's prompts are text,
+ours token ids), each twice, in the order A B B A, so that what drifts meets both alike. A figure's difference is that
+of the tools' means in a round, and of the rounds the median. Beside it stands how far two runs of the same tool are
+apart: a difference that is not larger says nothing about the tools. The script fails if one is above 5 %.
 """
 
 from __future__ import annotations
@@ -17,14 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -32,12 +31,17 @@ from typing import Any
 import record
 from rich.console import Console
 from rich.table import Table
-from shapes import write_model
+from side import Side
+
+from tandem.client import Client
+from tandem.config import TINY_MODEL
 
 HERE = Path(__file__).resolve().parent
-TOKENIZER = HERE.parent / "tandem" / "assets" / "tiny"
 INPUT_TOKENS, OUTPUT_TOKENS = 128, 24
 LIMIT = 0.05
+# Of the workers. A prompt's 60 ms at 8 prompts a second: half of the time somebody waits for somebody else.
+PACE = {"prefill_s": 0.06, "step_s": 0.03}
+READY_S = 20.0
 FIGURES = (
     "total_input_tokens",
     "total_output_tokens",
@@ -49,26 +53,33 @@ FIGURES = (
 )
 # By tool, of both of its runs.
 Round = dict[str, list[dict[str, float]]]
-GOODPUT = ("ttft:2000", "tpot:200", "e2el:10000")
+# Near the middle: whether a request is good depends on its figures.
+GOODPUT = ("ttft:150", "tpot:40", "e2el:1000")
 
 
 @contextmanager
-def service(model: Path) -> Iterator[str]:
+def service() -> Iterator[str]:
     """The URL of its OpenAI door."""
-    command = [sys.executable, "-m", "tandem.cli.main", "serve", "--model", str(model), "--load-format", "dummy"]
-    # A tool's second run of a round would find its first one's prompts.
-    config = model.parent / "config.json"
-    config.write_text(json.dumps({"engine": {"prefix_cache": False}}))
-    command += ["--config", str(config), "--prefill", "1", "--decode", "1", "--port", "0", "--http-port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    command = [sys.executable, "-P", "-m", "router", "--port", "0", "--http-port", "0", "--model", str(TINY_MODEL)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as router:
         try:
-            assert process.stdout is not None
-            ready = next((line for line in process.stdout if line.startswith("ready at ")), "")
-            found = re.search(r"http://\S+?(?=/v1)", ready)
-            assert found, f"the service did not start: {ready or 'it ended'}"
-            yield found[0]
+            assert router.stdout is not None
+            address = router.stdout.readline().split()[-1]
+            with closing(Side([sys.executable, "-P", str(HERE / "router_workers.py"), address])) as workers:
+                workers.ask(json.dumps(PACE))
+                yield f"http://127.0.0.1:{http_port(address)}"
         finally:
-            process.send_signal(signal.SIGINT)
+            router.terminate()
+
+
+def http_port(address: str) -> int:
+    """Of a router that both workers have joined."""
+    until_s = time.monotonic() + READY_S
+    with Client(address) as client:
+        while len((status := client.status()).workers) < 2:
+            assert time.monotonic() < until_s, "the workers did not join"
+            time.sleep(0.05)
+        return status.http_port
 
 
 def run(command: list[str], output: Path) -> dict[str, Any]:
@@ -86,10 +97,11 @@ def ours(url: str, seed: int, options: argparse.Namespace, output: Path) -> dict
     return run([*command, "--vocab-size", "1024", "--goodput", *GOODPUT], output)
 
 
-def theirs(url: str, model: Path, seed: int, options: argparse.Namespace, output: Path) -> dict[str, Any]:
+def theirs(url: str, seed: int, options: argparse.Namespace, output: Path) -> dict[str, Any]:
     command = [str(options.peer / "bin" / "python"), str(HERE / "vllm_serve.py"), "--backend", "openai"]
-    command += ["--base-url", url, "--model", model.name, "--tokenizer", str(TOKENIZER), "--dataset-name", "random"]
-    command += ["--random-input-len", str(INPUT_TOKENS), "--random-output-len", str(OUTPUT_TOKENS), "--ignore-eos"]
+    command += ["--base-url", url, "--model", TINY_MODEL.name, "--tokenizer", str(TINY_MODEL)]
+    command += ["--dataset-name", "random", "--random-input-len", str(INPUT_TOKENS)]
+    command += ["--random-output-len", str(OUTPUT_TOKENS), "--ignore-eos"]
     command += ["--num-prompts", str(options.num_prompts), "--request-rate", str(options.rate), "--seed", str(seed)]
     command += ["--ready-check-timeout-sec", "0", "--goodput", *GOODPUT, "--percentile-metrics", "ttft,tpot,itl,e2el"]
     command += ["--temperature", "0", "--disable-tqdm", "--save-result"]
@@ -97,23 +109,19 @@ def theirs(url: str, model: Path, seed: int, options: argparse.Namespace, output
 
 
 def measure(options: argparse.Namespace, folder: Path) -> list[Round]:
-    model = write_model("160m", folder / "llama-160m", weights=False)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, model)
     rounds = []
-    with service(model) as url:
+    with service() as url:
         tools: dict[str, Callable[[int], dict[str, Any]]] = {
-            "vllm": lambda seed: theirs(url, model, seed, options, folder / "vllm.json"),
+            "vllm": lambda seed: theirs(url, seed, options, folder / "vllm.json"),
             "tandem": lambda seed: ours(url, seed, options, folder / "tandem.json"),
         }
-        for tool in tools.values():
-            tool(options.rounds)  # warms everything up
         for seed in range(options.rounds):
             first, second = list(tools) if seed % 2 else reversed(tools)
             found: Round = {tool: [] for tool in tools}
             for tool in (first, second, second, first):
                 figures = tools[tool](seed)
                 found[tool].append({name: figures[name] for name in FIGURES})
+                print(f"round {seed}, {tool}: mean TTFT {figures['mean_ttft_ms']:.1f} ms", file=sys.stderr)
             rounds.append(found)
     return rounds
 
@@ -133,8 +141,9 @@ def compare(rounds: list[Round]) -> dict[str, dict[str, float]]:
 
 
 def show(found: dict[str, dict[str, float]]) -> None:
-    table = Table("figure", box=None)
-    for head in ("vllm bench serve", "tandem bench", "difference", "the same tool again"):
+    table = Table(box=None)
+    table.add_column("figure", no_wrap=True)
+    for head in ("vllm bench serve", "tandem bench", "difference", "same tool again"):
         table.add_column(head, justify="right")
     for name, row in found.items():
         cells = (f"{row['vllm']:.2f}", f"{row['tandem']:.2f}", f"{row['difference']:+.1%}", f"± {row['repeat']:.1%}")
@@ -146,8 +155,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--num-prompts", type=int, default=20)
-    parser.add_argument("--rate", type=float, default=0.8)
+    parser.add_argument("--num-prompts", type=int, default=80)
+    parser.add_argument("--rate", type=float, default=8.0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

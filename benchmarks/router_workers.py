@@ -1,8 +1,9 @@
 """A prefill worker and a decode worker without a model, for router.py; a process of its own.
 
-    router_workers.py ROUTER        each line {"step_s": ...} on stdin sets the pace of the steps
+    router_workers.py ROUTER        each line {"step_s": ..., "prefill_s": ...} on stdin sets the pace
 
-Their answers cost next to nothing: the first token at once, then one token a step for every live request, all of a step
+Their answers cost next to nothing: the first token after prefill_s, one prompt after the other (at once if it is 0 or
+not said), then one token a step for every live request, all of a step
 in one message, as a real decode worker sends it. One request in 16 carries in its log probabilities when each token
 was sent; the client reads the same clock.
 """
@@ -46,7 +47,8 @@ class Workers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorke
     """Both workers' services: what one seals, the other decodes."""
 
     def __init__(self, output: list[int]) -> None:
-        self.step_s = 0.01
+        self.step_s, self.prefill_s = 0.01, 0.0
+        self._prefilling = asyncio.Lock()
         self._output = output
         self._reserved: dict[str, Live] = {}
         self._live: dict[str, Live] = {}
@@ -77,6 +79,9 @@ class Workers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorke
     async def Prefill(self, request: worker_pb2.PrefillRequest, context: Any) -> None:
         live = self._reserved.pop(request.target.reservation_id)
         await context.write(worker_pb2.PrefillEvent(started=worker_pb2.PrefillStarted()))
+        if self.prefill_s:
+            async with self._prefilling:
+                await asyncio.sleep(self.prefill_s)
         first = worker_pb2.FirstToken(token=common_pb2.Token(id=self._output[0]))
         if live.max_tokens == 1:
             first.finish_reason = LENGTH
@@ -150,7 +155,8 @@ async def serve(router: str) -> None:
     ]
     print(json.dumps({"port": port}), flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):
-        workers.step_s = json.loads(line)["step_s"]
+        pace = json.loads(line)
+        workers.step_s, workers.prefill_s = pace["step_s"], pace.get("prefill_s", 0.0)
         print(json.dumps({}), flush=True)
     for task in joins:
         task.cancel()
