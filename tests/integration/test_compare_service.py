@@ -97,7 +97,8 @@ def test_both_shapes_are_measured_on_the_same_cores(tmp_path: Path) -> None:
     answer = next(answer for each in found.measured if each.shape.is_split for answer in each.shown[0].answers)
     assert answer.prefill_worker != answer.decode_worker
     assert {answer.prefill_worker, answer.decode_worker} == {use.worker for use in found.measured[1].probes[0].use}
-    assert len(answer.arrivals_s) == answer.output_tokens == 6
+    assert answer.output_tokens == 6
+    assert 2 <= len(answer.arrivals_s) <= 6  # a busy router sends several at once
     assert found.verdict.text[-1] in " ".join(out.split())
 
 
