@@ -56,7 +56,7 @@ class OpenAIDoor:
         self._started = int(time.time())
 
     def app(self) -> FastAPI:
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
         app.add_exception_handler(TandemError, failures.on_tandem_error)
         app.add_exception_handler(HTTPException, failures.on_http_error)
         app.add_exception_handler(Exception, failures.on_bug)

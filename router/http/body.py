@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from router.http.failures import Impolite
 from router.http.fields import brief
@@ -36,6 +37,8 @@ async def read_body(request: Request, limit: int) -> bytes:
             return await _read(request, limit)
     except TimeoutError:
         raise Impolite(HTTPStatus.REQUEST_TIMEOUT, f"the body did not arrive within {READ_S:g} s") from None
+    except ClientDisconnect:  # nobody reads this, and nothing is wrong here that the log should tell of
+        raise Impolite(HTTPStatus.BAD_REQUEST, "the client left before its body had arrived") from None
 
 
 async def _read(request: Request, limit: int) -> bytes:

@@ -15,11 +15,14 @@ from http_house import HttpHouse, error_of, http_configuration, open_http_house
 from router_house import eventually_status
 from scripted_worker import eventually
 
+from router.http import body
 from router.http.door import SEND_BUFFER_BYTES, Patience
 
 LIMIT = 64 << 10
 # asyncio's, above which a transport asks its writer to pause.
 PROCESS_BUFFER_BYTES = 64 << 10
+# Of a request with a body of 20 bytes.
+HEAD_OF_20 = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 20\r\n\r\n"
 
 
 @pytest.fixture
@@ -65,11 +68,32 @@ async def read_all(raw: Any, within_s: float = 10) -> bytes:
 async def test_a_body_that_does_not_arrive(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("router.http.body.READ_S", 0.2)
     raw = door.dial()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 20\r\n\r\n{"
-    await asyncio.get_running_loop().sock_sendall(raw, head)
+    await asyncio.get_running_loop().sock_sendall(raw, HEAD_OF_20 + b"{")
     answer = await read_all(raw)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"did not arrive within 0.2 s" in answer
+
+
+async def test_a_client_that_leaves_within_its_body_is_no_bug(
+    door: HttpHouse, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, ended, read = asyncio.Event(), asyncio.Event(), body._read
+
+    async def noted(request: Any, limit: int) -> bytes:
+        began.set()
+        try:
+            return await read(request, limit)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(body, "_read", noted)
+    raw = door.dial()
+    await asyncio.get_running_loop().sock_sendall(raw, HEAD_OF_20 + b"{")
+    await asyncio.wait_for(began.wait(), 5)
+    raw.close()
+    await asyncio.wait_for(ended.wait(), 5)
+    assert (await door.complete()).status_code == 200
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @pytest.mark.parametrize("beginning", [b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nhost: x\r\nx-slow: "])

@@ -115,6 +115,8 @@ async def test_what_asks_for_nothing_is_taken(door: HttpHouse) -> None:
         ("GET", "/", 404),
         ("GET", "/docs", 404),
         ("GET", "/openapi.json", 404),
+        ("GET", "/health/", 404),
+        ("POST", "/v1/completions/", 404),
         ("GET", "/v1/completions", 405),
         ("OPTIONS", "/v1/completions", 405),
         ("POST", "/v1/models", 405),
