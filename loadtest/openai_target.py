@@ -19,8 +19,12 @@ from tandem.types import shown
 MAX_ERROR_CHARS = 300
 MAX_BODY_BYTES = 1 << 20
 DESCRIBE_TIMEOUT_S = 10.0
+# Tokens of one answer, above which a count is none.
+MAX_COUNT = 1 << 31
 # What says that the transport failed, not the endpoint.
 _BROKEN = (aiohttp.ClientError, OSError)
+# What reading JSON raises; the second where it is nested too deeply.
+_NO_JSON = (ValueError, RecursionError)
 
 
 class _Failed(Exception):
@@ -67,7 +71,7 @@ class OpenAITarget:
                 return [model for model in json.loads(body)["data"] if isinstance(model["id"], str)]
         except (*_BROKEN, TimeoutError) as error:
             raise Unavailable(f"cannot reach an OpenAI endpoint at {self._base}: {_words(error)}") from None
-        except (ValueError, TypeError, KeyError):
+        except (*_NO_JSON, TypeError, KeyError):
             raise Refused(f"{self._base}/v1/models did not answer with a list of models") from None
 
     async def send(self, request: LoadRequest, outcome: Outcome) -> None:
@@ -80,7 +84,7 @@ class OpenAITarget:
             outcome.fail("deadline_exceeded", f"no whole answer within {self._options.timeout_s:g} s")
         except _BROKEN as error:
             outcome.fail("connection", _words(error))
-        except ValueError as error:
+        except _NO_JSON as error:
             outcome.fail("bad_stream", f"not the stream of an OpenAI endpoint: {shown(str(error))}")
 
     def _payload(self, request: LoadRequest) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def _take(event: Any, outcome: Outcome) -> None:
 
 def _count(usage: Any, key: str) -> int:
     count = usage.get(key) if isinstance(usage, dict) else None
-    if not isinstance(count, int) or count < 0:
+    if not isinstance(count, int) or not 0 <= count <= MAX_COUNT:
         raise ValueError(f"usage without {key}")
     return count
 

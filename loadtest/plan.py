@@ -213,7 +213,7 @@ def parse_goodput(words: Iterable[str]) -> dict[Metric, float]:
             limit_ms = float(text)
         except ValueError:
             limit_ms = math.nan
-        if metric is None or not limit_ms > 0:
+        if metric is None or not is_positive(limit_ms):
             raise ConfigError(
                 f"--goodput takes ttft, tpot and e2el with milliseconds, such as ttft:500, not {shown(word)}",
                 field="goodput",

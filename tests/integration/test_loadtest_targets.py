@@ -56,6 +56,8 @@ async def silent(*_: Any) -> None:
         (writes(scripted_openai.DONE), "no_tokens"),
         (writes(b"data: what\n\n"), "bad_stream"),
         (writes(b"data: 5\n\n"), "bad_stream"),
+        (writes(scripted_openai.event(b"[" * 100_000)), "bad_stream"),
+        (writes(scripted_openai.token(), scripted_openai.usage(1, 10**300)), "bad_stream"),
         (writes(scripted_openai.event({"choices": [], "usage": 5}), scripted_openai.DONE), "bad_stream"),
         (writes(scripted_openai.token(), scripted_openai.event({"error": {"message": "no"}})), "error_event"),
         (silent, "deadline_exceeded"),

@@ -199,7 +199,7 @@ def test_more_prompt_tokens_than_can_be_held_are_refused_before_they_are_made() 
 
 def test_objectives_come_in_one_text_or_several() -> None:
     assert parse_goodput(["ttft:500 tpot:50", "e2el:9e3"]) == {"ttft": 500, "tpot": 50, "e2el": 9000}
-    for wrong in ("ttft", "itl:5", "ttft:0", "ttft:nan", "ttft:x"):
+    for wrong in ("ttft", "itl:5", "ttft:0", "ttft:nan", "ttft:inf", "ttft:x"):
         with pytest.raises(ConfigError, match="--goodput takes"):
             parse_goodput([wrong])
 
