@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Protocol
 
 import tandem
@@ -66,6 +68,7 @@ class _Entry:
             probes=self.probes,
             best_rate_rps=self.search.kept_rps,
             goodput_rps=best.goodput_rps if best else 0.0,
+            missed_rate_rps=self.search.missed_rps if math.isfinite(self.search.missed_rps) else None,
             shown=self.shown,
         )
 
@@ -122,8 +125,8 @@ class Comparing:
 
     def _first_rate(self, alone: Sequence[model.Run]) -> float:
         """What all workers could prefill one by one: rather too high, and that is found out soonest."""
-        fastest_ms = min(float(run.figures["median_ttft_ms"]) for run in alone)
-        return self._question.workers * 1000 / max(fastest_ms, 1.0)
+        ttfts_ms = [float(run.figures["median_ttft_ms"]) for run in alone if run.failed < run.offered]
+        return self._question.workers * 1000 / max(min(ttfts_ms, default=1000.0), 1.0)
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
@@ -162,6 +165,9 @@ class Comparing:
         rates = sorted({each.best_rate_rps for each in best if each.best_rate_rps}) or tried[:1]
         for number, rate_rps in enumerate(rates):
             for entry in finalists if number % 2 == 0 else finalists[::-1]:
+                if self._halted(self._deadline_s):
+                    self._cut = True
+                    return
                 offered = await self._offer(entry, rate_rps, self._deadline_s, shown=True)
                 if offered.ending is Ending.CUT:
                     self._cut = True
@@ -169,10 +175,8 @@ class Comparing:
                 entry.shown.append(offered.shown())
 
     async def _offer(self, entry: _Entry, rate_rps: float, deadline_s: float | None, shown: bool = False) -> Offered:
-        def halted() -> bool:
-            return self._stop.is_set() or (deadline_s is not None and time.monotonic() > deadline_s)
-
         plan = self._question.plan_at(rate_rps, seed_offset=int(shown))
+        halted = partial(self._halted, deadline_s)
         for _ in range(TRIES):
             self._progress.stage(f"{entry.shape.name}: {rate_rps:.2f} requests/s")
             offered = await entry.contender.offer(
@@ -184,6 +188,9 @@ class Comparing:
             if offered.ending is Ending.CUT or kept or not offered.disturbed:
                 break
         return offered
+
+    def _halted(self, deadline_s: float | None) -> bool:
+        return self._stop.is_set() or (deadline_s is not None and time.monotonic() > deadline_s)
 
     def _comparison(self, entries: list[_Entry], command: str) -> model.Comparison:
         question, measured = self._question, [entry.measured() for entry in entries]

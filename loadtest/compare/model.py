@@ -99,8 +99,16 @@ class Measured(_Value):
     # lose to others of the same workers may have none: they are tried only above what the others have kept.
     best_rate_rps: float
     goodput_rps: float
+    # The lowest rate that it was found not to keep: 0 if it misses the objectives even without load, None if the search
+    # found none.
+    missed_rate_rps: float | None = None
     # At rates that all shapes share; by turns with the other shapes.
     shown: list[ShownRun]
+
+    @property
+    def best(self) -> Run | None:
+        """The probe at its best rate."""
+        return next((run for run in self.probes if run.rate_rps == self.best_rate_rps), None)
 
 
 class Verdict(_Value):

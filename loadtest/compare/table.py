@@ -17,7 +17,9 @@ def table_of(found: Comparison) -> Table:
 
 
 def _cells(measured: Measured) -> list[str]:
-    best = next((run for run in measured.probes if run.rate_rps == measured.best_rate_rps), None)
+    best = measured.best
+    if best is None and measured.missed_rate_rps == 0:
+        return ["none, even without load"]
     if best is None:
         return [f"below {min(run.rate_rps for run in measured.probes):.2f}/s" if measured.probes else "not measured"]
     figures = {**best.figures, **best.figures["from_schedule"]}

@@ -12,32 +12,34 @@ _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL", FAILED: "an answer at 
 
 
 def verdict_on(measured: Sequence[Measured], target: float, interrupted: bool) -> Verdict:
-    colocated, split = best_of(measured, split=False), best_of(measured, split=True)
-    ratio = split.goodput_rps / colocated.goodput_rps if colocated.goodput_rps else None
-    texts = _Texts(measured, colocated, split, target, interrupted)
+    texts = _Texts(measured, target, interrupted)
+    colocated, split = texts.colocated, texts.split
     return Verdict(
-        pays=_pays(colocated, split, target),
+        pays=texts.pays,
         best_split=split.shape.name,
         best_colocated=colocated.shape.name,
-        ratio=ratio,
+        ratio=split.goodput_rps / colocated.goodput_rps if colocated.goodput_rps else None,
         text=list(texts.all()),
     )
 
 
 def best_of(measured: Sequence[Measured], split: bool) -> Measured:
     """The first of its kind if none kept any rate."""
-    kind = [each for each in measured if each.shape.is_split == split]
-    return max(kind, key=lambda each: (each.best_rate_rps, each.goodput_rps))
+    return max(_kind(measured, split), key=lambda each: (each.best_rate_rps, each.goodput_rps))
 
 
-def _pays(colocated: Measured, split: Measured, target: float) -> bool:
-    """Only if the split kept a rate that the colocated one did not, as far as the search told them apart."""
-    return split.best_rate_rps > 0 and split.goodput_rps > colocated.goodput_rps and _apart(split, colocated, target)
+def _kind(measured: Sequence[Measured], split: bool) -> list[Measured]:
+    return [each for each in measured if each.shape.is_split == split]
 
 
-def _apart(winner: Measured, loser: Measured, target: float) -> bool:
-    fell_short = _fell_short(loser, target)
-    return winner.best_rate_rps >= (fell_short.rate_rps if fell_short else math.inf)
+def _beats(winner: Measured, others: Sequence[Measured]) -> bool:
+    """It delivers more, at a rate that the search knows each of the others not to keep."""
+    return all(
+        each.missed_rate_rps is not None
+        and winner.best_rate_rps >= each.missed_rate_rps
+        and winner.goodput_rps > each.goodput_rps
+        for each in others
+    )
 
 
 def _fell_short(measured: Measured, target: float) -> Run | None:
@@ -49,65 +51,69 @@ def _fell_short(measured: Measured, target: float) -> Run | None:
 class _Texts:
     """The sentences: who won, by how much; what limited each; other shapes; how sure that is."""
 
-    def __init__(
-        self, measured: Sequence[Measured], colocated: Measured, split: Measured, target: float, interrupted: bool
-    ) -> None:
+    def __init__(self, measured: Sequence[Measured], target: float, interrupted: bool) -> None:
         self._measured, self._target, self._interrupted = measured, target, interrupted
-        self._colocated, self._split = colocated, split
+        self.colocated, self.split = best_of(measured, split=False), best_of(measured, split=True)
+        self.pays = _beats(self.split, _kind(measured, split=False))
 
     def all(self) -> Iterator[str]:
         if self._interrupted:
             yield "The comparison was cut off: what follows is what was found until then."
         yield self._result()
-        for best in (self._split, self._colocated):
+        for best in (self.split, self.colocated):
             yield from self._limit(best)
         yield from self._shown()
         yield from self._others()
         yield from self._certainty()
 
     def _result(self) -> str:
-        split, colocated = self._split, self._colocated
+        """A cut search may know of nobody who lost: then it cannot tell who won."""
+        split, colocated = self.split, self.colocated
         if not split.best_rate_rps and not colocated.best_rate_rps:
             return "Nothing can be said of splitting: no shape kept the objectives at any rate that was tried."
-        if not colocated.best_rate_rps:
-            return (
-                f"Splitting pays here: {_delivered(split)}, and colocated workers kept the objectives at no rate that "
-                "was tried."
-            )
-        if not split.best_rate_rps:
-            return (
-                f"Splitting does not pay here: no split shape kept the objectives at any rate that was tried; "
-                f"{_delivered(colocated)}."
-            )
-        both = f"{_delivered(split)}, {_delivered(colocated)}"
-        ratio = split.goodput_rps / colocated.goodput_rps
-        if _pays(colocated, split, self._target):
-            return f"Splitting pays here, {ratio:.2f} times: {both}."
-        if ratio < 1 and _apart(colocated, split, self._target):
-            return f"Splitting does not pay here, it costs {1 - ratio:.0%} of the goodput ({ratio:.2f} times): {both}."
-        return f"Splitting makes no difference that this search can tell ({ratio:.2f} times): {both}."
+        both = split.best_rate_rps > 0 and colocated.best_rate_rps > 0
+        ratio = split.goodput_rps / colocated.goodput_rps if both else math.nan
+        if self.pays:
+            head = "Splitting pays here" + (f", {ratio:.2f} times" if both else "")
+        elif _beats(colocated, _kind(self._measured, split=True)):
+            costs = f", it costs {1 - ratio:.0%} of the goodput ({ratio:.2f} times)"
+            head = "Splitting does not pay here" + (costs if both else "")
+        elif self._interrupted:
+            so_far = f" ({ratio:.2f} times so far)" if both else ""
+            head = f"Whether splitting pays cannot be told from what was found until then{so_far}"
+        else:
+            head = f"Splitting makes no difference that this search can tell ({ratio:.2f} times)"
+        return f"{head}: {self._told()}."
+
+    def _told(self) -> str:
+        split, colocated = _delivered(self.split), _delivered(self.colocated)
+        return (
+            f"{split or 'no split shape kept the objectives at any rate that was tried'}, "
+            f"{colocated or 'colocated workers kept the objectives at no rate that was tried'}"
+        )
 
     def _limit(self, measured: Measured) -> Iterator[str]:
         short = _fell_short(measured, self._target)
         if short is not None:
             where = f"at {_rate(short.rate_rps)}, the lowest rate at which it fell short"
+            if measured.missed_rate_rps == 0:
+                where = "even without load, one request after the other"
             yield f"What limits {measured.shape.name}: {where}, {_causes(short)}."
-        best = next((run for run in measured.probes if run.rate_rps == measured.best_rate_rps), None)
-        if best is not None and best.use:
-            yield f"At its best rate {_busy(best.use)}."
+        if measured.best is not None and measured.best.use:
+            yield f"At its best rate {_busy(measured.best.use)}."
 
     def _shown(self) -> Iterator[str]:
         """What each does at the other one's best rate, of which both have a run."""
-        for run in self._split.shown:
-            other = next((each for each in self._colocated.shown if each.rate_rps == run.rate_rps), None)
+        for run in self.split.shown:
+            other = next((each for each in self.colocated.shown if each.rate_rps == run.rate_rps), None)
             if other is not None:
                 yield (
-                    f"With other arrivals, at {_rate(run.rate_rps)}: {self._split.shape.name} met the objectives for "
-                    f"{run.attainment:.0%} of the requests, {self._colocated.shape.name} for {other.attainment:.0%}."
+                    f"With other arrivals, at {_rate(run.rate_rps)}: {self.split.shape.name} met the objectives for "
+                    f"{run.attainment:.0%} of the requests, {self.colocated.shape.name} for {other.attainment:.0%}."
                 )
 
     def _others(self) -> Iterator[str]:
-        for split, best in ((False, self._colocated), (True, self._split)):
+        for split, best in ((False, self.colocated), (True, self.split)):
             others = [each for each in self._measured if each.shape.is_split == split and each is not best]
             if others and best.best_rate_rps:
                 words = "; ".join(f"{each.shape.name}: {_reached(each, self._target)}" for each in others)
@@ -124,10 +130,10 @@ class _Texts:
             )
         brackets = [
             f"{each.shape.name} within {_rate(each.best_rate_rps)} and {short.rate_rps:.2f}"
-            for each in (self._split, self._colocated)
+            for each in (self.split, self.colocated)
             if each.best_rate_rps and (short := _fell_short(each, self._target)) is not None
         ]
-        runs = [run for each in self._measured for run in each.probes if run.rate_rps == each.best_rate_rps]
+        runs = [each.best for each in self._measured if each.best is not None]
         if brackets and runs:
             offered = min(run.offered for run in runs)
             spread = math.sqrt(self._target * (1 - self._target) / offered)
@@ -139,7 +145,9 @@ class _Texts:
             )
 
 
-def _delivered(measured: Measured) -> str:
+def _delivered(measured: Measured) -> str | None:
+    if not measured.best_rate_rps:
+        return None
     return f"{measured.shape.name} gives {measured.goodput_rps:.2f} good answers/s at {_rate(measured.best_rate_rps)}"
 
 
@@ -147,6 +155,8 @@ def _reached(measured: Measured, target: float) -> str:
     short = _fell_short(measured, target)
     if measured.best_rate_rps:
         return f"kept {_rate(measured.best_rate_rps)}" + (f", not {short.rate_rps:.2f}" if short else "")
+    if measured.missed_rate_rps == 0:
+        return "missed the objectives even without load"
     return f"did not keep {_rate(short.rate_rps)}" if short else "not measured"
 
 

@@ -171,6 +171,7 @@ async def test_a_shape_that_is_too_slow_even_alone_is_not_searched() -> None:
     )
     colocated = found.measured[0]
     assert (colocated.best_rate_rps, len(colocated.probes), colocated.probes[0].attainment) == (0, 1, 0)
+    assert colocated.missed_rate_rps == 0
     assert colocated.probes[0].figures["missed"] == {"ttft": 3}
     assert found.verdict.ratio is None
     assert found.verdict.pays
@@ -181,6 +182,7 @@ async def test_stopped_in_the_search_it_says_what_was_found() -> None:
     assert notes.loads[2][2] is Ending.CUT
     assert found.interrupted
     assert [len(each.probes) for each in found.measured] == [1, 1]
+    assert len(notes.loads) == 3, "nothing is offered after it"
     assert found.measured[0].shown == []
 
 

@@ -200,6 +200,7 @@ def made_measured(shape: Shape, probes: Sequence[float], shown: Sequence[float],
         probes=runs,
         best_rate_rps=best.rate_rps if best else 0.0,
         goodput_rps=best.goodput_rps if best else 0.0,
+        missed_rate_rps=min((run.rate_rps for run in runs if run.attainment < TARGET), default=None),
         shown=[made_run(shape, rate, **options) for rate in shown],
     )
 

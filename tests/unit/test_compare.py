@@ -200,6 +200,7 @@ def measured(shape: Shape, *probes: Run) -> Measured:
         probes=list(probes),
         best_rate_rps=best.rate_rps if best else 0.0,
         goodput_rps=best.goodput_rps if best else 0.0,
+        missed_rate_rps=min((run.rate_rps for run in probes if run.attainment < 0.9), default=None),
         shown=[],
     )
 
@@ -239,6 +240,33 @@ def test_the_best_colocated_shape_counts() -> None:
     assert verdict.best_colocated == MIXED.name
     assert verdict.text[0].startswith("The comparison was cut off")
     assert any(f"{other.name}: did not keep 1.10 requests/s" in sentence for sentence in verdict.text)
+
+
+def test_a_rival_that_nobody_saw_fail_may_be_better() -> None:
+    """The search was cut: the other step budget has missed only what is above the best rate of the split."""
+    tried = measured(MIXED, probe(1.0, 0.95), probe(1.1, 0.5))
+    split = measured(SPLIT, probe(1.5, 0.95), probe(1.6, 0.5))
+    for seen, pays in ([], False), ([probe(2.0, 0.1)], False), ([probe(1.5, 0.1)], True):
+        rival = measured(Shape(colocated=2, step_tokens=512), *seen)
+        verdict = verdict_on([tried, rival, split], 0.9, interrupted=True)
+        assert verdict.pays is pays
+        words = "Splitting pays here" if pays else "Whether splitting pays cannot be told from what was found"
+        assert verdict.text[1].startswith(words)
+
+
+@pytest.mark.parametrize(("split", "mixed"), [(1.0, 0.0), (0.0, 1.0)])
+def test_a_cut_search_says_nothing_of_those_who_missed_higher_rates_only(split: float, mixed: float) -> None:
+    found = [measured(shape, probe(2.0 - share, share)) for shape, share in ((MIXED, mixed), (SPLIT, split))]
+    verdict = verdict_on(found, 0.9, interrupted=True)
+    assert not verdict.pays
+    assert verdict.text[1].startswith("Whether splitting pays cannot be told from what was found until then: ")
+
+
+def test_who_misses_even_without_load_loses_to_any_rate() -> None:
+    alone = measured(MIXED, probe(3.0, 0.0, tpot=3)).model_copy(update={"missed_rate_rps": 0.0})
+    verdict = verdict_on([alone, measured(SPLIT, probe(1.0, 0.95), probe(1.1, 0.5))], 0.9, interrupted=False)
+    assert verdict.pays
+    assert any(f"What limits {MIXED.name}: even without load" in sentence for sentence in verdict.text)
 
 
 @pytest.mark.parametrize(

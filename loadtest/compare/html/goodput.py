@@ -35,7 +35,11 @@ def _row(drawn: Drawn, target: float) -> Row:
     if run is None:
         return Row(drawn.look, "–", "–", "–", ["–"] * 9, "nothing was measured")
     note = ""
-    if not measured.best_rate_rps:
+    if measured.missed_rate_rps == 0:
+        note = (
+            "missed the objectives even without load. Attainment and latencies are those of requests sent one by one."
+        )
+    elif not measured.best_rate_rps:
         lowest = f"the lowest rate tried, {requests_per_s(run.rate_rps)}"
         note = f"no rate that was tried kept {target:.0%}. Attainment and latencies are those at {lowest}."
     return Row(
