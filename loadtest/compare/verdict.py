@@ -111,6 +111,13 @@ class _Texts:
                     f"With other arrivals, at {_rate(run.rate_rps)}: {self.split.shape.name} met the objectives for "
                     f"{run.attainment:.0%} of the requests, {self.colocated.shape.name} for {other.attainment:.0%}."
                 )
+        for best in (self.split, self.colocated):
+            again = next((run for run in best.shown if run.rate_rps == best.best_rate_rps), None)
+            if again is not None and not keeps(again.attainment, self._target):
+                yield (
+                    f"{best.shape.name} did not keep its own best rate with other arrivals: what it keeps whatever the "
+                    "arrivals is less than the search found."
+                )
 
     def _others(self) -> Iterator[str]:
         for split, best in ((False, self.colocated), (True, self.split)):

@@ -205,10 +205,14 @@ async def test_a_load_that_others_disturbed_is_repeated_unless_it_was_kept(monke
     seconds = itertools.count(0.0, 5.0)
     monkeypatch.setattr(contender, "others_cpu_seconds", lambda cores: next(seconds))
     found, notes = await compared(Scripted(0.01, 0.01), question(resolution=1.0))
-    for name in [each.shape.name for each in found.measured]:
-        rates = [(run.rate_rps, run.attainment >= 0.9) for who, run, _ in notes.loads if who == name]
-        for rate, kept in set(rates[: -len(found.measured[0].shown)]):
-            assert kept or rates.count((rate, kept)) >= TRIES
+    for each in found.measured:
+        kept: dict[float, list[bool]] = {}
+        for name, run, _ in notes.loads:
+            if name == each.shape.name:
+                kept.setdefault(run.rate_rps, []).append(run.attainment >= 0.9)
+        # On a busy machine one that was missed may be kept when it is repeated.
+        assert all(any(tries) or len(tries) >= TRIES for tries in kept.values())
+        assert max(map(len, kept.values())) >= TRIES
     assert any("The machine was not quiet" in sentence for sentence in found.verdict.text)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from loadtest.compare.judge import Judge, keeps
-from loadtest.compare.model import Measured, Run, Shape, WorkerUse
+from loadtest.compare.model import Measured, Run, Shape, ShownRun, WorkerUse
 from loadtest.compare.processes import cores_of, cpu_seconds, others_cpu_seconds
 from loadtest.compare.question import Question, parse_step_tokens
 from loadtest.compare.search import MAX_STEPS, Search
@@ -252,6 +252,15 @@ def test_a_rival_that_nobody_saw_fail_may_be_better() -> None:
         assert verdict.pays is pays
         words = "Splitting pays here" if pays else "Whether splitting pays cannot be told from what was found"
         assert verdict.text[1].startswith(words)
+
+
+def test_a_best_rate_that_other_arrivals_do_not_confirm_is_said_so() -> None:
+    split = measured(SPLIT, probe(2.0, 0.95), probe(2.2, 0.5))
+    mixed = measured(MIXED, probe(1.0, 0.95), probe(1.1, 0.5))
+    for share, said in ((0.9, False), (0.4, True)):
+        again = [ShownRun(**probe(rate, share).model_dump(), answers=[]) for rate in (1.0, 2.0)]
+        verdict = verdict_on([mixed, split.model_copy(update={"shown": again})], 0.9, interrupted=False)
+        assert any("1P1D did not keep its own best rate" in sentence for sentence in verdict.text) is said
 
 
 @pytest.mark.parametrize(("split", "mixed"), [(1.0, 0.0), (0.0, 1.0)])
