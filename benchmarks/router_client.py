@@ -76,7 +76,7 @@ class Clients:
             task.cancel()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         failed = [str(each) for each in outcomes if not isinstance(each, asyncio.CancelledError)]
-        return {"elapsed_s": elapsed_s, "cpu_s": time.process_time(), "failed": failed, **vars(seen)}
+        return {"elapsed_s": elapsed_s, "failed": failed, **vars(seen)}
 
     async def _caller(self, output_tokens: int, delay_s: float) -> None:
         await asyncio.sleep(delay_s)

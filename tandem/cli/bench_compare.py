@@ -148,6 +148,8 @@ class _Files:
     @classmethod
     def of(cls, output: Path) -> _Files:
         """Raises ConfigError when they cannot be written."""
+        if not output.name:
+            raise ConfigError(f"--output must name a file, not {output}", field="output")
         base = output.with_suffix("") if output.suffix in (".json", ".html") else output
         files = cls(base.with_name(base.name + ".json"), base.with_name(base.name + ".html"))
         check_writable(files.data)

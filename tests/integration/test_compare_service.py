@@ -122,6 +122,7 @@ def test_ctrl_c_gives_what_was_found(tmp_path: Path) -> None:
         (["--goodput", "ttft:9", "--step-tokens", "0"], "--step-tokens takes different numbers"),
         (["--goodput", "ttft:9", "--num-prompts", "5"], "--num-prompts must be 10 or more"),
         (["--goodput", "ttft:9", "--output", "/nowhere/x"], "cannot write /nowhere/x.json"),
+        (["--goodput", "ttft:9", "--output", "."], "--output must name a file, not ."),
         (["--goodput", "ttft:9", "--model", "/nowhere/x"], "there is no such directory: /nowhere/x"),
         (["--goodput", "ttft:9", "--config", "/nowhere/x"], "cannot read config file /nowhere/x"),
     ],
