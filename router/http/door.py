@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 # A request line and its headers must have arrived after this long.
 HEADERS_S = 10.0
-# A client that takes nothing for this long is gone, as far as we are concerned. What waits for it is bounded by then:
-# the transport's buffer, and the tokens that its request may have.
+# A client for which something has waited in the process for this long is gone, as far as we are concerned. What waits
+# is bounded: one event of a stream or one whole answer, and the tokens that its request may have.
 STALL_S = 30.0
 # The kernel's buffer for a connection (it takes twice that): left alone it grows to megabytes for a client that does
 # not read, and tokens are few.
@@ -117,7 +117,7 @@ def _protocol(limit: int) -> type[asyncio.Protocol]:
 class Patience(H11Protocol):
     """uvicorn's HTTP/1.1, with bounds on clients that send or take nothing.
 
-    waiting for headers ──HEADERS_S──▶ closed        answering ──the client takes nothing for STALL_S──▶ aborted
+    waiting for headers ──HEADERS_S──▶ closed        answering ──bytes wait for STALL_S──▶ aborted
     """
 
     max_connections: int
@@ -133,6 +133,8 @@ class Patience(H11Protocol):
             transport.write(_FULL)
             transport.close()
             return
+        # Not only much counts as stalled: a closed transport would wait for ever until its last bytes are taken.
+        transport.set_write_buffer_limits(high=0)
         self._expect_headers()
 
     def data_received(self, data: bytes) -> None:

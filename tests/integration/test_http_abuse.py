@@ -19,8 +19,8 @@ from router.http import body
 from router.http.door import SEND_BUFFER_BYTES, Patience
 
 LIMIT = 64 << 10
-# asyncio's, above which a transport asks its writer to pause.
-PROCESS_BUFFER_BYTES = 64 << 10
+# asyncio's own limit, above which a transport asks its writer to pause.
+ASYNCIO_BUFFER_BYTES = 64 << 10
 # Of a request with a body of 20 bytes.
 HEAD_OF_20 = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 20\r\n\r\n"
 
@@ -164,15 +164,38 @@ async def test_clients_that_never_read_are_cancelled(door: HttpHouse, monkeypatc
     assert (status.cancelled_requests, status.finished_requests) == (5, 1)
 
 
-async def test_what_waits_for_a_client_that_does_not_read_is_bounded(
-    door: HttpHouse, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And nothing of it is lost: when the client reads on, it gets the whole answer."""
+def noted_connections(monkeypatch: pytest.MonkeyPatch) -> list[Patience]:
+    """The server's end of each, from now on."""
     protocols: list[Patience] = []
     made = Patience.connection_made
     monkeypatch.setattr(
         Patience, "connection_made", lambda self, transport: (protocols.append(self), made(self, transport))[1]
     )
+    return protocols
+
+
+async def test_the_last_bytes_of_an_answer_wait_for_nobody_either(
+    door: HttpHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few enough to be taken at once by the process: who leaves them must not keep the connection."""
+    monkeypatch.setattr("router.http.door.STALL_S", 0.5)
+    protocols = noted_connections(monkeypatch)
+    with door.dial(4096) as raw:
+        await eventually(lambda: protocols)
+        [server] = protocols
+        while not server.transport.get_write_buffer_size():
+            cycle = server.cycle
+            await asyncio.get_running_loop().sock_sendall(raw, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+            await eventually(lambda before=cycle: server.cycle is not before and server.cycle.response_complete)
+        assert server.transport.get_write_buffer_size() < ASYNCIO_BUFFER_BYTES
+        await eventually(lambda: server not in server.connections, 10)
+
+
+async def test_what_waits_for_a_client_that_does_not_read_is_bounded(
+    door: HttpHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of it is lost: when the client reads on, it gets the whole answer."""
+    protocols = noted_connections(monkeypatch)
     door.house.cluster.top_logprobs = 100
     loop, raw = asyncio.get_running_loop(), door.dial(4096)
     await loop.sock_sendall(raw, stream_request(400))
@@ -181,13 +204,13 @@ async def test_what_waits_for_a_client_that_does_not_read_is_bounded(
     transport = protocols[-1].transport
     assert transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * SEND_BUFFER_BYTES
     event = len((await door.complete(max_tokens=2, logprobs=20)).content)
-    assert transport.get_write_buffer_size() < PROCESS_BUFFER_BYTES + 2 * event
+    assert transport.get_write_buffer_size() < 2 * event
     assert (await door.house.status()).live_requests == 1
     received = b""
     while not received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
         received += await asyncio.wait_for(loop.sock_recv(raw, 1 << 16), 5)
     raw.close()
-    assert len(received) > PROCESS_BUFFER_BYTES + 2 * SEND_BUFFER_BYTES, "more than all buffers on the way hold"
+    assert len(received) > 2 * event + 2 * SEND_BUFFER_BYTES, "more than all buffers on the way hold"
     assert received.count(b'"finish_reason":"length"') == 1
 
 
