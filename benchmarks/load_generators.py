@@ -31,7 +31,7 @@ from typing import Any
 import record
 from rich.console import Console
 from rich.table import Table
-from side import Side
+from side import Side, routing
 
 from tandem.client import Client
 from tandem.config import TINY_MODEL
@@ -60,16 +60,10 @@ GOODPUT = ("ttft:150", "tpot:40", "e2el:1000")
 @contextmanager
 def service() -> Iterator[str]:
     """The URL of its OpenAI door."""
-    command = [sys.executable, "-P", "-m", "router", "--port", "0", "--http-port", "0", "--model", str(TINY_MODEL)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as router:
-        try:
-            assert router.stdout is not None
-            address = router.stdout.readline().split()[-1]
-            with closing(Side([sys.executable, "-P", str(HERE / "router_workers.py"), address])) as workers:
-                workers.ask(json.dumps(PACE))
-                yield f"http://127.0.0.1:{http_port(address)}"
-        finally:
-            router.terminate()
+    workers_of = [sys.executable, "-P", str(HERE / "router_workers.py")]
+    with routing(0, sorted(os.sched_getaffinity(0))) as (_, address), closing(Side([*workers_of, address])) as workers:
+        workers.ask(json.dumps(PACE))
+        yield f"http://127.0.0.1:{http_port(address)}"
 
 
 def http_port(address: str) -> int:
@@ -83,7 +77,7 @@ def http_port(address: str) -> int:
 
 
 def run(command: list[str], output: Path) -> dict[str, Any]:
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env={**os.environ})
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     figures: dict[str, Any] = json.loads(output.read_text())
     assert figures["failed"] == 0, ran.stdout[-2000:]

@@ -8,25 +8,20 @@ Three processes: the router, alone on the first core; scripted workers without a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import record
 from rich.console import Console
 from rich.table import Table
-from side import Side, cpu_s
-
-from tandem.config import TINY_MODEL
+from side import Side, cpu_s, routing
 
 HERE = Path(__file__).resolve().parent
 WARM_S = 1.5
@@ -58,21 +53,6 @@ def start(stack: ExitStack, cores: Sequence[int], script: str, *arguments: str) 
     psutil.Process(side.pid).cpu_affinity(list(cores))
     stack.callback(side.close)
     return side
-
-
-@contextmanager
-def routing(core: int, log: IO[str], launcher: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """The router's process id and address."""
-    command = [*launcher, "-P", "-m", "router", "--port", "0", "--http-port", "-1", "--model", str(TINY_MODEL)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
-        psutil.Process(process.pid).cpu_affinity([core])
-        try:
-            assert process.stdout is not None
-            yield process.pid, process.stdout.readline().split()[-1]
-        finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(15)
 
 
 def measure(case: Case, seconds: float, router: int, workers: Side, clients: Side) -> dict[str, Any]:
@@ -117,8 +97,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     first, *rest = sorted(os.sched_getaffinity(0))
     others = rest or [first]
     with ExitStack() as stack:
-        log = stack.enter_context(tempfile.TemporaryFile("w+"))
-        pid, address = stack.enter_context(routing(first, log, options.python))
+        pid, address = stack.enter_context(routing(-1, [first], options.python))
         workers = start(stack, others, "router_workers.py", address)
         direct = f"127.0.0.1:{workers.hello['port']}"
         clients = start(stack, others, "router_client.py", address, direct)

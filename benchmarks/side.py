@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
+
+from tandem.config import TINY_MODEL
+
+STOP_S = 15.0
 
 
 class Side:
@@ -59,6 +66,29 @@ class Side:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
+
+
+@contextmanager
+def routing(
+    http_port: int, cores: Sequence[int], launcher: Sequence[str] = (sys.executable,)
+) -> Iterator[tuple[int, str]]:
+    """The process id and address of a router with the tiny model's tokenizer. It logs to a file, as others do."""
+    options = ["--port", "0", "--http-port", str(http_port), "--model", str(TINY_MODEL)]
+    command = [*launcher, "-P", "-m", "router", *options]
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        psutil.Process(process.pid).cpu_affinity(list(cores))
+        try:
+            assert process.stdout is not None
+            yield process.pid, process.stdout.readline().split()[-1]
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def cpu_s(pid: int) -> float:
