@@ -1,9 +1,12 @@
-"""Matrix products of a few rows (a decode step) with weights in oneDNN's packed layout, at the memory's speed; fp32.
+"""Matrix products with weights in oneDNN's packed layout; fp32.
 
-oneDNN waits for weights and multiplies in turn. Here a thread walks its share of the weights once, in memory order,
-a tile at a time: all rows use a tile while it is in the first-level cache, and fetching the next tiles is spread
-evenly over that work. Each output is one chain of fused multiply-adds over the inputs in order, so a row's result
-does not depend on the rows beside it.
+For a few rows (a decode step) at the memory's speed: oneDNN waits for weights and multiplies in turn. Here a thread
+walks its share of the weights once, in memory order, a tile at a time: all rows use a tile while it is in the
+first-level cache, and fetching the next tiles is spread evenly over that work. For many rows (a prompt)
+a block of them and a tile of weights stay in the second-level cache, and SwiGLU is done before the sums leave it.
+
+Each output is one chain of fused multiply-adds over the inputs in order, so a row's result does not depend (bitwise) on
+the rows beside it, on how many they are, or on the threads.
 
 Importing this module compiles the kernels, or loads them from numba's cache.
 """
@@ -20,18 +23,25 @@ from tandem.engine.cpu_parallel import FAST, atomic_add, floats, kernel, launch
 from tandem.engine.cpu_rowwise import silu_multiply
 from tandem.engine.cpu_tile import COLUMNS, TILE_ROWS, register_tile, registers_suffice
 
-# Above this many rows oneDNN is as fast: the product is then bound by arithmetic.
-MAX_ROWS = 48
-
+# Up to so many rows the product is bound by the reading of weights, above by arithmetic.
+_FEW_ROWS = 48
 # Inputs of one tile of weights, 16 KiB: half of the first-level cache.
 _DEPTH = 64
 # How far ahead weights are fetched, in tiles.
 _AHEAD = 2
+# Many rows are taken in blocks of this many (whole register tiles), and tiles of weights are as deep as lets both
+# stay in the second-level cache: a visit to the sums costs some multiplications.
+_MANY_ROWS = 20 * TILE_ROWS
+_MANY_DEPTH = 384
+# Shares of the columns for each thread, so that one which is held up leaves work to the others.
+_MANY_SHARES = 2
 _LINE_BYTES = 64
 
-# A tile that is passed once fetches all that is ahead as it goes, 4 lines an input; of more passes each takes a part.
+# A tile that is passed once fetches all that is ahead as it goes, 4 lines an input; of more passes each takes a part:
+# a half of it where rows are few, else a quarter, again and again.
 _ONLY_1, _ONLY_2, _ONLY_3, _ONLY_4, _ONLY_5, _ONLY_6 = (register_tile(rows, 4) for rows in range(1, 7))
 _PART_3, _PART_4, _PART_5, _PART_6 = (register_tile(rows, 2) for rows in range(3, 7))
+_MANY_5, _MANY_6 = (register_tile(rows, 1) for rows in (5, 6))
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -63,23 +73,33 @@ def _part_pass(rows: int, x: int, stride: int, weights: int, depth: int, sums: i
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _many_pass(rows: int, x: int, stride: int, weights: int, depth: int, sums: int, ahead: int) -> None:
+    if rows == 5:
+        _MANY_5(x, stride, weights, depth, sums, ahead)
+    else:
+        _MANY_6(x, stride, weights, depth, sums, ahead)
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _block(x: int, stride: int, rows: int, weights: int, inputs: int, sums: int) -> None:
     """sums[rows, 64] = x[rows, inputs] @ weights[inputs, 64]."""
     floats(sums, rows * COLUMNS)[:] = np.float32(0.0)
-    passes = (rows + TILE_ROWS - 1) // TILE_ROWS
-    for k in range(0, inputs, _DEPTH):
-        depth = min(_DEPTH, inputs - k)
+    passes, few = (rows + TILE_ROWS - 1) // TILE_ROWS, rows <= _FEW_ROWS
+    most = _DEPTH if few else _MANY_DEPTH
+    for k in range(0, inputs, most):
+        depth = min(most, inputs - k)
         tile = weights + 4 * COLUMNS * k
-        ahead = tile + _AHEAD * _DEPTH * 4 * COLUMNS
+        ahead = tile + 4 * COLUMNS * (_AHEAD * _DEPTH if few else depth)
         row = 0
         for i in range(passes):
             count = rows // passes + (1 if i < rows % passes else 0)
             source, target = x + 4 * k + stride * row, sums + 4 * COLUMNS * row
             if passes == 1:
                 _only_pass(count, source, stride, tile, depth, target, ahead)
+            elif few:
+                _part_pass(count, source, stride, tile, depth, target, ahead + depth * 2 * _LINE_BYTES * i)
             else:
-                _part_pass(count, source, stride, tile, depth, target, ahead)
-            ahead += depth * 2 * _LINE_BYTES
+                _many_pass(count, source, stride, tile, depth, target, ahead + depth * _LINE_BYTES * (i % 4))
             row += count
 
 
@@ -93,31 +113,39 @@ def _add_bias(sums: int, rows: int, bias: int) -> None:
                 y[i] += b[i]
 
 
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _columns(words: Any, block: int, first_row: int, rows: int, sums: int) -> None:
+    """Outputs 64 * block to 64 * block + 63 of some rows."""
+    x, stride, inputs, bias_offset = words[2] + words[3] * first_row, words[3], words[5], 4 * COLUMNS * block
+    _block(x, stride, rows, words[6] + bias_offset * inputs, inputs, sums)
+    _add_bias(sums, rows, words[7] + bias_offset if words[7] != 0 else 0)
+    if words[13] != 0:
+        second = sums + 4 * COLUMNS * rows
+        _block(x, stride, rows, words[13] + bias_offset * inputs, inputs, second)
+        _add_bias(second, rows, words[14] + bias_offset if words[14] != 0 else 0)
+        silu_multiply(sums, second, rows * COLUMNS)
+    for row in range(rows):
+        out = floats(words[9] + words[10] * (first_row + row) + bias_offset, COLUMNS)
+        out[:] = floats(sums + 4 * COLUMNS * row, COLUMNS)
+
+
 def _product(words_pointer: Any) -> None:
     """words: 0 ticket, 2 x, 3 its row stride, 4 rows, 5 inputs, 6 weights, 7 bias, 8 column blocks, 9 out,
-    10 its row stride, 11 scratch, 12 threads, 13 weights of a second factor or 0, 14 its bias; strides in bytes.
+    10 its row stride, 11 scratch, 12 its bytes for a thread, 13 weights of a second factor or 0, 14 its bias,
+    15 shares of the columns, 16 row blocks; strides in bytes.
     """
-    words = carray(words_pointer, (15,))
-    rows, inputs, blocks = words[4], words[5], words[8]
-    block_bytes, scratch_bytes = 4 * COLUMNS * inputs, 4 * COLUMNS * rows
-    sums = words[11] + 2 * scratch_bytes * atomic_add(np.int64(words.ctypes.data) + 8, 1)
+    words = carray(words_pointer, (17,))
+    rows, blocks, shares, row_blocks = words[4], words[8], words[15], words[16]
+    sums = words[11] + words[12] * atomic_add(np.int64(words.ctypes.data) + 8, 1)
     while True:
-        # A thread takes a contiguous share, so that fetching ahead runs on into the next block.
-        share = atomic_add(np.int64(words.ctypes.data), 1)
-        if share >= words[12]:
+        item = atomic_add(np.int64(words.ctypes.data), 1)
+        if item >= shares * row_blocks:
             return
-        for i in range(share * blocks // words[12], (share + 1) * blocks // words[12]):
-            bias_offset = 4 * COLUMNS * i
-            _block(words[2], words[3], rows, words[6] + block_bytes * i, inputs, sums)
-            _add_bias(sums, rows, words[7] + bias_offset if words[7] != 0 else 0)
-            if words[13] != 0:
-                second = sums + scratch_bytes
-                _block(words[2], words[3], rows, words[13] + block_bytes * i, inputs, second)
-                _add_bias(second, rows, words[14] + bias_offset if words[14] != 0 else 0)
-                silu_multiply(sums, second, rows * COLUMNS)
-            for row in range(rows):
-                out = floats(words[9] + words[10] * row + bias_offset, COLUMNS)
-                out[:] = floats(sums + 4 * COLUMNS * row, COLUMNS)
+        share, row_block = item % shares, item // shares
+        first, last = row_block * rows // row_blocks, (row_block + 1) * rows // row_blocks
+        # A share is contiguous, so that fetching ahead runs on into the next block.
+        for block in range(share * blocks // shares, (share + 1) * blocks // shares):
+            _columns(words, block, first, last - first, sums)
 
 
 _PRODUCT = kernel(_product)
@@ -142,26 +170,28 @@ def weights_address(packed_NxK: Tensor, weight_NxK: Tensor) -> int:
 
 
 def product(x: Tensor, weights: int, bias_N: Tensor | None, outputs: int) -> Tensor:
-    """x @ weight.T + bias for up to MAX_ROWS rows; `weights` is a `weights_address`. Any leading dimensions."""
+    """x @ weight.T + bias; `weights` is a `weights_address`. Any leading dimensions."""
     return _run(x, weights, bias_N, 0, None, outputs)
 
 
 def gated_product(
     x: Tensor, gate: int, gate_bias_N: Tensor | None, up: int, up_bias_N: Tensor | None, n: int
 ) -> Tensor:
-    """silu(x @ gate.T + bias) * (x @ up.T + bias) with n outputs, for up to MAX_ROWS rows."""
+    """silu(x @ gate.T + bias) * (x @ up.T + bias) with n outputs."""
     return _run(x, gate, gate_bias_N, up, up_bias_N, n)
 
 
 def _run(x: Tensor, weights: int, bias: Tensor | None, second: int, second_bias: Tensor | None, outputs: int) -> Tensor:
     source, inputs = x.contiguous(), x.shape[-1]
     rows, threads = source.numel() // inputs, torch.get_num_threads()
+    row_blocks, shares = (1, threads) if rows <= _FEW_ROWS else (-(-rows // _MANY_ROWS), threads * _MANY_SHARES)
     out = torch.empty((*x.shape[:-1], outputs))
-    scratch = torch.empty(threads * 2 * rows * COLUMNS)
+    scratch = torch.empty(threads, 2 * COLUMNS * -(-rows // row_blocks))
     launch(
         _PRODUCT,
         *(source.data_ptr(), 4 * inputs, rows, inputs, weights, _address(bias), outputs // COLUMNS),
-        *(out.data_ptr(), 4 * outputs, scratch.data_ptr(), threads, second, _address(second_bias)),
+        *(out.data_ptr(), 4 * outputs, scratch.data_ptr(), 4 * scratch.stride(0), second, _address(second_bias)),
+        *(shares, row_blocks),
         threads=threads,
     )
     return out

@@ -1,8 +1,8 @@
 """The modules that `cpu_fusion` puts in place of a transformers model's own: fp32, inference only.
 
 Weights are kept in oneDNN's blocked layout alone: it reads them at twice the rate of the plain layout for one row,
-multiplies twice as fast at 16 rows and no slower at 4096, so nothing is gained by keeping the plain one too. Few rows
-go through `cpu_matmul`, which reads the same packed weights and is faster still (1.3 times at 1 to 16 rows).
+multiplies twice as fast at 16 rows and no slower at 4096, so nothing is gained by keeping the plain one too. Where
+there is AVX-512, `cpu_matmul` reads the same packed weights and is faster still (1.3 times at 1 to 16 rows).
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tandem.engine.cpu_matmul import MAX_ROWS, gated_product, product, weights_address
+from tandem.engine.cpu_matmul import gated_product, product, weights_address
 from tandem.engine.cpu_rowwise import rms_norm, rotary, silu_product
 
 # The layout that oneDNN picks for 16 rows is within 5 % of the best at any row count.
@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
         self.address = weights_address(self.weight, weight_NxK)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.address and x.numel() <= MAX_ROWS * self.in_features:
+        if self.address:
             return product(x, self.address, self.bias, self.out_features)
         return _linear(x, self.weight, self.bias)
 
@@ -56,11 +56,11 @@ class PackedGatedMLP(nn.Module):
         # oneDNN's name of the activation, and of its algorithm.
         self.activation, self.algorithm = activation
         self.is_silu = self.activation == "swish"
-        self.few_rows = self.is_silu and bool(gate.address and up.address)
+        self.is_kernel = self.is_silu and bool(gate.address and up.address)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate, self.up
-        if self.few_rows and x.numel() <= MAX_ROWS * gate.in_features:
+        if self.is_kernel:
             hidden = gated_product(x, gate.address, gate.bias, up.address, up.bias, gate.out_features)
         elif self.is_silu:
             # oneDNN's own way of doing this costs its products 6 %, twice what one more pass does.

@@ -17,11 +17,15 @@ from torch import Tensor
 from tandem.engine.batch import AttentionOptions, PagedBatch
 from tandem.engine.cpu_kernels import exp_nonpositive
 from tandem.engine.cpu_parallel import FAST, atomic_add, bits_of_float, float_of_bits, floats, kernel, launch, pointer
+from tandem.engine.cpu_softmax import weigh
 from tandem.engine.cpu_tile import COLUMNS, TILE_ROWS, register_tile
 
 # Rows of a work item: whole register tiles, and scores and sums (12 KiB each) that stay in the second-level cache.
 _ROWS = 8 * TILE_ROWS
 _LOWEST = np.float32(-np.inf)
+_LOG2E, _LN2 = np.float32(np.log2(np.e)), np.float32(np.log(2.0))
+# Of each row: the largest score so far (times scale, in powers of two), the sum of weights, that of the last block.
+_STATS_BYTES = 12
 
 _TILE_1, _TILE_2, _TILE_3, _TILE_4, _TILE_5, _TILE_6 = (register_tile(rows, 0) for rows in range(1, 7))
 
@@ -54,26 +58,6 @@ def _cap(scores: Any, scale: Any, softcap: Any) -> None:
 
 
 @njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def _weigh(scores: Any, scale: Any, top: Any, spare: Any) -> Any:
-    """64 scores become exp(scale * score - maximum); returns the new maximum and their sum. `spare`: 32 floats."""
-    # Halving, since a running maximum is one long chain: LLVM may not reorder it as long as NaN has a meaning.
-    for t in range(COLUMNS // 2):
-        low, high = scores[t] * scale, scores[t + COLUMNS // 2] * scale
-        scores[t], scores[t + COLUMNS // 2] = low, high
-        spare[t] = max(low, high)
-    for t in range(COLUMNS // 4):
-        spare[t] = max(spare[t], spare[t + COLUMNS // 4])
-    for t in range(COLUMNS // 8):
-        top = max(top, max(spare[t], spare[t + COLUMNS // 8]))
-    total = np.float32(0.0)
-    for t in range(COLUMNS):
-        e = exp_nonpositive(scores[t] - top)
-        scores[t] = e
-        total += e
-    return top, total
-
-
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _scale_row(out: int, parts: int, factor: Any) -> None:
     for part in range(parts):
         row = floats(out + 4 * COLUMNS * _ROWS * part, COLUMNS)
@@ -82,15 +66,14 @@ def _scale_row(out: int, parts: int, factor: Any) -> None:
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _softmax_block(words: Any, rows: int, ahead: int, scores: int, stats: int, out: int, spare_address: int) -> None:
+def _softmax_block(words: Any, rows: int, ahead: int, scores: int, stats: int, out: int) -> None:
     """Scores of 64 keys become weights, and sums so far follow the new maximum; row i is `ahead + i` past key 0."""
     window, parts = words[11], (words[10] + COLUMNS - 1) // COLUMNS
     scale, softcap = float_of_bits(np.int32(words[12])), float_of_bits(np.int32(words[13]))
-    spare = floats(spare_address, COLUMNS // 2)
     for row in range(rows):
         last = min(ahead + row + 1, COLUMNS)
         first = max(ahead + row + 1 - window, 0) if window > 0 else 0
-        score, stat = floats(scores + 4 * COLUMNS * row, COLUMNS), floats(stats + 8 * row, 2)
+        score, stat = floats(scores + 4 * COLUMNS * row, COLUMNS), floats(stats + _STATS_BYTES * row, 3)
         if last <= first:
             score[:] = np.float32(0.0)
             continue
@@ -100,14 +83,14 @@ def _softmax_block(words: Any, rows: int, ahead: int, scores: int, stats: int, o
         whole = last - first == COLUMNS
         if not whole:
             score[:first], score[last:] = _LOWEST, _LOWEST
-        top, total = _weigh(score, scale, old, spare)
+        top = weigh(scores + 4 * COLUMNS * row, scale * _LOG2E, old, stats + _STATS_BYTES * row + 8)
         if not whole:
             score[:first], score[last:] = np.float32(0.0), np.float32(0.0)
         if top > old:
-            factor = exp_nonpositive(old - top) if old > _LOWEST else np.float32(0.0)
+            factor = exp_nonpositive((old - top) * _LN2) if old > _LOWEST else np.float32(0.0)
             stat[0], stat[1] = top, stat[1] * factor
             _scale_row(out + 4 * COLUMNS * row, parts, factor)
-        stat[1] += total
+        stat[1] += stat[2]
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -116,12 +99,11 @@ def _attend(words: Any, head: int, first_row: int, rows: int, scratch: int) -> N
     heads, dim, window = words[8], words[10], words[11]
     parts = (dim + COLUMNS - 1) // COLUMNS
     scores, stats = scratch, scratch + 4 * COLUMNS * _ROWS
-    spare = stats + 8 * _ROWS
-    out = spare + 4 * COLUMNS
+    out = stats + _STATS_BYTES * _ROWS
     floats(out, parts * _ROWS * COLUMNS)[:] = np.float32(0.0)
-    state = floats(stats, 2 * _ROWS)
-    state[0::2] = _LOWEST
-    state[1::2] = np.float32(0.0)
+    state = floats(stats, 3 * _ROWS)
+    state[0::3] = _LOWEST
+    state[1::3] = np.float32(0.0)
     position = words[7] + first_row
     query = words[2] + words[16] * first_row + words[19] * head
     kv_head = head // (heads // words[9])
@@ -134,12 +116,12 @@ def _attend(words: Any, head: int, first_row: int, rows: int, scratch: int) -> N
         floats(scores, count * COLUMNS)[:] = np.float32(0.0)
         _add_product(count, query + words[16] * skip, words[16], words[3] + 4 * COLUMNS * dim * place, dim, scores)
         ahead = position + skip - block * COLUMNS
-        _softmax_block(words, count, ahead, scores, stats + 8 * skip, out + offset, spare)
+        _softmax_block(words, count, ahead, scores, stats + _STATS_BYTES * skip, out + offset)
         for part in range(parts):
             values = words[4] + 4 * COLUMNS * COLUMNS * (place * parts + part)
             _add_product(count, scores, 4 * COLUMNS, values, COLUMNS, out + offset + 4 * COLUMNS * _ROWS * part)
     for row in range(rows):
-        _scale_row(out + 4 * COLUMNS * row, parts, np.float32(1.0) / state[2 * row + 1])
+        _scale_row(out + 4 * COLUMNS * row, parts, np.float32(1.0) / state[3 * row + 1])
         target = floats(words[5] + 4 * dim * (heads * (first_row + row) + head), dim)
         for part in range(parts):
             size = min(dim - COLUMNS * part, COLUMNS)
@@ -179,16 +161,18 @@ def _pack(words_pointer: Any) -> None:
         item = atomic_add(np.int64(words.ctypes.data), 1)
         if item >= kv_heads * blocks:
             return
-        first = (words[11] + item % blocks) * COLUMNS
-        keys = floats(words[9] + 4 * COLUMNS * dim * item, COLUMNS * dim)
-        values = floats(words[10] + 4 * COLUMNS * COLUMNS * parts * item, COLUMNS * COLUMNS * parts)
+        # All heads of a block one after the other: they lie side by side in the pool.
+        block, head = item // kv_heads, item % kv_heads
+        place, first = head * blocks + block, (words[11] + block) * COLUMNS
+        keys = floats(words[9] + 4 * COLUMNS * dim * place, COLUMNS * dim)
+        values = floats(words[10] + 4 * COLUMNS * COLUMNS * parts * place, COLUMNS * COLUMNS * parts)
         count = min(COLUMNS, context - first)
         if count < COLUMNS or dim % COLUMNS:
             keys[:] = np.float32(0.0)
             values[:] = np.float32(0.0)
         for t in range(count):
             slot = np.int64(table[(first + t) // page]) * page + (first + t) % page
-            offset = 4 * dim * (slot * kv_heads + item // blocks)
+            offset = 4 * dim * (slot * kv_heads + head)
             key, value = floats(words[2] + offset, dim), floats(words[3] + offset, dim)
             for d in range(dim):
                 keys[COLUMNS * d + t] = key[d]
@@ -230,7 +214,7 @@ def chunk_attention(
         *(keys.data_ptr(), values.data_ptr(), first_block, blocks),
         threads=threads,
     )
-    scratch = torch.empty(threads, _ROWS * (COLUMNS * (1 + parts) + 2) + COLUMNS)
+    scratch = torch.empty(threads, _ROWS * (COLUMNS * (1 + parts) + 3))
     row_bytes, head_bytes = 4 * query_QxHxD.stride(0), 4 * query_QxHxD.stride(1)
     launch(
         _CHUNK,

@@ -1,5 +1,5 @@
 """The innermost loop of `cpu_matmul` and `cpu_prefill`, written out in LLVM's language, because numba has no vector
-registers to hold sums in.
+registers to hold sums in; and what else is to be written so (`cpu_softmax`) starts from.
 
 A register tile is sums[rows, 64] += x[rows, depth] @ weights[depth, 64] with all sums in AVX-512 registers.
 """
@@ -46,15 +46,58 @@ def register_tile(rows: int, lines: int) -> Any:
     return tile
 
 
-class _Tile:
+class Vectors:
+    """Emits operations on vectors of 16 floats where the builder stands."""
+
+    WIDTH = _VECTOR
+    FLOATS = _VECTOR_TYPE
+    INTS = ir.VectorType(_INT, _VECTOR)
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+
+    def at(self, base: Any, offset: int, kind: Any = _VECTOR_TYPE) -> Any:
+        return self.builder.inttoptr(self.builder.add(base, ir.Constant(_WORD, offset)), kind.as_pointer())
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        kind = ir.FunctionType(_VECTOR_TYPE, [_VECTOR_TYPE] * 3)
+        return self.builder.call(self.function(f"llvm.fma.v{_VECTOR}f32", kind), [a, b, c])
+
+    def rounded(self, x: Any) -> Any:
+        kind = ir.FunctionType(_VECTOR_TYPE, [_VECTOR_TYPE])
+        return self.builder.call(self.function(f"llvm.nearbyint.v{_VECTOR}f32", kind), [x])
+
+    def spread(self, scalar: Any) -> Any:
+        nothing = ir.Constant(_VECTOR_TYPE, ir.Undefined)
+        return self.shuffle(self.builder.insert_element(nothing, scalar, ir.Constant(_INT, 0)), [0] * _VECTOR)
+
+    def first(self, vector: Any) -> Any:
+        return self.builder.extract_element(vector, ir.Constant(_INT, 0))
+
+    def shuffle(self, vector: Any, lanes: list[int]) -> Any:
+        nothing = ir.Constant(_VECTOR_TYPE, ir.Undefined)
+        return self.builder.shuffle_vector(vector, nothing, ir.Constant(self.INTS, lanes))
+
+    def constant(self, value: float) -> Any:
+        return ir.Constant(_VECTOR_TYPE, [value] * _VECTOR)
+
+    def constant_int(self, value: int) -> Any:
+        return ir.Constant(self.INTS, [value] * _VECTOR)
+
+    def function(self, name: str, kind: Any) -> Any:
+        return self.builder.module.globals.get(name) or ir.Function(self.builder.module, kind, name)
+
+
+class _Tile(Vectors):
     """Emits one tile where the builder stands."""
 
     def __init__(
         self, builder: Any, rows: int, lines: int, x: Any, stride: Any, weights: Any, depth: Any, sums: Any, ahead: Any
     ) -> None:
-        self.builder, self.rows, self.lines = builder, rows, lines
+        super().__init__(builder)
+        self.rows, self.lines = rows, lines
         self.x, self.stride, self.weights, self.depth, self.ahead = x, stride, weights, depth, ahead
-        self.places = [self._at(sums, 4 * _VECTOR * i, _VECTOR_TYPE) for i in range(rows * _PARTS)]
+        self.places = [self.at(sums, 4 * _VECTOR * i) for i in range(rows * _PARTS)]
 
     def emit(self) -> None:
         builder = self.builder
@@ -77,38 +120,26 @@ class _Tile:
     def _multiply(self, index: Any, totals: list[Any]) -> list[Any]:
         """The sums after one more input."""
         builder = self.builder
-        fma = self._function(f"llvm.fma.v{_VECTOR}f32", ir.FunctionType(_VECTOR_TYPE, [_VECTOR_TYPE] * 3))
         line = builder.add(self.weights, builder.mul(index, ir.Constant(_WORD, 4 * COLUMNS)))
-        weights = [builder.load(self._at(line, 4 * _VECTOR * i, _VECTOR_TYPE), align=4) for i in range(_PARTS)]
+        weights = [builder.load(self.at(line, 4 * _VECTOR * i), align=4) for i in range(_PARTS)]
         column = builder.add(self.x, builder.mul(index, ir.Constant(_WORD, 4)))
         results = []
         for row in range(self.rows):
             address = builder.add(column, builder.mul(self.stride, ir.Constant(_WORD, row)))
-            value = self._spread(builder.load(self._at(address, 0, _FLOAT), align=4))
+            value = self.spread(builder.load(self.at(address, 0, _FLOAT), align=4))
             own = totals[row * _PARTS : (row + 1) * _PARTS]
-            results += [builder.call(fma, [value, w, total]) for w, total in zip(weights, own, strict=True)]
+            results += [self.fma(value, w, total) for w, total in zip(weights, own, strict=True)]
         return results
 
     def _fetch(self, index: Any) -> None:
         kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
-        prefetch = self._function("llvm.prefetch.p0", kind)
+        prefetch = self.function("llvm.prefetch.p0", kind)
         hints = [ir.Constant(_INT, hint) for hint in (0, 2, 1)]  # to read, into the second-level cache, data
         start = self.builder.add(self.ahead, self.builder.mul(index, ir.Constant(_WORD, self.lines * _LINE_BYTES)))
         for line in range(self.lines):
-            self.builder.call(prefetch, [self._at(start, line * _LINE_BYTES, _BYTE), *hints])
-
-    def _at(self, base: Any, offset: int, kind: Any) -> Any:
-        return self.builder.inttoptr(self.builder.add(base, ir.Constant(_WORD, offset)), kind.as_pointer())
+            self.builder.call(prefetch, [self.at(start, line * _LINE_BYTES, _BYTE), *hints])
 
     def _carried(self, kind: Any, initial: Any, before: Any) -> Any:
         value = self.builder.phi(kind)
         value.add_incoming(initial, before)
         return value
-
-    def _spread(self, scalar: Any) -> Any:
-        nothing = ir.Constant(_VECTOR_TYPE, ir.Undefined)
-        first = self.builder.insert_element(nothing, scalar, ir.Constant(_INT, 0))
-        return self.builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_INT, _VECTOR), [0] * _VECTOR))
-
-    def _function(self, name: str, kind: Any) -> Any:
-        return self.builder.module.globals.get(name) or ir.Function(self.builder.module, kind, name)

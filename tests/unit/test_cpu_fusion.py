@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from tandem.engine import cpu_fusion
 from tandem.engine.cpu_fusion import fuse_for_cpu
-from tandem.engine.cpu_matmul import MAX_ROWS, gated_product
+from tandem.engine.cpu_matmul import gated_product
 from tandem.engine.cpu_memory import tune_allocator, use_huge_pages
 from tandem.engine.cpu_modules import PackedLinear
 from tandem.engine.cpu_tile import registers_suffice
@@ -190,18 +190,18 @@ def test_packed_parts_take_any_number_of_rows(rows: int) -> None:
 
 
 @pytest.mark.skipif(not registers_suffice(), reason="the tiles are cut for AVX-512")
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (96, 192), (300, 64)])
-def test_few_rows_are_multiplied_exactly(inputs: int, outputs: int) -> None:
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (96, 192), (300, 64), (500, 64)])
+def test_rows_are_multiplied_exactly(inputs: int, outputs: int) -> None:
     torch.manual_seed(0)
     linear, other = (PackedLinear(torch.randn(outputs, inputs), torch.randn(outputs)) for _ in range(2))
     assert linear.address, "oneDNN's layout is not the one that cpu_matmul reads"
-    whole = torch.randn(MAX_ROWS, inputs)
+    whole = torch.randn(250, inputs)
     unit = torch.eye(inputs)  # the weights themselves, by way of oneDNN
     weights = [
         torch.ops.mkldnn._linear_pointwise(unit, m.weight, None, "none", [], "").double() for m in (linear, other)
     ]
     first, second = (whole.double() @ w + m.bias for w, m in zip(weights, (linear, other), strict=True))
-    for rows in range(1, MAX_ROWS + 1):
+    for rows in (*range(1, 62), 119, 120, 121, 250):  # few; many in one block, in two, in three
         x = whole[:rows]
         close = {"rtol": 1e-5, "atol": 1e-4}
         torch.testing.assert_close(linear(x).double(), first[:rows], **close)
@@ -212,8 +212,9 @@ def test_few_rows_are_multiplied_exactly(inputs: int, outputs: int) -> None:
 
 @pytest.mark.skipif(not registers_suffice(), reason="the tiles are cut for AVX-512")
 def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_threads() -> None:
-    linear = PackedLinear(torch.randn(192, 100), None)
-    x = torch.randn(MAX_ROWS, 100)
+    linear = PackedLinear(torch.randn(192, 500), None)
+    assert linear.address
+    x = torch.randn(250, 500)
     threads = torch.get_num_threads()
     want = linear(x)
     for count in (1, 2, 5):
@@ -221,6 +222,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_threads() -> None:
         try:
             assert torch.equal(torch.cat([linear(row) for row in x.split(1)]), want)
             assert torch.equal(torch.cat([linear(rows) for rows in x.split(13)]), want)
+            assert torch.equal(torch.cat([linear(rows) for rows in x.split(61)]), want)
         finally:
             torch.set_num_threads(threads)
 
