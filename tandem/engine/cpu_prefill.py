@@ -31,11 +31,12 @@ _TILE_1, _TILE_2, _TILE_3, _TILE_4, _TILE_5, _TILE_6 = (register_tile(rows, 0) f
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _add_product(rows: int, x: int, stride: int, weights: int, depth: int, sums: int) -> None:
-    """sums[rows, 64] += x[rows, depth] @ weights[depth, 64]."""
+def _add_product(rows: int, x: int, stride: int, weights: int, depth: int, sums: int, reach: int) -> None:
+    """sums[rows, 64] += x[rows, depth] @ weights[depth, 64]; x is 0 from input `reach + i` of row i on."""
     row = 0
     while row + TILE_ROWS <= rows:
-        _TILE_6(x + stride * row, stride, weights, depth, sums + 4 * COLUMNS * row, 0)
+        inputs = min(depth, reach + row + TILE_ROWS - 1)
+        _TILE_6(x + stride * row, stride, weights, inputs, sums + 4 * COLUMNS * row, 0)
         row += TILE_ROWS
     x, sums, rest = x + stride * row, sums + 4 * COLUMNS * row, rows - row
     if rest == 1:
@@ -114,12 +115,13 @@ def _attend(words: Any, head: int, first_row: int, rows: int, scratch: int) -> N
         skip = max(block * COLUMNS - position, 0)
         count, offset = rows - skip, 4 * COLUMNS * skip
         floats(scores, count * COLUMNS)[:] = np.float32(0.0)
-        _add_product(count, query + words[16] * skip, words[16], words[3] + 4 * COLUMNS * dim * place, dim, scores)
+        _add_product(count, query + words[16] * skip, words[16], words[3] + 4 * COLUMNS * dim * place, dim, scores, dim)
         ahead = position + skip - block * COLUMNS
         _softmax_block(words, count, ahead, scores, stats + _STATS_BYTES * skip, out + offset)
         for part in range(parts):
             values = words[4] + 4 * COLUMNS * COLUMNS * (place * parts + part)
-            _add_product(count, scores, 4 * COLUMNS, values, COLUMNS, out + offset + 4 * COLUMNS * _ROWS * part)
+            sums = out + offset + 4 * COLUMNS * _ROWS * part
+            _add_product(count, scores, 4 * COLUMNS, values, COLUMNS, sums, ahead + 1)
     for row in range(rows):
         _scale_row(out + 4 * COLUMNS * row, parts, np.float32(1.0) / state[3 * row + 1])
         target = floats(words[5] + 4 * dim * (heads * (first_row + row) + head), dim)
