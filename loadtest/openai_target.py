@@ -12,7 +12,7 @@ from loadtest.metrics import Outcome
 from loadtest.sse import EventSplitter
 from loadtest.target import SendOptions, Served
 from loadtest.workloads import LoadRequest
-from tandem.errors import ModelNotFound, Refused, Unavailable
+from tandem.errors import ConfigError, ModelNotFound, Refused, Unavailable
 from tandem.types import shown
 
 # Of what an endpoint says of an error.
@@ -39,7 +39,9 @@ class OpenAITarget:
     backend = "openai"
 
     def __init__(self, base_url: str, options: SendOptions, api_key: str | None = None) -> None:
-        """`base_url` is http://HOST:PORT, with or without /v1. Needs a running loop."""
+        """`base_url` is http://HOST:PORT, with or without /v1. Needs a running loop. Raises ConfigError."""
+        if not base_url.startswith(("http://", "https://")):
+            raise ConfigError(f"--openai takes a URL such as http://host:8000, not {base_url!r}", field="openai")
         self._base = base_url.rstrip("/").removesuffix("/v1")
         self._options = options
         self._model = options.model
@@ -158,4 +160,6 @@ def _text(body: bytes) -> str:
 
 
 def _words(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientResponseError) and not isinstance(error, aiohttp.TooManyRedirects):
+        return "what it answers is not HTTP"  # aiohttp would quote the bytes
     return str(error)[:MAX_ERROR_CHARS] or type(error).__name__

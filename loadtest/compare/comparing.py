@@ -24,6 +24,7 @@ from loadtest.compare.verdict import best_of, verdict_on
 from loadtest.runner import Run
 from loadtest.session import Measuring
 from loadtest.target import SendOptions
+from tandem.errors import DeadlineExceeded
 
 # Starts a shape's service; gives its router's address, and ends all of its processes on leaving.
 Starter = Callable[[model.Shape], AbstractAsyncContextManager[str]]
@@ -88,7 +89,8 @@ class Comparing:
         self._cut = False
 
     async def run(self, command: str) -> model.Comparison:
-        """Raises TandemError when a service does not start or breaks, NothingFound when stopped before a measurement.
+        """Raises TandemError when a service does not start or breaks, or the time limit is over before a measurement;
+        NothingFound when stopped before one.
 
         All services stay up until the end: an idle one takes 0.4 % of a core for each process, and so no turn waits
         for a model to load.
@@ -195,7 +197,11 @@ class Comparing:
     def _comparison(self, entries: list[_Entry], command: str) -> model.Comparison:
         question, measured = self._question, [entry.measured() for entry in entries]
         if not any(each.probes for each in measured):
-            raise NothingFound
+            if self._stop.is_set():
+                raise NothingFound
+            raise DeadlineExceeded(
+                f"--time-limit {question.time_limit_s:g} was over before a load had ended; starting the services counts"
+            )
         some = entries[0].contender
         cores = {core for entry in entries for worker in entry.contender.workers for core in worker.cores}
         return model.Comparison(

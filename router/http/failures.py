@@ -72,6 +72,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     message = error.detail
     if error.status_code == HTTPStatus.NOT_FOUND:
         message = f"there is nothing at {request.method} {request.url.path[:200]}"
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        message = f"{request.url.path[:200]} takes {allowed}, not {request.method}"
     code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
     return JSONResponse(error_object(message, error.status_code, code), error.status_code, error.headers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +30,12 @@ def need_extra(*more: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Now, and not after an hour of measuring. Raises ConfigError."""
+    """Now, and not after an hour of measuring; leaves no file where there was none. Raises ConfigError."""
+    new = not os.path.lexists(path)
     try:
         path.open("a").close()
+        if new:
+            path.unlink()
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}", field="output") from None
 

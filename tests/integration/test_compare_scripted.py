@@ -20,7 +20,7 @@ from loadtest.compare.question import Question
 from loadtest.plan import Plan
 from loadtest.runner import Run
 from loadtest.workloads import Lengths
-from tandem.errors import Unavailable
+from tandem.errors import DeadlineExceeded, Unavailable
 from tandem.types import Accepted, ChoiceFinished, Completed, Delta, FinishReason, Token, Usage
 from tandem.v1 import generation_pb2, registry_pb2
 
@@ -146,7 +146,7 @@ async def test_runs_that_are_shown_share_rates_and_keep_every_answer() -> None:
     found, _ = await compared(Scripted(colocated_s=0.01, split_s=0.02), question(resolution=1.0))
     assert not found.verdict.pays
     rates = [[run.rate_rps for run in each.shown] for each in found.measured]
-    assert rates[0] == rates[1] == sorted(each.best_rate_rps for each in found.measured)
+    assert rates[0] == rates[1] == sorted({each.best_rate_rps for each in found.measured})
     for each in found.measured:
         for run in each.shown:
             assert len(run.answers) == run.offered
@@ -189,6 +189,11 @@ async def test_stopped_in_the_search_it_says_what_was_found() -> None:
 async def test_stopped_before_anything_was_found() -> None:
     with pytest.raises(NothingFound):
         await compared(Scripted(0.02, 0.02), question(), stop_after=0)
+
+
+async def test_a_time_limit_too_short_for_any_load_is_said_so() -> None:
+    with pytest.raises(DeadlineExceeded, match=r"--time-limit 0\.01 was over before a load had ended"):
+        await compared(Scripted(0.02, 0.02), question(time_limit_s=0.01))
 
 
 async def test_a_time_limit_ends_the_search_and_leaves_time_for_what_is_shown() -> None:

@@ -131,6 +131,12 @@ async def test_what_is_not_there(door: HttpHouse, method: str, path: str, status
     assert "server" not in response.headers
 
 
+async def test_a_wrong_method_is_told_the_right_one(door: HttpHouse) -> None:
+    response = await door.client.request("PUT", "/v1/completions")
+    assert response.headers["allow"] == "POST"
+    assert error_of(response)["message"] == "/v1/completions takes POST, not PUT"
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
 async def test_a_page_in_a_browser_cannot_send_requests_unasked(door: HttpHouse, kind: str) -> None:
     response = await door.client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": kind})

@@ -86,6 +86,7 @@ def test_ctrl_c_gives_the_report_so_far(tmp_path: Path) -> None:
         (["--save-detailed"], 2, "--save-detailed belongs to --output"),
         (["--output", "/nowhere/x.json"], 2, "cannot write /nowhere/x.json"),
         (["--timeout", "nan"], 2, "--timeout must be a number of seconds above 0"),
+        (["--openai", "127.0.0.1:8701"], 2, "--openai takes a URL such as http://host:8000, not '127.0.0.1:8701'"),
         (["--router", "127.0.0.1:1"], 1, "cannot reach a Tandem router at 127.0.0.1:1"),
         (["--openai", "http://127.0.0.1:1"], 1, "cannot reach an OpenAI endpoint at http://127.0.0.1:1"),
     ],
@@ -95,3 +96,13 @@ def test_what_cannot_be_is_one_line(args: list[str], code: int, words: str) -> N
     lines = result.stderr.splitlines()
     assert (result.exit_code, len(lines)) == (code, 1), result.stderr
     assert words in lines[0]
+
+
+def test_a_run_that_fails_leaves_no_empty_file(tmp_path: Path) -> None:
+    older = tmp_path / "older.json"
+    older.write_text("{}")
+    for output in (tmp_path / "new.json", older):
+        command = ["bench", "run", "--router", "127.0.0.1:1", "--output", str(output)]
+        assert CliRunner().invoke(app, command).exit_code == 1
+    assert list(tmp_path.iterdir()) == [older]
+    assert older.read_text() == "{}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import scripted_openai
-from paced_service import joined, make_target, measured
+from paced_service import FAST, Scripted, address_of, joined, make_target, measured
 from scripted_openai import ScriptedOpenAI
 from scripted_router import ScriptedRouter, serving
 
@@ -117,13 +117,21 @@ async def test_an_endpoint_without_a_model_is_named(models: Any, error: type[Tan
 
 
 @pytest.mark.parametrize(
-    ("kind", "address"), [("grpc", "127.0.0.1:1"), ("openai", "http://127.0.0.1:1"), ("openai", "nonsense")]
+    ("kind", "address"), [("grpc", "127.0.0.1:1"), ("openai", "http://127.0.0.1:1"), ("openai", "http://nonsense:port")]
 )
 async def test_nobody_there(kind: str, address: str) -> None:
     target = make_target(kind, address)
     with pytest.raises(Unavailable, match="cannot reach"):
         await target.describe()
     await target.close()
+
+
+async def test_a_port_that_speaks_no_http_is_said_so() -> None:
+    with address_of("grpc", Scripted([FAST])) as address:
+        target = make_target("openai", f"http://{address}")
+        with pytest.raises(Unavailable, match="what it answers is not HTTP"):
+            await target.describe()
+        await target.close()
 
 
 async def test_a_warm_up_that_fails_ends_the_run() -> None:
