@@ -117,7 +117,7 @@ async def transfer(transport: Transport, source: Source, target: Target) -> floa
     started = asyncio.get_running_loop().time()
     async with transport.open(source, target) as sender:
         for start in range(0, target.prompt_tokens, CHUNK):
-            await sender.send(range(start, min(start + CHUNK, target.prompt_tokens)))
+            await sender.send(range(source.layout.num_layers), range(start, min(start + CHUNK, target.prompt_tokens)))
         await sender.seal(1)
     return asyncio.get_running_loop().time() - started
 

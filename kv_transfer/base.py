@@ -84,8 +84,10 @@ class Counters:
 class Sender(Protocol):
     """One open transfer. Calls come one at a time, except that `abandon` may come while `send` waits."""
 
-    async def send(self, tokens: range) -> None:
-        """KV of these positions is final, in all layers: move it. Ranges ascend without gaps; cached ones are skipped.
+    async def send(self, layers: range, tokens: range) -> None:
+        """KV of these positions is final in these layers: move it. A layer's positions ascend without gaps.
+
+        Those that the receiver has cached are skipped.
 
         Waits while the receiver is slow. Raises TransferFailed, WorkerLost, DeadlineExceeded or Refused, whatever the
         receiver said, as soon as it is known.

@@ -66,16 +66,16 @@ class KVLayout:
         if not all(0 <= block < pool.shape[2] for block in blocks):
             raise Refused(f"the block table names blocks outside the pool's {pool.shape[2]}")
 
-    def cut(self, tokens: range, frame_bytes: int) -> Iterator[tuple[range, range]]:
+    def cut(self, layers: range, tokens: range, frame_bytes: int) -> Iterator[tuple[range, range]]:
         """(layers, tokens) of frames of about `frame_bytes`: whole layers if they fit, else tokens of one layer.
 
         One token of one layer is never cut. Every layer's tokens come in ascending order.
         """
-        layers = max(1, min(self.num_layers, frame_bytes // max(1, self.payload_bytes(1, len(tokens)))))
+        whole = max(1, frame_bytes // max(1, self.payload_bytes(1, len(tokens))))
         count = max(1, min(len(tokens), frame_bytes // self.payload_bytes(1, 1)))
-        for layer in range(0, self.num_layers, layers):
+        for layer in range(layers.start, layers.stop, whole):
             for token in range(tokens.start, tokens.stop, count):
                 yield (
-                    range(layer, min(layer + layers, self.num_layers)),
+                    range(layer, min(layer + whole, layers.stop)),
                     range(token, min(token + count, tokens.stop)),
                 )

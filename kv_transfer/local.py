@@ -65,14 +65,14 @@ class _LocalSender:
         self._counters = counters
         self._started = time.monotonic()
 
-    async def send(self, tokens: range) -> None:
+    async def send(self, layers: range, tokens: range) -> None:
         """See Sender. Nothing is copied; the range is checked and the lease extended."""
         self._check_deadline()
         fresh = range(max(tokens.start, self._target.cached_tokens), tokens.stop)
         if not fresh:
             return
         with self._landing.writing():  # raises when the lease is broken
-            self._coverage.add(range(self._landing.pool.shape[0]), fresh)
+            self._coverage.add(layers, fresh)
         self._landing.touch()
 
     async def seal(self, first_token: int) -> TransferSummary:

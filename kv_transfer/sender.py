@@ -79,17 +79,17 @@ class FrameSender:
         """Sends the open frame."""
         await self._link.write(encode(opening_of(self._target)))
 
-    async def send(self, tokens: range) -> None:
+    async def send(self, layers: range, tokens: range) -> None:
         """See Sender."""
         fresh = range(max(tokens.start, self._target.cached_tokens), tokens.stop)
         if not fresh:
             return
-        self._coverage.add(range(self._source.layout.num_layers), fresh)
+        self._coverage.add(layers, fresh)
         async with self._busy:
-            for layers, part in self._source.layout.cut(fresh, self._frame_bytes):
+            for part_layers, part in self._source.layout.cut(layers, fresh, self._frame_bytes):
                 if self._abandoned:
                     return
-                await self._advance(self._make(layers, part))
+                await self._advance(self._make(part_layers, part))
             await self._advance(None)
 
     async def seal(self, first_token: int) -> TransferSummary:

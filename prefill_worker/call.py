@@ -13,7 +13,7 @@ from kv_transfer.base import Sender, Source, Target, Transport
 from kv_transfer.layout import KVLayout
 from tandem import wire
 from tandem.engine.engine import Engine
-from tandem.engine.sequence import ChunkDone, EngineEvent, Failed, NewToken, Sequence, Started
+from tandem.engine.sequence import EngineEvent, Failed, KVWritten, NewToken, Sequence, Started
 from tandem.errors import TandemError, TransferFailed
 from tandem.v1 import worker_pb2
 from tandem.worker.host import Promise, WorkerHost
@@ -28,8 +28,8 @@ class PrefillCall:
            │                                            └──▶ it was the last: the transfer is abandoned
            └────────────────── cancel, deadline, failure: everything is freed ◀──┘
 
-    Chunks are sent by a task of their own while later ones are computed, and the first token is told at once: it
-    never waits for the transfer.
+    Layers of chunks are sent by a task of their own while later ones are computed, and the first token is told at
+    once: it never waits for the transfer.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class PrefillCall:
         self._target = target
         self._context = context
         self._promise = promise
-        # Ranges of prompt tokens whose KV is final, for the sending task; None ends it.
-        self._ranges: asyncio.Queue[range | None] = asyncio.Queue()
+        # Layers and positions whose KV is final, for the sending task; None ends it.
+        self._written: asyncio.Queue[tuple[range, range] | None] = asyncio.Queue()
         self._abandoned = False
 
     async def run(self) -> None:
@@ -61,7 +61,7 @@ class PrefillCall:
             await self._tell(
                 started=worker_pb2.PrefillStarted(queued_ms=started.queued_ms, cached_tokens=started.cached_tokens)
             )
-            self._ranges.put_nowait(range(started.cached_tokens))
+            self._written.put_nowait((range(self._host.engine.fingerprint.num_layers), range(started.cached_tokens)))
             try:
                 if self._sequence.request.sampling.max_tokens == 1:
                     await self._compute_only(started_s)
@@ -106,7 +106,7 @@ class PrefillCall:
             if first.finish_reason is not None:
                 await self._abandon(sender, sending)
                 return
-            self._ranges.put_nowait(None)
+            self._written.put_nowait(None)
             await sending
             summary = await sender.seal(first.token.id)
             await self._tell(
@@ -120,9 +120,9 @@ class PrefillCall:
 
     async def _abandon(self, sender: Sender, sending: asyncio.Task[None]) -> None:
         """The client has its answer: what fails from here on concerns nobody, and the decode side is freed anyhow."""
-        while not self._ranges.empty():
-            self._ranges.get_nowait()
-        self._ranges.put_nowait(None)
+        while not self._written.empty():
+            self._written.get_nowait()
+        self._written.put_nowait(None)
         self._abandoned = True
         try:
             await sender.abandon()
@@ -131,9 +131,9 @@ class PrefillCall:
         await sending
 
     async def _send(self, sender: Sender) -> None:
-        while (tokens := await self._ranges.get()) is not None:
+        while (written := await self._written.get()) is not None:
             try:
-                await sender.send(tokens)
+                await sender.send(*written)
             except TandemError:
                 if self._abandoned:
                     return
@@ -144,8 +144,8 @@ class PrefillCall:
             event = await self._events.get()
             if isinstance(event, NewToken):
                 return event
-            if isinstance(event, ChunkDone):
-                self._ranges.put_nowait(range(event.start, event.end))
+            if isinstance(event, KVWritten):
+                self._written.put_nowait((event.layers, range(event.start, event.end)))
             elif isinstance(event, Failed):
                 raise event.error
 

@@ -6,11 +6,17 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 # A non-interactive shell starts its background jobs (`pytest &` in a script) with SIGINT ignored, and children inherit
 # that: Ctrl-C in a test would reach nobody. A handler does not survive exec, so children begin with the default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# A busy machine is slow, and says nothing about the code.
+settings.register_profile("tandem", deadline=None)
+settings.load_profile("tandem")
 
 
 @pytest.fixture(scope="session")

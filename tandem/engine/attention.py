@@ -46,8 +46,8 @@ class Probe:
 
     def run(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, asked: dict[str, Any]) -> Tensor:
         layer = getattr(module, "layer_idx", None)
-        if not isinstance(layer, int) or layer in self.options:
-            raise ModelRefused("its attention layers are not numbered one by one")
+        if layer != len(self.options):
+            raise ModelRefused("its attention layers are not numbered in their order")
         if mask is not None or not getattr(module, "is_causal", True):
             raise ModelRefused("it needs an attention mask other than causal")
         if key.shape != value.shape:
@@ -78,6 +78,8 @@ class Step:
     options: dict[int, AttentionOptions]
     attention: PagedAttention
     write: Callable[[Tensor, Tensor, Tensor, Tensor, PagedBatch], None]
+    # Told of each layer when its K and V are in the pool.
+    layer_written: Callable[[int], None]
     # None where every row is read.
     tail: Tail | None
 
@@ -85,6 +87,7 @@ class Step:
         k_pool, v_pool = self.cache.layer(module.layer_idx)
         query_TxHxD, key_TxKxD, value_TxKxD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         self.write(key_TxKxD, value_TxKxD, k_pool, v_pool, self.batch)
+        self.layer_written(module.layer_idx)
         tail = self.tail if self.tail is not None and self.tail.last_attention is module else None
         out = self.attention(
             query_TxHxD if tail is None else query_TxHxD[tail.rows],

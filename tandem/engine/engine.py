@@ -14,6 +14,7 @@ from tandem.config import TandemConfig
 from tandem.engine.block_pool import BlockPool, BlockTable
 from tandem.engine.cpu_memory import use_huge_pages
 from tandem.engine.kv_cache import KVCache, count_blocks
+from tandem.engine.kv_progress import KVProgress
 from tandem.engine.model_loader import load_model
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.pooler import Pooler
@@ -21,9 +22,8 @@ from tandem.engine.sampler import Sampler, stop_ids
 from tandem.engine.scheduler import Scheduler, StepPlan
 from tandem.engine.self_check import check_exactness
 from tandem.engine.sequence import (
-    ChunkDone,
     Embedded,
-    EngineEvent,
+    Emission,
     Failed,
     Names,
     NewToken,
@@ -38,8 +38,6 @@ log = logging.getLogger(__name__)
 
 # Below this the weights fit into a cache or two, and moving memory takes longer than it saves.
 _HUGE_PAGES_FROM_BYTES = 128 << 20
-
-Emission = tuple[Sequence, EngineEvent]
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,7 @@ class Engine:
         self.load = EngineLoad()
         self._steps = self._hit_tokens = self._query_tokens = 0
         self._publish = publish
+        self._tell_bytes = config.worker.frame_bytes
         self._runner = ModelRunner(loaded, self.cache, config.engine.device)
         self._sampler = Sampler(self.info.eos_token_ids)
         self._pooler = Pooler()
@@ -184,14 +183,15 @@ class Engine:
         if not plan:
             return False
         self._announce(plan)
+        progress = KVProgress(plan.chunks, self.fingerprint, self._tell_bytes, self._publish)
         try:
-            tokens, embedded = self._run(plan)
+            tokens, embedded = self._run(plan, progress)
         except Exception:
             ids = ",".join(sequence.request.request_id for sequence in plan.sequences)
             log.exception("a step of %d sequences failed", len(plan.sequences), extra={"request_id": ids})
             self._fail(plan)
         else:
-            self._emit(plan, tokens, embedded)
+            self._emit(plan, progress, tokens, embedded)
         self._steps += 1
         self._take_snapshot()
         return True
@@ -203,16 +203,18 @@ class Engine:
             self._hit_tokens += sum(sequence.num_computed for sequence in plan.started)
             self._query_tokens += sum(sequence.prompt_len for sequence in plan.started if not sequence.averages)
 
-    def _run(self, plan: StepPlan) -> tuple[list[Token], list[tuple[Sequence, Embedded]]]:
-        output = self._runner.run(plan)
+    def _run(self, plan: StepPlan, progress: KVProgress) -> tuple[list[Token], list[tuple[Sequence, Embedded]]]:
+        output = self._runner.run(plan, progress.layer_written)
         with torch.inference_mode():
             tokens = self._sampler.sample(output.logits_RxV, plan.sampled) if plan.sampled else []
             embedded = self._pooler.pool(output.hidden_ExD, plan.pooled) if plan.pooled else []
         return tokens, embedded
 
-    def _emit(self, plan: StepPlan, tokens: list[Token], embedded: list[tuple[Sequence, Embedded]]) -> None:
+    def _emit(
+        self, plan: StepPlan, progress: KVProgress, tokens: list[Token], embedded: list[tuple[Sequence, Embedded]]
+    ) -> None:
         self._scheduler.advance(plan)
-        emissions: list[Emission] = [(chunk.sequence, ChunkDone(chunk.start, chunk.end)) for chunk in plan.chunks]
+        emissions: list[Emission] = [*progress.rest()]
         emissions += [(s, self._append(s, token)) for s, token in zip(plan.sampled, tokens, strict=True)]
         emissions += embedded
         self._retire([s for s in plan.sampled if s.finished or not s.decode_here])

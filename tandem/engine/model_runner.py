@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.engine.attention import PagedAttention, Step, Tail
+from tandem.engine.attention import PagedAttention, Step
 from tandem.engine.batch import PagedBatch
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.last_layer import LastLayer
@@ -39,7 +39,8 @@ class ModelRunner:
         self._block_size = loaded.info.fingerprint.block_size
         self._attention, self._write = _functions(device)
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def run(self, plan: StepPlan, layer_written: Callable[[int], None] = lambda layer: None) -> StepOutput:
+        """layer_written: told of each layer as soon as its K and V are in the pool."""
         rows = _rows(plan)
         positions = [position for _, start, end in rows for position in range(start, end)]
         ids = [token for sequence, start, end in rows for token in sequence.token_ids(start, end)]
@@ -47,18 +48,16 @@ class ModelRunner:
         sampled, pooled = _sampled_rows(plan, batch), _pooled_rows(plan, batch)
         with torch.inference_mode():
             tail = self._last_layer.tail(sorted({*sampled, *pooled}), batch)
+            step = Step(batch, self._cache, self._options, self._attention, self._write, layer_written, tail)
             with self._last_layer.only(tail):
                 if not pooled:
-                    logits = self._forward(ids, positions, batch, tail, sampled)
+                    logits = self._forward(ids, positions, step, sampled)
                     return StepOutput(logits, logits.new_empty(0, 0))
                 with _last_hidden_state(self._model) as seen:
-                    logits = self._forward(ids, positions, batch, tail, sampled)
+                    logits = self._forward(ids, positions, step, sampled)
                 return StepOutput(logits, seen[0][0, pooled])
 
-    def _forward(
-        self, ids: list[int], positions: list[int], batch: PagedBatch, tail: Tail | None, sampled: list[int]
-    ) -> Tensor:
-        step = Step(batch, self._cache, self._options, self._attention, self._write, tail)
+    def _forward(self, ids: list[int], positions: list[int], step: Step, sampled: list[int]) -> Tensor:
         # The head always gets a row: kernels need not cope with none.
         keep = sampled or [len(ids) - 1]
         output = self._model(

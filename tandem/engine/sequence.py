@@ -23,9 +23,10 @@ class Started:
 
 
 @dataclass(frozen=True)
-class ChunkDone:
-    """The KV of prompt tokens [start, end) is final in the pool, in every layer."""
+class KVWritten:
+    """The KV of prompt tokens [start, end) is final in the pool, in these layers; on cuda, in the stream's order."""
 
+    layers: range
     start: int
     end: int
 
@@ -51,9 +52,11 @@ class Failed:
     error: TandemError
 
 
-EngineEvent = Started | ChunkDone | NewToken | Embedded | Failed
+EngineEvent = Started | KVWritten | NewToken | Embedded | Failed
 Listener = Callable[[EngineEvent], None]
 Names = abc.Sequence[bytes]
+# An event and whose it is.
+Emission = tuple["Sequence", EngineEvent]
 
 
 @dataclass(eq=False)

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from tandem import logs
 from tandem.config import TandemConfig
-from tandem.engine.engine import Emission, Engine
+from tandem.engine.engine import Engine
+from tandem.engine.sequence import Emission
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

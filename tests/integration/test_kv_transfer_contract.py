@@ -68,13 +68,33 @@ async def test_many_at_once(rig: Rig) -> None:
     assert rig.transport.counters.frames == rig.received.frames
 
 
+async def test_layers_of_a_chunk_may_leave_one_by_one(rig: Rig) -> None:
+    job = rig.job(prompt_tokens=21, cached_tokens=3)
+    async with rig.transport.open(job.source, job.target) as sender:
+        for tokens in (range(10), range(10, 21)):
+            for layer in rig.layers:
+                await sender.send(range(layer, layer + 1), tokens)
+        await sender.seal(7)
+    job.assert_arrived()
+
+
+async def test_a_layer_that_was_not_sent_is_missed_at_the_seal(rig: Rig) -> None:
+    job = rig.job(prompt_tokens=10)
+    async with rig.transport.open(job.source, job.target) as sender:
+        await sender.send(range(2), range(10))
+        with pytest.raises(TransferFailed, match="layer 2, positions"):
+            await sender.seal(7)
+    await until(lambda: job.landing.ended)
+    assert job.landing.first_token is None
+
+
 async def test_the_lease_is_touched_as_kv_comes(rig: Rig) -> None:
     job = rig.job()
     async with rig.transport.open(job.source, job.target) as sender:
-        await sender.send(range(10))
+        await sender.send(rig.layers, range(10))
         await until(lambda: job.landing.touches > 0)
         assert not job.landing.ended
-        await sender.send(range(10, 21))
+        await sender.send(rig.layers, range(10, 21))
         await sender.seal(1)
     job.assert_arrived()
 
@@ -165,11 +185,11 @@ async def _open_and_leave(rig: Rig, source: Source, reservation_id: str) -> None
 async def test_a_landing_takes_one_transfer(rig: Rig) -> None:
     job = rig.job()
     async with rig.transport.open(job.source, job.target) as sender:
-        await sender.send(range(10))
+        await sender.send(rig.layers, range(10))
         await until(lambda: job.landing.touches > 0)
         with pytest.raises(TransferFailed, match="already has its transfer"):
             await rig.transfer(job)
-        await sender.send(range(10, 21))
+        await sender.send(rig.layers, range(10, 21))
         await sender.seal(5)
     job.assert_arrived()
     with pytest.raises(TransferFailed, match="already has its transfer"):
@@ -180,7 +200,7 @@ async def test_a_landing_takes_one_transfer(rig: Rig) -> None:
 async def test_leaving_without_a_seal_aborts(rig: Rig) -> None:
     job = rig.job()
     async with rig.transport.open(job.source, job.target) as sender:
-        await sender.send(range(10))
+        await sender.send(rig.layers, range(10))
         await until(lambda: job.landing.touches > 0)
     await until(lambda: job.landing.ended)
     assert [type(error) for error in job.landing.errors] == [TransferFailed]
@@ -193,7 +213,7 @@ async def test_an_abandoned_transfer_frees_both_ends_and_is_no_failure(rig: Rig,
     """The first token was the last: nobody needs the KV."""
     job = rig.job()
     async with rig.transport.open(job.source, job.target) as sender:
-        await sender.send(range(sent))
+        await sender.send(rig.layers, range(sent))
         await sender.abandon()
         assert job.landing.given_up
     assert job.landing.errors == []

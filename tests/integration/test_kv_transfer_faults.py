@@ -112,7 +112,7 @@ async def test_an_abandoned_send_stops_at_its_next_frame(shut: Callable[[Job], G
         job = rig.job(prompt_tokens=200)
         gate = shut(job)
         async with rig.transport.open(job.source, job.target) as sender:
-            sending = asyncio.create_task(sender.send(range(200)))
+            sending = asyncio.create_task(sender.send(rig.layers, range(200)))
             await until(lambda: gate.held > 0)
             abandoning = asyncio.create_task(sender.abandon())
             gate.open()

@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from tandem.config import parse_config
-from tandem.engine.engine import Emission, Engine
-from tandem.engine.sequence import Failed, NewToken, Sequence
+from tandem.engine.engine import Engine
+from tandem.engine.sequence import Emission, Failed, NewToken, Sequence
 from tandem.types import EngineRequest, SamplingParams, Token
 
 
 class EngineDriver:
     """Adds requests as a colocated worker does and steps until they end."""
 
-    def __init__(self, model: Path, **engine: Any) -> None:
-        settings = {"kv_memory_mib": 16, **engine}
-        self.engine = Engine(parse_config({"model": {"path": str(model)}, "engine": settings}), self._publish)
+    def __init__(self, model: Path, frame_bytes: int = 1 << 20, **engine: Any) -> None:
+        settings = {
+            "model": {"path": str(model)},
+            "engine": {"kv_memory_mib": 16, **engine},
+            "worker": {"frame_bytes": frame_bytes},
+        }
+        self.engine = Engine(parse_config(settings), self._publish)
         self.tokens: dict[str, list[Token]] = {}
         self.failures: dict[str, Exception] = {}
         self.emissions: list[Emission] = []

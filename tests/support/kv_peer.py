@@ -43,7 +43,7 @@ async def send(address: str, deadline_s: float | None, whole: bool) -> None:
         print("whole", flush=True)
         await asyncio.Event().wait()
     async with rig.transport.open(job.source, replace(job.target, deadline_s=deadline_s)) as sender:
-        await sender.send(range(10))
+        await sender.send(rig.layers, range(10))
         print("half", flush=True)
         await asyncio.Event().wait()
 

@@ -179,6 +179,10 @@ class Rig:
         self._sending_free = random.Random(4).sample(range(POOL_BLOCKS), POOL_BLOCKS)
 
     @property
+    def layers(self) -> range:
+        return range(self.fingerprint.num_layers)
+
+    @property
     def shared_pool(self) -> bool:
         return self.sending_pool is self.receiving_pool
 
@@ -210,17 +214,17 @@ class Rig:
         size = job.target.prompt_tokens
         async with self.transport.open(job.source, job.target) as sender:
             for tokens in ranges or [range(start, min(start + chunk, size)) for start in range(0, size, chunk)]:
-                await sender.send(tokens)
+                await sender.send(self.layers, tokens)
             return await sender.seal(first_token)
 
     async def transfer_in_halves(self, job: Job, between: Callable[[], Awaitable[object]]) -> TransferSummary:
         """The second half follows `between`, which runs when the first has landed."""
         middle = job.target.prompt_tokens // 2
         async with self.transport.open(job.source, job.target) as sender:
-            await sender.send(range(middle))
+            await sender.send(self.layers, range(middle))
             await until(lambda: job.landing.touches > 0)
             await between()
-            await sender.send(range(middle, job.target.prompt_tokens))
+            await sender.send(self.layers, range(middle, job.target.prompt_tokens))
             return await sender.seal(7)
 
     async def assert_healthy(self) -> None:

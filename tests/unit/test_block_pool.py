@@ -130,7 +130,7 @@ _STEPS = st.lists(
 
 
 @given(_STEPS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_order_of_calls_keeps_the_invariants(steps: list[tuple[str, int, int]]) -> None:
     pool = BlockPool(8, 4)
     held: list[tuple[BlockTable, list[int]]] = []

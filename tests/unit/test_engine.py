@@ -14,7 +14,7 @@ from tandem.config import EngineConfig, parse_config
 from tandem.engine.engine import Engine
 from tandem.engine.kv_cache import count_blocks
 from tandem.engine.model_loader import load_model
-from tandem.engine.sequence import ChunkDone, Started
+from tandem.engine.sequence import Emission, KVWritten, Started
 from tandem.errors import ConfigError, InvalidRequest, ModelRefused
 from tandem.types import Fingerprint, FinishReason, SamplingParams
 
@@ -58,8 +58,34 @@ def test_events_come_in_order(llama: Path) -> None:
     driver.generate([PROMPTS[1]], SamplingParams(max_tokens=2, ignore_eos=True))
     events = [event for _, event in driver.emissions]
     assert isinstance(events[0], Started)
-    assert [event for event in events if isinstance(event, ChunkDone)] == [ChunkDone(0, 32), ChunkDone(32, 57)]
+    layers = range(driver.engine.fingerprint.num_layers)
+    written = [event for event in events if isinstance(event, KVWritten)]
+    assert written == [KVWritten(layers, 0, 32), KVWritten(layers, 32, 57)]
     assert [type(event).__name__ for event in events[-2:]] == ["NewToken", "NewToken"]
+
+
+class LayerWatch(EngineDriver):
+    """Notes of each telling of KV: what was told, and which layers of the sequence's first block were there then."""
+
+    def _publish(self, emissions: list[Emission]) -> None:
+        super()._publish(emissions)
+        for sequence, event in emissions:
+            if isinstance(event, KVWritten) and sequence.table is not None:
+                block = self.engine.cache.pool[:, :, sequence.table.blocks[0]]
+                self.notes.append((event, [bool(layer.any()) for layer in block]))
+
+    notes: list[tuple[KVWritten, list[bool]]]
+
+
+def test_a_layer_is_told_before_the_next_is_computed(llama: Path) -> None:
+    driver = LayerWatch(llama, frame_bytes=4096)
+    driver.notes = []
+    driver.generate([PROMPTS[1]], SamplingParams(max_tokens=1, ignore_eos=True))
+    layers = driver.engine.fingerprint.num_layers
+    assert driver.notes == [
+        (KVWritten(range(layer, layer + 1), 0, 57), [other <= layer for other in range(layers)])
+        for layer in range(layers)
+    ]
 
 
 def test_eos_stop_ids_and_length_end_a_request(llama: Path) -> None:

@@ -56,7 +56,7 @@ def test_gather_and_scatter_are_exact(dtype: str, data: st.DataObject) -> None:
 def test_cuts_cover_everything_once_and_keep_to_the_size(start: int, count: int, frame_bytes: int) -> None:
     tokens = range(start, start + count)
     coverage = Coverage(LAYOUT.num_layers, tokens)
-    for layers, part in LAYOUT.cut(tokens, frame_bytes):
+    for layers, part in LAYOUT.cut(range(LAYOUT.num_layers), tokens, frame_bytes):
         coverage.add(layers, part)
         assert LAYOUT.payload_bytes(len(layers), len(part)) <= max(frame_bytes, LAYOUT.payload_bytes(1, 1))
     coverage.check_complete()
@@ -64,7 +64,11 @@ def test_cuts_cover_everything_once_and_keep_to_the_size(start: int, count: int,
 
 def test_frames_are_cut_by_layers_first() -> None:
     of_two_layers = LAYOUT.payload_bytes(2, 10)
-    assert [*LAYOUT.cut(range(5, 15), of_two_layers)] == [(range(2), range(5, 15)), (range(2, 3), range(5, 15))]
+    assert [*LAYOUT.cut(range(3), range(5, 15), of_two_layers)] == [
+        (range(2), range(5, 15)),
+        (range(2, 3), range(5, 15)),
+    ]
+    assert [*LAYOUT.cut(range(1, 3), range(5, 15), of_two_layers)] == [(range(1, 3), range(5, 15))]
 
 
 @pytest.mark.parametrize(

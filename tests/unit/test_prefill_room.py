@@ -32,7 +32,7 @@ class NotingTransport:
         self.calls.append("open")
         yield self
 
-    async def send(self, tokens: range) -> None:
+    async def send(self, layers: range, tokens: range) -> None:
         if tokens:
             self.calls.append("send")
 

@@ -50,7 +50,7 @@ ACTIONS = st.lists(
 
 
 @given(ACTIONS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_after_any_events_the_index_is_the_cache(actions: list[tuple[str, int, int]]) -> None:
     pool, index, held = BlockPool(BLOCKS, 4), PrefixIndex(BLOCKS), list[BlockTable]()
     hear(index, pool, restart=True)

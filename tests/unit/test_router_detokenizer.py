@@ -52,7 +52,6 @@ ID_OF_BYTE = ids_by_byte()
 
 
 @given(st.text(max_size=40), st.text(min_size=1, max_size=5))
-@settings(deadline=None)
 def test_pieces_add_up_to_the_text_and_no_piece_has_half_a_character(text: str, prompt: str) -> None:
     if INCOMPLETE in text + prompt:
         return
@@ -63,7 +62,6 @@ def test_pieces_add_up_to_the_text_and_no_piece_has_half_a_character(text: str, 
 
 
 @given(st.binary(max_size=40))
-@settings(deadline=None)
 def test_bytes_that_are_not_utf8_raise_nothing_and_hold_nothing_back_for_long(data: bytes) -> None:
     detokenizer = Detokenizer(BYTES, ids_of("p"))
     ids = [ID_OF_BYTE[value] for value in data]
