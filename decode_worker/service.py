@@ -54,7 +54,8 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
     def report(self, load: registry_pb2.Load) -> None:
         load.reservations = len(self._by_id)
         load.waiting_reservations = len(self._queue)
-        load.kv_bytes_received.update({name: counters.bytes for name, counters in self._kv.counters.items()})
+        for name, counters in self._kv.counters.items():
+            load.kv_received[name].CopyFrom(counters.as_wire())
 
     @property
     def busy(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from kv_transfer.layout import KVLayout
 from tandem.errors import TandemError
 from tandem.types import Fingerprint
+from tandem.v1 import registry_pb2
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +54,15 @@ class Target:
 
 @dataclass(frozen=True)
 class TransferSummary:
-    """What moved. `seconds`: from the opening to the end, on the clock of whoever made the summary."""
+    """What moved, as one of the ends saw it."""
 
     # Of KV, without headers; 0 when nothing had to be copied.
     bytes: int
     frames: int
+    # At the sender the time inside `send` and `seal`, at the receiver from the opening to the seal.
     seconds: float
+    # Of the sender's, what lay before the end of prefill: hidden under compute.
+    hidden_seconds: float = 0.0
 
 
 @dataclass
@@ -69,16 +73,23 @@ class Counters:
     failures: int = 0
     bytes: int = 0
     frames: int = 0
-    # Of sealed transfers.
+    # Of sealed transfers; see TransferSummary.
     seconds: float = 0.0
+    hidden_seconds: float = 0.0
+    # Frames that failed a checksum; at the receiver.
+    corrupt_frames: int = 0
+
+    def as_wire(self) -> registry_pb2.KVTraffic:
+        return registry_pb2.KVTraffic(**asdict(self))
 
     def moved(self, size: int) -> None:
         self.frames += 1
         self.bytes += size
 
-    def sealed(self, seconds: float) -> None:
+    def sealed(self, seconds: float, hidden_seconds: float = 0.0) -> None:
         self.transfers += 1
         self.seconds += seconds
+        self.hidden_seconds += hidden_seconds
 
 
 class Sender(Protocol):
@@ -93,8 +104,11 @@ class Sender(Protocol):
         receiver said, as soon as it is known.
         """
 
-    async def seal(self, first_token: int) -> TransferSummary:
-        """Returns when the receiver has verified and taken everything. Raises as send, and when KV is missing."""
+    async def seal(self, first_token: int, prefilled_s: float | None = None) -> TransferSummary:
+        """Returns when the receiver has verified and taken everything. Raises as send, and when KV is missing.
+
+        prefilled_s: when the first token was sampled, on time.monotonic's clock; what was sent before was hidden.
+        """
 
     async def abandon(self) -> None:
         """Instead of a seal: nobody needs this KV. The receiver's blocks are free on return, and nothing has failed.

@@ -36,6 +36,10 @@ _UNGUARDED = struct.Struct(">4sHH")
 MAX_FRAME_BYTES = _PRELUDE.size + MAX_HEADER_BYTES + MAX_PAYLOAD_BYTES
 
 
+class CorruptFrame(TransferFailed):
+    """The bytes are not those that were sent. Peers are told what TransferFailed tells."""
+
+
 @dataclass(frozen=True)
 class Open:
     """First frame: whose KV this is, of which model, and the positions that will travel."""
@@ -251,13 +255,13 @@ def decode(frame: bytes) -> tuple[Message, memoryview]:
         raise TransferFailed(f"a KV frame of {len(frame)} bytes is not in [{_PRELUDE.size}, {MAX_FRAME_BYTES}]")
     magic, version, length, guard = _PRELUDE.unpack_from(frame)
     if magic != _MAGIC:
-        raise TransferFailed("the bytes are not a KV frame")
+        raise CorruptFrame("the bytes are not a KV frame")
     if length > MAX_HEADER_BYTES or len(frame) < _PRELUDE.size + length:
         raise TransferFailed(f"a KV frame's header of {length} bytes is too long or cut short")
     whole = memoryview(frame)
     header, payload = whole[_PRELUDE.size : _PRELUDE.size + length], whole[_PRELUDE.size + length :]
     if zlib.crc32(header, zlib.crc32(whole[: _UNGUARDED.size])) != guard:
-        raise TransferFailed("a KV frame's header fails its checksum")
+        raise CorruptFrame("a KV frame's header fails its checksum")
     if version != VERSION:
         raise Refused(f"the peer sends KV frames of version {version}, this worker takes version {VERSION}")
     message = _parse(header)
@@ -270,7 +274,7 @@ def decode(frame: bytes) -> tuple[Message, memoryview]:
 def check_payload(data: Data, payload: memoryview) -> None:
     """Raises TransferFailed when the payload is not what was sent."""
     if zlib.crc32(payload) != data.checksum:
-        raise TransferFailed(f"the payload of KV frame {data.sequence} fails its checksum")
+        raise CorruptFrame(f"the payload of KV frame {data.sequence} fails its checksum")
 
 
 def chain_checksum(chain: int, data: Data) -> int:

@@ -10,7 +10,18 @@ from typing import Protocol
 
 from kv_transfer.admission import Admission
 from kv_transfer.base import Counters, Landing, TransferSummary
-from kv_transfer.codec import Abandon, Data, Done, Open, Placed, Seal, chain_checksum, check_payload, decode
+from kv_transfer.codec import (
+    Abandon,
+    CorruptFrame,
+    Data,
+    Done,
+    Open,
+    Placed,
+    Seal,
+    chain_checksum,
+    check_payload,
+    decode,
+)
 from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout
 from kv_transfer.pool_io import scatter
@@ -89,8 +100,9 @@ class Receiver:
             except BaseException as error:
                 landing.failed(_reason(error, lost))
                 raise
-        except BaseException:
+        except BaseException as error:
             self._counters.failures += 1
+            self._counters.corrupt_frames += isinstance(error, CorruptFrame)
             raise
         self._counters.sealed(seconds)
         return filling.taken

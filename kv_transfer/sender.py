@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
@@ -15,6 +14,7 @@ from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout
 from kv_transfer.pool_io import pieces
 from kv_transfer.threads import finish
+from kv_transfer.worktime import WorkTime
 from tandem.errors import Refused, TransferFailed
 
 
@@ -66,7 +66,7 @@ class FrameSender:
         self._counters = counters
         self._coverage = Coverage(source.layout.num_layers, target.travelling)
         self._cut_frames = self._bytes = self._frames = self._checksum = 0
-        self._started = time.monotonic()
+        self._work = WorkTime()
         # The frame that a thread makes while the one before it leaves.
         self._next: asyncio.Future[tuple[Data, bytes]] | None = None
         # Sealed, or abandoned with the receiver's knowledge.
@@ -86,23 +86,28 @@ class FrameSender:
             return
         self._coverage.add(layers, fresh)
         async with self._busy:
-            for part_layers, part in self._source.layout.cut(layers, fresh, self._frame_bytes):
-                if self._abandoned:
-                    return
-                await self._advance(self._make(part_layers, part))
-            await self._advance(None)
+            with self._work.measure():
+                await self._send(layers, fresh)
 
-    async def seal(self, first_token: int) -> TransferSummary:
+    async def _send(self, layers: range, tokens: range) -> None:
+        for part_layers, part_tokens in self._source.layout.cut(layers, tokens, self._frame_bytes):
+            if self._abandoned:
+                return
+            await self._advance(self._make(part_layers, part_tokens))
+        await self._advance(None)
+
+    async def seal(self, first_token: int, prefilled_s: float | None = None) -> TransferSummary:
         """See Sender."""
         self._coverage.check_complete()
-        await self._link.write(encode(Seal(first_token, self._frames, self._bytes, self._checksum)))
-        done = await self._link.finish()
+        with self._work.measure():
+            await self._link.write(encode(Seal(first_token, self._frames, self._bytes, self._checksum)))
+            done = await self._link.finish()
         if (done.frames, done.bytes) != (self._frames, self._bytes):
             raise TransferFailed(f"{self._bytes} bytes of KV were sent, the receiver acknowledged {done.bytes}")
         self._over = True
-        seconds = time.monotonic() - self._started
-        self._counters.sealed(seconds)
-        return TransferSummary(self._bytes, self._frames, seconds)
+        seconds, hidden = self._work.seconds, self._work.before(prefilled_s)
+        self._counters.sealed(seconds, hidden)
+        return TransferSummary(self._bytes, self._frames, seconds, hidden)
 
     async def abandon(self) -> None:
         """See Sender."""

@@ -108,11 +108,14 @@ class PrefillCall:
                 return
             self._written.put_nowait(None)
             await sending
-            summary = await sender.seal(first.token.id)
+            summary = await sender.seal(first.token.id, first_s)
             await self._tell(
                 sealed=worker_pb2.Sealed(
                     summary=worker_pb2.TransferSummary(
-                        bytes=summary.bytes, frames=summary.frames, transfer_ms=summary.seconds * 1000
+                        bytes=summary.bytes,
+                        frames=summary.frames,
+                        transfer_ms=summary.seconds * 1000,
+                        hidden_ms=summary.hidden_seconds * 1000,
                     ),
                     after_first_token_ms=(time.monotonic() - first_s) * 1000,
                 )

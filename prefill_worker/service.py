@@ -36,8 +36,9 @@ class PrefillRoom(worker_pb2_grpc.PrefillWorkerServicer):
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, server)
 
     def report(self, load: registry_pb2.Load) -> None:
-        sent = {name: transport.counters.bytes for name, transport in self._transports.items() if name != LOCAL}
-        load.kv_bytes_sent.update(sent)
+        for name, transport in self._transports.items():
+            if name != LOCAL:
+                load.kv_sent[name].CopyFrom(transport.counters.as_wire())
 
     @property
     def busy(self) -> bool:

@@ -167,6 +167,7 @@ class Choice:
             kv_frames=summary.frames,
             kv_reused_tokens=self._attempt.reservation.cached_tokens,
             kv_transfer_ms=summary.transfer_ms,
+            kv_hidden_ms=summary.hidden_ms,
             transport=self._attempt.transport,
             prefill_worker=self.prefill_worker,
             decode_worker=self.decode_worker,

@@ -237,7 +237,9 @@ class RequestReport:
     kv_bytes: int = 0
     kv_frames: int = 0
     kv_reused_tokens: int = 0
+    # In which the sender worked on the transfer; of that, what lay before the first token, hidden under compute.
     kv_transfer_ms: float = 0.0
+    kv_hidden_ms: float = 0.0
     transport: str = ""
     prefill_worker: str = ""
     decode_worker: str = ""

@@ -204,6 +204,7 @@ def time_table(report: RequestReport) -> dict[str, Any]:
         **{name: None if span is None else round(span, 3) for name, span in spans.items()},
         "kv_bytes": report.kv_bytes,
         "kv_transfer_ms": round(report.kv_transfer_ms, 3),
+        "kv_hidden_ms": round(report.kv_hidden_ms, 3),
         "kv_reused_tokens": report.kv_reused_tokens,
         "transport": report.transport,
     }

@@ -28,11 +28,22 @@ _OF_A_WORKER: tuple[tuple[str, str, Callable[[Worker], float]], ...] = (
     ("heartbeat_age_seconds", "Since it was heard last.", lambda worker: time.monotonic() - worker.heard_s),
     ("kv_blocks", "Blocks of its pool.", lambda worker: worker.hello.total_blocks),
     ("kv_blocks_free", "Of them free.", lambda worker: worker.load.free_blocks),
+    ("kv_blocks_quarantined", "Of ended requests, still written into.", lambda worker: worker.load.quarantined_blocks),
     ("queued_prompt_tokens", "Prompt tokens not yet computed.", lambda worker: worker.load.queued_prompt_tokens),
     ("waiting_prefills", "Prompts that wait.", lambda worker: worker.load.waiting_prefills),
     ("running_decodes", "Sequences that it decodes.", lambda worker: worker.load.running_decodes),
     ("reservations", "Requests that hold its blocks.", lambda worker: worker.load.reservations),
     ("waiting_reservations", "Requests that wait for its blocks.", lambda worker: worker.load.waiting_reservations),
+)
+# Of tandem.v1.KVTraffic: since the worker started.
+_OF_KV = (
+    ("transfers", "Sealed transfers."),
+    ("failures", "Transfers that ended in another way."),
+    ("bytes", "KV moved."),
+    ("frames", "Frames moved."),
+    ("seconds", "Of sealed transfers: the sender's work, the receiver's time from opening to seal."),
+    ("hidden_seconds", "Of the sender's, those while prefill still ran."),
+    ("corrupt_frames", "Frames that failed a checksum."),
 )
 
 
@@ -99,7 +110,7 @@ class Standing:
         yield GaugeMetricFamily("tandem_live_requests", "Accepted and not ended.", len(self._orchestrator.live))
         yield self._live_phases()
         yield from self._by_worker()
-        yield self._kv_counters()
+        yield from self._kv_counters()
 
     def _live_phases(self) -> Metric:
         family = GaugeMetricFamily("tandem_live_choices", "Live answers by the phase they reached.", labels=["phase"])
@@ -116,13 +127,13 @@ class Standing:
                 family.add_metric([worker.id, "+".join(sorted(worker.roles))], value(worker))
             yield family
 
-    def _kv_counters(self) -> Metric:
-        family = CounterMetricFamily(
-            "tandem_worker_kv_bytes", "KV moved since the worker started.", labels=["worker", "direction", "transport"]
-        )
-        for worker in self._workers.workers:
-            moved = {"sent": worker.load.kv_bytes_sent, "received": worker.load.kv_bytes_received}
-            for direction, by_transport in moved.items():
-                for transport, count in by_transport.items():
-                    family.add_metric([worker.id, direction, transport], count)
-        return family
+    def _kv_counters(self) -> Iterator[Metric]:
+        for field, words in _OF_KV:
+            labels = ["worker", "direction", "transport"]
+            family = CounterMetricFamily(f"tandem_worker_kv_{field}", words, labels=labels)
+            for worker in self._workers.workers:
+                moved = {"sent": worker.load.kv_sent, "received": worker.load.kv_received}
+                for direction, by_transport in moved.items():
+                    for transport, traffic in by_transport.items():
+                        family.add_metric([worker.id, direction, transport], getattr(traffic, field))
+            yield family

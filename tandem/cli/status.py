@@ -101,8 +101,8 @@ def _row(worker: WorkerState) -> list[str]:
 
 
 def _moved(load: Load, transport: str) -> str:
-    sent, received = load.kv_bytes_sent.get(transport, 0), load.kv_bytes_received.get(transport, 0)
-    return f"{transport} {human_bytes(sent)} / {human_bytes(received)}"
+    out, back = (side[transport].bytes if transport in side else 0 for side in (load.kv_sent, load.kv_received))
+    return f"{transport} {human_bytes(out)} / {human_bytes(back)}"
 
 
 def _pool(worker: WorkerState) -> str:

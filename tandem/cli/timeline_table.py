@@ -81,5 +81,9 @@ def transfer_line(report: RequestReport) -> str:
     reused = f"; {report.kv_reused_tokens} prompt tokens were already there" if report.kv_reused_tokens else ""
     return (
         f"KV moved: {human_bytes(report.kv_bytes)} in {report.kv_frames} frame{'s' * (report.kv_frames != 1)} "
-        f"over {report.transport}, {report.kv_transfer_ms:.1f} ms from first frame to acknowledged seal{reused}"
+        f"over {report.transport} in {report.kv_transfer_ms:.1f} ms, {_hidden(report)} while prefill still ran{reused}"
     )
+
+
+def _hidden(report: RequestReport) -> str:
+    return f"{report.kv_hidden_ms / report.kv_transfer_ms:.0%} of it" if report.kv_transfer_ms else "none"

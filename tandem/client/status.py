@@ -14,6 +14,23 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class KVTraffic:
+    """One end's totals of one transport, since the worker started."""
+
+    # Sealed, and ended in any other way.
+    transfers: int
+    failures: int
+    bytes: int
+    frames: int
+    # Of sealed transfers. At the sender the time in which it worked on them, at the receiver from opening to seal.
+    seconds: float
+    # Of the sender's seconds, those before the prompt's last token was computed.
+    hidden_seconds: float
+    # Frames whose bytes were not those that were sent; counted by the receiver.
+    corrupt_frames: int
+
+
+@dataclass(frozen=True)
 class Load:
     """A worker's last heartbeat."""
 
@@ -25,12 +42,14 @@ class Load:
     reservations: int
     # Reserve calls that wait for blocks.
     waiting_reservations: int
-    # From here on: since the worker started. KV in bytes, by transport.
-    kv_bytes_sent: Mapping[str, int]
-    kv_bytes_received: Mapping[str, int]
+    # From here on: since the worker started. KV by transport.
+    kv_sent: Mapping[str, KVTraffic]
+    kv_received: Mapping[str, KVTraffic]
     steps: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
+    # Now: of reservations that have ended while somebody was still writing into them.
+    quarantined_blocks: int
 
 
 @dataclass(frozen=True)
@@ -135,8 +154,11 @@ def status_from_wire(message: generation_pb2.StatusResponse) -> ServiceStatus:
 
 
 def _load_from_wire(message: registry_pb2.Load) -> Load:
-    sent, received = dict(message.kv_bytes_sent), dict(message.kv_bytes_received)
-    return _plain(Load, message, kv_bytes_sent=sent, kv_bytes_received=received)
+    return _plain(Load, message, kv_sent=_traffic(message.kv_sent), kv_received=_traffic(message.kv_received))
+
+
+def _traffic(by_transport: Mapping[str, registry_pb2.KVTraffic]) -> dict[str, KVTraffic]:
+    return {name: _plain(KVTraffic, traffic) for name, traffic in by_transport.items()}
 
 
 def _worker_from_wire(message: generation_pb2.WorkerStatus) -> WorkerState:

@@ -58,6 +58,10 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def num_quarantined(self) -> int:
+        return self._quarantined
+
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 

@@ -26,7 +26,7 @@ from tandem.v1 import common_pb2 as tandem_dot_v1_dot_common__pb2
 from tandem.v1 import registry_pb2 as tandem_dot_v1_dot_registry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atandem/v1/generation.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\x1a\x18tandem/v1/registry.proto\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\xe7\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\x0cH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x12\r\n\x05model\x18\x03 \x01(\t\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\t\n\x01n\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08user_tag\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x1b\n\x13keep_special_tokens\x18\t \x01(\x08\x42\x08\n\x06prompt\"\xc5\x01\n\rGenerateEvent\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.tandem.v1.AcceptedH\x00\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.tandem.v1.DeltaH\x00\x12\x34\n\x0f\x63hoice_finished\x18\x03 \x01(\x0b\x32\x19.tandem.v1.ChoiceFinishedH\x00\x12)\n\tcompleted\x18\x04 \x01(\x0b\x32\x14.tandem.v1.CompletedH\x00\x42\x07\n\x05\x65vent\"5\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"~\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12 \n\x06tokens\x18\x02 \x03(\x0b\x32\x10.tandem.v1.Token\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\'\n\x06reason\x18\x04 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x0c\n\x04stop\x18\x05 \x01(\t\"\x95\x01\n\x0e\x43hoiceFinished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12%\n\x08timeline\x18\x03 \x01(\x0b\x32\x13.tandem.v1.Timeline\x12\x15\n\routput_tokens\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x01(\t\",\n\tCompleted\x12\x1f\n\x05usage\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Usage\"S\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\xc8\x01\n\x08Timeline\x12#\n\x05marks\x18\x01 \x03(\x0b\x32\x14.tandem.v1.PhaseMark\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\x12\x11\n\tkv_frames\x18\x03 \x01(\r\x12\x18\n\x10kv_reused_tokens\x18\x04 \x01(\r\x12\x16\n\x0ekv_transfer_ms\x18\x05 \x01(\x01\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\t\")\n\tPhaseMark\x12\r\n\x05phase\x18\x01 \x01(\t\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x01\"\xb5\x01\n\x0c\x45mbedRequest\x12%\n\x06inputs\x18\x01 \x03(\x0b\x32\x15.tandem.v1.EmbedInput\x12#\n\x07pooling\x18\x02 \x01(\x0e\x32\x12.tandem.v1.Pooling\x12\x16\n\tnormalize\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\r\n\x05model\x18\x04 \x01(\t\x12\x10\n\x08user_tag\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\tB\x0c\n\n_normalize\"P\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\x0cH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"Z\n\rEmbedResponse\x12(\n\nembeddings\x18\x01 \x03(\x0b\x32\x14.tandem.v1.Embedding\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.tandem.v1.Usage\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x01(\x0c\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.tandem.v1.ModelInfo\"(\n\rStatusRequest\x12\x17\n\x0f\x63heck_integrity\x18\x01 \x01(\x08\"\xa8\x02\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\tuptime_ms\x18\x02 \x01(\x01\x12\x15\n\rlive_requests\x18\x03 \x01(\r\x12\x19\n\x11\x66inished_requests\x18\x04 \x01(\x04\x12\x17\n\x0f\x66\x61iled_requests\x18\x05 \x01(\x04\x12\x1a\n\x12\x63\x61ncelled_requests\x18\t \x01(\x04\x12(\n\x07workers\x18\x06 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\x12$\n\x06models\x18\x07 \x03(\x0b\x32\x14.tandem.v1.ModelInfo\x12(\n\x08requests\x18\x08 \x03(\x0b\x32\x16.tandem.v1.LiveRequest\x12\x11\n\thttp_port\x18\n \x01(\r\"\xba\x01\n\x0cWorkerStatus\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Hello\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.tandem.v1.Load\x12\x18\n\x10heartbeat_age_ms\x18\x03 \x01(\x01\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\'\n\tintegrity\x18\x05 \x01(\x0b\x32\x14.tandem.v1.Integrity\x12\x15\n\rcached_blocks\x18\x06 \x01(\r\"o\n\x0bLiveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0e\n\x06\x61ge_ms\x18\x03 \x01(\x01\x12\x16\n\x0eprefill_worker\x18\x04 \x01(\t\x12\x15\n\rdecode_worker\x18\x05 \x01(\t2\x96\x02\n\nGeneration\x12\x42\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x18.tandem.v1.GenerateEvent0\x01\x12:\n\x05\x45mbed\x12\x17.tandem.v1.EmbedRequest\x1a\x18.tandem.v1.EmbedResponse\x12I\n\nListModels\x12\x1c.tandem.v1.ListModelsRequest\x1a\x1d.tandem.v1.ListModelsResponse\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atandem/v1/generation.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\x1a\x18tandem/v1/registry.proto\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\xe7\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\x0cH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x12\r\n\x05model\x18\x03 \x01(\t\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\t\n\x01n\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08user_tag\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x1b\n\x13keep_special_tokens\x18\t \x01(\x08\x42\x08\n\x06prompt\"\xc5\x01\n\rGenerateEvent\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.tandem.v1.AcceptedH\x00\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.tandem.v1.DeltaH\x00\x12\x34\n\x0f\x63hoice_finished\x18\x03 \x01(\x0b\x32\x19.tandem.v1.ChoiceFinishedH\x00\x12)\n\tcompleted\x18\x04 \x01(\x0b\x32\x14.tandem.v1.CompletedH\x00\x42\x07\n\x05\x65vent\"5\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"~\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12 \n\x06tokens\x18\x02 \x03(\x0b\x32\x10.tandem.v1.Token\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\'\n\x06reason\x18\x04 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x0c\n\x04stop\x18\x05 \x01(\t\"\x95\x01\n\x0e\x43hoiceFinished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12%\n\x08timeline\x18\x03 \x01(\x0b\x32\x13.tandem.v1.Timeline\x12\x15\n\routput_tokens\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x01(\t\",\n\tCompleted\x12\x1f\n\x05usage\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Usage\"S\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\xde\x01\n\x08Timeline\x12#\n\x05marks\x18\x01 \x03(\x0b\x32\x14.tandem.v1.PhaseMark\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\x12\x11\n\tkv_frames\x18\x03 \x01(\r\x12\x18\n\x10kv_reused_tokens\x18\x04 \x01(\r\x12\x16\n\x0ekv_transfer_ms\x18\x05 \x01(\x01\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\t\x12\x14\n\x0ckv_hidden_ms\x18\t \x01(\x01\")\n\tPhaseMark\x12\r\n\x05phase\x18\x01 \x01(\t\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x01\"\xb5\x01\n\x0c\x45mbedRequest\x12%\n\x06inputs\x18\x01 \x03(\x0b\x32\x15.tandem.v1.EmbedInput\x12#\n\x07pooling\x18\x02 \x01(\x0e\x32\x12.tandem.v1.Pooling\x12\x16\n\tnormalize\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\r\n\x05model\x18\x04 \x01(\t\x12\x10\n\x08user_tag\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\tB\x0c\n\n_normalize\"P\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\x0cH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"Z\n\rEmbedResponse\x12(\n\nembeddings\x18\x01 \x03(\x0b\x32\x14.tandem.v1.Embedding\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.tandem.v1.Usage\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x01(\x0c\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.tandem.v1.ModelInfo\"(\n\rStatusRequest\x12\x17\n\x0f\x63heck_integrity\x18\x01 \x01(\x08\"\xa8\x02\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\tuptime_ms\x18\x02 \x01(\x01\x12\x15\n\rlive_requests\x18\x03 \x01(\r\x12\x19\n\x11\x66inished_requests\x18\x04 \x01(\x04\x12\x17\n\x0f\x66\x61iled_requests\x18\x05 \x01(\x04\x12\x1a\n\x12\x63\x61ncelled_requests\x18\t \x01(\x04\x12(\n\x07workers\x18\x06 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\x12$\n\x06models\x18\x07 \x03(\x0b\x32\x14.tandem.v1.ModelInfo\x12(\n\x08requests\x18\x08 \x03(\x0b\x32\x16.tandem.v1.LiveRequest\x12\x11\n\thttp_port\x18\n \x01(\r\"\xba\x01\n\x0cWorkerStatus\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Hello\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.tandem.v1.Load\x12\x18\n\x10heartbeat_age_ms\x18\x03 \x01(\x01\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\'\n\tintegrity\x18\x05 \x01(\x0b\x32\x14.tandem.v1.Integrity\x12\x15\n\rcached_blocks\x18\x06 \x01(\r\"o\n\x0bLiveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0e\n\x06\x61ge_ms\x18\x03 \x01(\x01\x12\x16\n\x0eprefill_worker\x18\x04 \x01(\t\x12\x15\n\rdecode_worker\x18\x05 \x01(\t2\x96\x02\n\nGeneration\x12\x42\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x18.tandem.v1.GenerateEvent0\x01\x12:\n\x05\x45mbed\x12\x17.tandem.v1.EmbedRequest\x1a\x18.tandem.v1.EmbedResponse\x12I\n\nListModels\x12\x1c.tandem.v1.ListModelsRequest\x1a\x1d.tandem.v1.ListModelsResponse\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,29 +52,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_USAGE']._serialized_start=935
   _globals['_USAGE']._serialized_end=1018
   _globals['_TIMELINE']._serialized_start=1021
-  _globals['_TIMELINE']._serialized_end=1221
-  _globals['_PHASEMARK']._serialized_start=1223
-  _globals['_PHASEMARK']._serialized_end=1264
-  _globals['_EMBEDREQUEST']._serialized_start=1267
-  _globals['_EMBEDREQUEST']._serialized_end=1448
-  _globals['_EMBEDINPUT']._serialized_start=1450
-  _globals['_EMBEDINPUT']._serialized_end=1530
-  _globals['_EMBEDRESPONSE']._serialized_start=1532
-  _globals['_EMBEDRESPONSE']._serialized_end=1622
-  _globals['_EMBEDDING']._serialized_start=1624
-  _globals['_EMBEDDING']._serialized_end=1651
-  _globals['_LISTMODELSREQUEST']._serialized_start=1653
-  _globals['_LISTMODELSREQUEST']._serialized_end=1672
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1674
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1732
-  _globals['_STATUSREQUEST']._serialized_start=1734
-  _globals['_STATUSREQUEST']._serialized_end=1774
-  _globals['_STATUSRESPONSE']._serialized_start=1777
-  _globals['_STATUSRESPONSE']._serialized_end=2073
-  _globals['_WORKERSTATUS']._serialized_start=2076
-  _globals['_WORKERSTATUS']._serialized_end=2262
-  _globals['_LIVEREQUEST']._serialized_start=2264
-  _globals['_LIVEREQUEST']._serialized_end=2375
-  _globals['_GENERATION']._serialized_start=2378
-  _globals['_GENERATION']._serialized_end=2656
+  _globals['_TIMELINE']._serialized_end=1243
+  _globals['_PHASEMARK']._serialized_start=1245
+  _globals['_PHASEMARK']._serialized_end=1286
+  _globals['_EMBEDREQUEST']._serialized_start=1289
+  _globals['_EMBEDREQUEST']._serialized_end=1470
+  _globals['_EMBEDINPUT']._serialized_start=1472
+  _globals['_EMBEDINPUT']._serialized_end=1552
+  _globals['_EMBEDRESPONSE']._serialized_start=1554
+  _globals['_EMBEDRESPONSE']._serialized_end=1644
+  _globals['_EMBEDDING']._serialized_start=1646
+  _globals['_EMBEDDING']._serialized_end=1673
+  _globals['_LISTMODELSREQUEST']._serialized_start=1675
+  _globals['_LISTMODELSREQUEST']._serialized_end=1694
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1696
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1754
+  _globals['_STATUSREQUEST']._serialized_start=1756
+  _globals['_STATUSREQUEST']._serialized_end=1796
+  _globals['_STATUSRESPONSE']._serialized_start=1799
+  _globals['_STATUSRESPONSE']._serialized_end=2095
+  _globals['_WORKERSTATUS']._serialized_start=2098
+  _globals['_WORKERSTATUS']._serialized_end=2284
+  _globals['_LIVEREQUEST']._serialized_start=2286
+  _globals['_LIVEREQUEST']._serialized_end=2397
+  _globals['_GENERATION']._serialized_start=2400
+  _globals['_GENERATION']._serialized_end=2678
 # @@protoc_insertion_point(module_scope)

@@ -101,7 +101,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Timeline(_message.Message):
-    __slots__ = ("marks", "kv_bytes", "kv_frames", "kv_reused_tokens", "kv_transfer_ms", "transport", "prefill_worker", "decode_worker")
+    __slots__ = ("marks", "kv_bytes", "kv_frames", "kv_reused_tokens", "kv_transfer_ms", "transport", "prefill_worker", "decode_worker", "kv_hidden_ms")
     MARKS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_FRAMES_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class Timeline(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    KV_HIDDEN_MS_FIELD_NUMBER: _ClassVar[int]
     marks: _containers.RepeatedCompositeFieldContainer[PhaseMark]
     kv_bytes: int
     kv_frames: int
@@ -118,7 +119,8 @@ class Timeline(_message.Message):
     transport: str
     prefill_worker: str
     decode_worker: str
-    def __init__(self, marks: _Optional[_Iterable[_Union[PhaseMark, _Mapping]]] = ..., kv_bytes: _Optional[int] = ..., kv_frames: _Optional[int] = ..., kv_reused_tokens: _Optional[int] = ..., kv_transfer_ms: _Optional[float] = ..., transport: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ...) -> None: ...
+    kv_hidden_ms: float
+    def __init__(self, marks: _Optional[_Iterable[_Union[PhaseMark, _Mapping]]] = ..., kv_bytes: _Optional[int] = ..., kv_frames: _Optional[int] = ..., kv_reused_tokens: _Optional[int] = ..., kv_transfer_ms: _Optional[float] = ..., transport: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., kv_hidden_ms: _Optional[float] = ...) -> None: ...
 
 class PhaseMark(_message.Message):
     __slots__ = ("phase", "at_ms")

@@ -87,44 +87,64 @@ class Hello(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., version: _Optional[str] = ..., total_blocks: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, _Mapping]]] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., prefix_cache: _Optional[bool] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("free_blocks", "queued_prompt_tokens", "running_decodes", "waiting_prefills", "reservations", "waiting_reservations", "kv_bytes_sent", "kv_bytes_received", "steps", "prefix_hit_tokens", "prefix_query_tokens")
-    class KvBytesSentEntry(_message.Message):
+    __slots__ = ("free_blocks", "queued_prompt_tokens", "running_decodes", "waiting_prefills", "reservations", "waiting_reservations", "kv_sent", "kv_received", "steps", "prefix_hit_tokens", "prefix_query_tokens", "quarantined_blocks")
+    class KvSentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
-        value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
-    class KvBytesReceivedEntry(_message.Message):
+        value: KVTraffic
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[KVTraffic, _Mapping]] = ...) -> None: ...
+    class KvReceivedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
-        value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+        value: KVTraffic
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[KVTraffic, _Mapping]] = ...) -> None: ...
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_DECODES_FIELD_NUMBER: _ClassVar[int]
     WAITING_PREFILLS_FIELD_NUMBER: _ClassVar[int]
     RESERVATIONS_FIELD_NUMBER: _ClassVar[int]
     WAITING_RESERVATIONS_FIELD_NUMBER: _ClassVar[int]
-    KV_BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
-    KV_BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    KV_SENT_FIELD_NUMBER: _ClassVar[int]
+    KV_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     free_blocks: int
     queued_prompt_tokens: int
     running_decodes: int
     waiting_prefills: int
     reservations: int
     waiting_reservations: int
-    kv_bytes_sent: _containers.ScalarMap[str, int]
-    kv_bytes_received: _containers.ScalarMap[str, int]
+    kv_sent: _containers.MessageMap[str, KVTraffic]
+    kv_received: _containers.MessageMap[str, KVTraffic]
     steps: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
-    def __init__(self, free_blocks: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., running_decodes: _Optional[int] = ..., waiting_prefills: _Optional[int] = ..., reservations: _Optional[int] = ..., waiting_reservations: _Optional[int] = ..., kv_bytes_sent: _Optional[_Mapping[str, int]] = ..., kv_bytes_received: _Optional[_Mapping[str, int]] = ..., steps: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ...) -> None: ...
+    quarantined_blocks: int
+    def __init__(self, free_blocks: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., running_decodes: _Optional[int] = ..., waiting_prefills: _Optional[int] = ..., reservations: _Optional[int] = ..., waiting_reservations: _Optional[int] = ..., kv_sent: _Optional[_Mapping[str, KVTraffic]] = ..., kv_received: _Optional[_Mapping[str, KVTraffic]] = ..., steps: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ...) -> None: ...
+
+class KVTraffic(_message.Message):
+    __slots__ = ("transfers", "failures", "bytes", "frames", "seconds", "hidden_seconds", "corrupt_frames")
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    transfers: int
+    failures: int
+    bytes: int
+    frames: int
+    seconds: float
+    hidden_seconds: float
+    corrupt_frames: int
+    def __init__(self, transfers: _Optional[int] = ..., failures: _Optional[int] = ..., bytes: _Optional[int] = ..., frames: _Optional[int] = ..., seconds: _Optional[float] = ..., hidden_seconds: _Optional[float] = ..., corrupt_frames: _Optional[int] = ...) -> None: ...
 
 class PrefixCacheChanges(_message.Message):
     __slots__ = ("reset", "lost", "gained")

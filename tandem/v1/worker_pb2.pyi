@@ -107,14 +107,16 @@ class Sealed(_message.Message):
     def __init__(self, summary: _Optional[_Union[TransferSummary, _Mapping]] = ..., after_first_token_ms: _Optional[float] = ...) -> None: ...
 
 class TransferSummary(_message.Message):
-    __slots__ = ("bytes", "frames", "transfer_ms")
+    __slots__ = ("bytes", "frames", "transfer_ms", "hidden_ms")
     BYTES_FIELD_NUMBER: _ClassVar[int]
     FRAMES_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_MS_FIELD_NUMBER: _ClassVar[int]
     bytes: int
     frames: int
     transfer_ms: float
-    def __init__(self, bytes: _Optional[int] = ..., frames: _Optional[int] = ..., transfer_ms: _Optional[float] = ...) -> None: ...
+    hidden_ms: float
+    def __init__(self, bytes: _Optional[int] = ..., frames: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., hidden_ms: _Optional[float] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("request", "subscriber_id", "lease_ms", "transport", "deadline_ms")

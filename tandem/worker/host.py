@@ -200,6 +200,7 @@ class WorkerHost:
         engine = self.engine.load
         load = registry_pb2.Load(
             free_blocks=self.engine.pool.num_free,
+            quarantined_blocks=self.engine.pool.num_quarantined,
             queued_prompt_tokens=engine.queued_prompt_tokens,
             running_decodes=engine.running,
             waiting_prefills=engine.waiting,

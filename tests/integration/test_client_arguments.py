@@ -111,7 +111,7 @@ BOTH = [registry_pb2.ROLE_PREFILL, registry_pb2.ROLE_DECODE]
 def status_with(**integrity: Any) -> generation_pb2.StatusResponse:
     worker = generation_pb2.WorkerStatus(
         hello=registry_pb2.Hello(worker_id="w", roles=BOTH, pid=7, transports=[registry_pb2.Transport(name="grpc")]),
-        load=registry_pb2.Load(free_blocks=3, kv_bytes_sent={"grpc": 7}),
+        load=registry_pb2.Load(free_blocks=3, kv_sent={"grpc": registry_pb2.KVTraffic(bytes=7)}),
         cached_blocks=5,
     )
     if integrity:
@@ -127,7 +127,8 @@ async def test_status_and_models_are_typed(router: ScriptedRouter) -> None:
     [worker] = status.workers
     assert (worker.worker_id, worker.pid, worker.load.free_blocks, worker.cached_blocks) == ("w", 7, 3, 5)
     assert worker.roles == {"prefill", "decode"}
-    assert (worker.transports, worker.load.kv_bytes_sent, worker.load.kv_bytes_received) == (("grpc",), {"grpc": 7}, {})
+    assert worker.transports == ("grpc",)
+    assert (worker.load.kv_sent["grpc"].bytes, worker.load.kv_received) == (7, {})
     assert status.problems() == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -76,6 +77,21 @@ async def test_layers_of_a_chunk_may_leave_one_by_one(rig: Rig) -> None:
                 await sender.send(range(layer, layer + 1), tokens)
         await sender.seal(7)
     job.assert_arrived()
+
+
+async def test_what_was_sent_before_the_end_of_prefill_is_hidden(rig: Rig) -> None:
+    job = rig.job(prompt_tokens=40)
+    async with rig.transport.open(job.source, job.target) as sender:
+        await sender.send(rig.layers, range(30))
+        prefilled_s = time.monotonic()
+        await sender.send(rig.layers, range(30, 40))
+        summary = await sender.seal(7, prefilled_s)
+    if rig.shared_pool:
+        assert summary.seconds == 0
+    else:
+        assert 0 < summary.hidden_seconds < summary.seconds
+        counters = rig.transport.counters
+        assert (counters.seconds, counters.hidden_seconds) == (summary.seconds, summary.hidden_seconds)
 
 
 async def test_a_layer_that_was_not_sent_is_missed_at_the_seal(rig: Rig) -> None:

@@ -118,7 +118,7 @@ def test_tokens_are_exact(service: RayService) -> None:
 def test_kv_crosses_through_ray(service: RayService) -> None:
     def moved() -> tuple[int, int]:
         loads = [worker.load for worker in service.status().workers]
-        return sum(each.kv_bytes_sent["ray"] for each in loads), sum(each.kv_bytes_received["ray"] for each in loads)
+        return sum(each.kv_sent["ray"].bytes for each in loads), sum(each.kv_received["ray"].bytes for each in loads)
 
     with service.client as client:
         client.complete(list(range(3, 200)), max_tokens=2)

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -23,10 +24,10 @@ async def test_the_loop_runs_while_a_step_is_stuck(thread: EngineThread, monkeyp
     entered, go_on = threading.Event(), threading.Event()
     engine, run = thread.engine, thread.engine._runner.run
 
-    def stuck(plan: object) -> object:
+    def stuck(*arguments: Any) -> object:
         entered.set()
         assert go_on.wait(30)
-        return run(plan)  # type: ignore[arg-type]
+        return run(*arguments)
 
     monkeypatch.setattr(engine._runner, "run", stuck)
     thread.start()
