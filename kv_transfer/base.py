@@ -76,7 +76,7 @@ class Counters:
     # Of sealed transfers; see TransferSummary.
     seconds: float = 0.0
     hidden_seconds: float = 0.0
-    # Frames that failed a checksum; at the receiver.
+    # Frames that came to this end and failed a checksum.
     corrupt_frames: int = 0
 
     def as_wire(self) -> registry_pb2.KVTraffic:

@@ -257,7 +257,7 @@ def decode(frame: bytes) -> tuple[Message, memoryview]:
     if magic != _MAGIC:
         raise CorruptFrame("the bytes are not a KV frame")
     if length > MAX_HEADER_BYTES or len(frame) < _PRELUDE.size + length:
-        raise TransferFailed(f"a KV frame's header of {length} bytes is too long or cut short")
+        raise CorruptFrame(f"a KV frame's header of {length} bytes is too long or cut short")
     whole = memoryview(frame)
     header, payload = whole[_PRELUDE.size : _PRELUDE.size + length], whole[_PRELUDE.size + length :]
     if zlib.crc32(header, zlib.crc32(whole[: _UNGUARDED.size])) != guard:
@@ -286,6 +286,7 @@ def _parse(header: memoryview) -> Message:
     try:
         fields = msgpack.unpackb(
             header,
+            object_hook=_flat,
             strict_map_key=True,
             max_str_len=MAX_HEADER_BYTES,
             max_bin_len=MAX_PLACE_BYTES,
@@ -294,7 +295,7 @@ def _parse(header: memoryview) -> Message:
             max_ext_len=0,
         )
     except (ValueError, msgpack.UnpackException) as error:
-        raise TransferFailed(f"a KV frame's header is not readable: {str(error)[:100]}") from None
+        raise TransferFailed(f"a KV frame's header is not readable: {type(error).__name__} {error!s:.80}") from None
     kind = fields.pop("kind", None) if isinstance(fields, dict) else None
     if not isinstance(kind, str) or kind not in _KINDS:
         raise TransferFailed(f"a KV frame of kind {str(kind)[:20]!r} is unknown")
@@ -302,10 +303,17 @@ def _parse(header: memoryview) -> Message:
     return _KINDS[kind][1](fields)
 
 
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """A header has room for maps a thousand deep, which Python cannot even write into a message."""
+    if any(isinstance(value, dict) for value in fields.values()):
+        raise ValueError("a map lies in a map")
+    return fields
+
+
 def _check(kind: str, fields: dict[str, Any]) -> None:
     schema = _KINDS[kind][0]
     if fields.keys() != schema.keys():
-        odd = ", ".join(sorted(str(key)[:20] for key in fields.keys() ^ schema.keys())[:4])
+        odd = ", ".join(sorted(f"{key!r:.20}" for key in fields.keys() ^ schema.keys())[:4])
         raise TransferFailed(f"a KV frame's {kind} header has missing or unknown keys: {odd}")
     for name, limit in schema.items():
         if not limit.allows(fields[name]):

@@ -13,7 +13,7 @@ import grpc
 
 from kv_transfer.base import Counters, Sender, Source, Target
 from kv_transfer.channels import Channels
-from kv_transfer.codec import Data, Done, Message, decode
+from kv_transfer.codec import CorruptFrame, Data, Done, Message, decode
 from kv_transfer.sender import FrameSender, check_source
 from kv_transfer.service import MAX_MESSAGE_BYTES, METHODS, SERVICE
 from kv_transfer.threads import copy_threads
@@ -46,6 +46,7 @@ class PushTransport(ABC):
                 await sender.open()
                 yield sender
             finally:
+                self.counters.corrupt_frames += link.heard_corrupt
                 link.close()
                 await sender.close()
 
@@ -96,6 +97,12 @@ class PushLink(ABC):
             with suppress(*_ENDED):  # the answer says why, as in write
                 await self._call.done_writing()
             return await self._answer
+
+    @property
+    def heard_corrupt(self) -> bool:
+        """Whether the receiver's answer is not as it was sent."""
+        answer = self._answer
+        return answer.done() and not answer.cancelled() and isinstance(answer.exception(), CorruptFrame)
 
     def close(self) -> None:
         """Tells the receiver that no seal comes; nothing happens when the call has ended."""

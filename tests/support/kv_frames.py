@@ -1,0 +1,71 @@
+"""Frames of KV transfers for tests of the codec: messages of every kind, and frames that are not as they should be."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+from hypothesis import strategies as st
+
+from kv_transfer.codec import (
+    VERSION,
+    Abandon,
+    Data,
+    Done,
+    Message,
+    Open,
+    Placed,
+    Seal,
+    Taken,
+    check_payload,
+    decode,
+    describe,
+    encode,
+)
+from tandem.types import Fingerprint
+
+FINGERPRINT = Fingerprint("c" * 64, "w" * 64, "bfloat16", 16, 32, 8, 128, 1)
+OPEN = Open("secret", "request", 1, FINGERPRINT, 0, 100)
+COUNTS = st.integers(0, 2**31 - 1)
+POSITIVES = st.integers(1, 2**31 - 1)
+IDS = st.text(min_size=1, max_size=128)
+FINGERPRINTS = st.builds(Fingerprint, IDS, IDS, IDS, POSITIVES, POSITIVES, POSITIVES, POSITIVES, COUNTS)
+PLACES = st.binary(min_size=1, max_size=512)
+MESSAGES: st.SearchStrategy[Message] = st.one_of(
+    st.builds(Open, IDS, IDS, COUNTS, FINGERPRINTS, COUNTS, POSITIVES),
+    st.builds(Seal, COUNTS, COUNTS, st.integers(0, 2**53), st.integers(0, 2**32 - 1)),
+    st.builds(
+        Placed,
+        COUNTS,
+        COUNTS,
+        POSITIVES,
+        COUNTS,
+        POSITIVES,
+        st.integers(1, 2**24),
+        st.integers(0, 2**32 - 1),
+        PLACES,
+        PLACES,
+    ),
+    st.builds(Taken, COUNTS),
+    st.builds(Abandon),
+    st.builds(Done, COUNTS, st.integers(0, 2**53)),
+)
+
+
+def data_frame(payload: bytes = b"kvkvkvkv") -> bytes:
+    parts = [memoryview(payload)]
+    return encode(describe(3, range(2, 4), range(10, 14), parts), parts)
+
+
+def accept(frame: bytes) -> Message:
+    """What a receiver does with a frame."""
+    message, payload = decode(frame)
+    if type(message) is Data:
+        check_payload(message, payload)
+    return message
+
+
+def raw_frame(header: bytes, payload: bytes = b"", version: int = VERSION, magic: bytes = b"TKVF") -> bytes:
+    """A frame with an intact prelude around any header."""
+    fixed = struct.pack(">4sHH", magic, version, len(header))
+    return fixed + struct.pack(">I", zlib.crc32(fixed + header)) + header + payload
