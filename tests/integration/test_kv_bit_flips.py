@@ -1,0 +1,149 @@
+"""A flipped bit of any KV frame, on the socket between a real sender and a real receiver."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, ray_rig, until
+from links import FlippingLink
+
+from tandem.errors import TransferFailed
+
+# A whole transfer in one data frame of a few bytes.
+SMALL = replace(FINGERPRINT, dtype="float16", num_layers=1, num_kv_heads=1, head_dim=2)
+PROMPT = 3
+KINDS = ["open", "data", "seal", "abandon", "done"]
+FROM_RECEIVER = ("taken", "done")
+
+
+@pytest.fixture
+def link() -> Iterator[FlippingLink]:
+    link = FlippingLink()
+    yield link
+    link.close()
+
+
+@pytest.fixture
+async def rig(link: FlippingLink) -> AsyncIterator[Rig]:
+    async with grpc_rig(SMALL, config_with()) as rig:
+        link.target, rig.address = rig.address, link.address
+        yield rig
+
+
+async def send(rig: Rig, job: Job, abandon: bool) -> None:
+    if not abandon:
+        await rig.transfer(job)
+        return
+    async with rig.transport.open(job.source, job.target) as sender:
+        await sender.send(rig.layers, range(PROMPT))
+        await sender.abandon()
+
+
+async def sizes(rig: Rig, link: FlippingLink) -> dict[str, int]:
+    """Bits of each kind of frame, from transfers without a fault."""
+    seen: dict[str, int] = {}
+
+    def look(kind: str, size: int) -> None:
+        seen[kind] = size * 8
+
+    link.flip = look
+    for abandon in (True, False):
+        job = rig.job(PROMPT)
+        await send(rig, job, abandon)
+        rig.forget(job)
+    job.assert_arrived()
+    assert rig.transport.counters.corrupt_frames == rig.received.corrupt_frames == 0
+    return seen
+
+
+async def fail_by(rig: Rig, link: FlippingLink, kind: str, bit: int) -> None:
+    """One transfer with one flipped bit: it fails, the end that got the frame counts it, and both ends are free."""
+    job = rig.job(PROMPT)
+    receiver, sender = rig.received.corrupt_frames, rig.transport.counters.corrupt_frames
+    link.flip_next(kind, bit)
+    with pytest.raises(TransferFailed):
+        await send(rig, job, abandon=kind == "abandon")
+    assert link.flipped == [(kind, bit)], "the fault took effect"
+    if kind == "open":
+        assert not job.landing.ended, "it waits for its true sender"
+        await rig.transfer(job)
+        job.assert_arrived()
+    await until(lambda: job.landing.ended)
+    assert_never_wrong(job)
+    if kind in FROM_RECEIVER:
+        sender += 1
+    else:
+        receiver += 1
+        assert kind == "open" or len(job.landing.errors) == 1
+    assert (rig.received.corrupt_frames, rig.transport.counters.corrupt_frames) == (receiver, sender)
+    rig.forget(job)
+
+
+def assert_never_wrong(job: Job) -> None:
+    """Decode starts on what was sealed, and on nothing else."""
+    if job.landing.first_token is not None:
+        assert torch.equal(job.received(), job.expected)
+
+
+async def test_every_bit_of_a_data_frame(rig: Rig, link: FlippingLink) -> None:
+    bits = (await sizes(rig, link))["data"]
+    for bit in range(bits):
+        await fail_by(rig, link, "data", bit)
+    assert rig.received.failures == rig.received.corrupt_frames == bits > 800
+    await rig.assert_healthy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_bit_of_every_byte_of_every_frame(rig: Rig, link: FlippingLink, kind: str) -> None:
+    dice = random.Random(kind)
+    for byte in range((await sizes(rig, link))[kind] // 8):
+        await fail_by(rig, link, kind, 8 * byte + dice.randrange(8))
+    await rig.assert_healthy()
+
+
+async def test_a_bit_anywhere_in_large_frames(link: FlippingLink) -> None:
+    """Of several MiB, cut by HTTP/2 and verified by threads while others are on their way."""
+    large = replace(FINGERPRINT, num_layers=16, num_kv_heads=8, head_dim=256)
+    dice = random.Random(1)
+    async with grpc_rig(large, config_with(frame_bytes=1 << 20)) as rig:
+        link.target, rig.address = rig.address, link.address
+        for sequence in range(6):
+            job = rig.job(prompt_tokens=120)
+            flip_one_of(link, sequence, dice)
+            with pytest.raises(TransferFailed, match="checksum"):
+                await rig.transfer(job, chunk=120)
+            assert len(link.flipped) == 1
+            await until(lambda job=job: job.landing.ended)  # type: ignore[misc]
+            assert job.landing.first_token is None
+            rig.forget(job)
+        assert rig.received.corrupt_frames == 6
+        await rig.assert_healthy()
+
+
+def flip_one_of(link: FlippingLink, sequence: int, dice: random.Random) -> None:
+    """Of the data frames the one of that number, in its payload."""
+    came = 0
+    link.flipped.clear()
+
+    def flip(kind: str, size: int) -> int | None:
+        nonlocal came
+        came += kind == "data"
+        return dice.randrange(size * 4, size * 8) if kind == "data" and came == sequence + 1 else None
+
+    link.flip = flip
+
+
+async def test_frames_that_place_a_payload_elsewhere(ray_node: str, link: FlippingLink) -> None:
+    """Transport ray: the payload is not on the link; where it lies is, and that it was taken."""
+    dice = random.Random(2)
+    async with ray_rig(SMALL, config_with()) as rig:
+        link.target, rig.address = rig.address, link.address
+        bits = await sizes(rig, link)
+        for kind in ("placed", "taken"):
+            for start in range(0, bits[kind], 64):
+                await fail_by(rig, link, kind, dice.randrange(start, min(start + 64, bits[kind])))
+        await rig.assert_healthy()
