@@ -100,8 +100,8 @@ class Choice:
         except TransferFailed as error:
             if self._doom is not None:
                 raise self._doom from None
-            if self._attempt.box.decoding_since_ms is not None:
-                raise
+            if self.output_tokens > 1:
+                raise  # the second attempt's would have to be matched with what the client has; only the first is
             self._log.warning("attempt 0 by %s failed, once more by %s: %s", self._attempt.transport, GRPC, error)
             self._on_retry(error, self._attempt.transport)
             self._attempt = Attempt(self._second_brief(), self._registry)
