@@ -5,9 +5,9 @@ from __future__ import annotations
 from weakref import WeakSet
 
 from kv_transfer.base import Landing, Landings
-from kv_transfer.codec import Open
 from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout
+from kv_transfer.messages import Open
 from tandem.errors import Refused, TransferFailed
 
 

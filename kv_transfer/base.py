@@ -182,7 +182,10 @@ class Landing(Protocol):
         """The request ended with its first token: no KV is needed, nothing writes any more."""
 
     def failed(self, error: TandemError) -> None:
-        """The transfer ended in any other way, nothing writes any more. Called once, also after a broken lease."""
+        """The transfer ended in any other way. Called once, also after a broken lease.
+
+        Nothing writes any more, except inside `writing`: a sender that can write by itself may have to be waited for.
+        """
 
 
 class Landings(Protocol):

@@ -5,7 +5,9 @@
     open → data* → seal (or abandon) from the sender; done is the receiver's answer.
 
 Where both ends reach one object store, `placed` stands for `data`: the payload lies there, and the frame has only its
-place; the receiver answers each with `taken` before it is done.
+place; the receiver answers each with `taken` before it is done. Where the sender can write into the receiver's pool,
+`written` stands for it: the payload is in its blocks already. The receiver has said before which they are (`mapped`),
+the sender that it holds their lock (`locked`), and the receiver that it may write (`granted`).
 
 A flipped bit before the payload fails the prelude's crc32, one in the payload fails the header's. Headers are checked
 against a closed schema (every key, its type, its range); no size in them is used to allocate anything.
@@ -14,13 +16,27 @@ against a closed schema (every key, its type, its range); no size in them is use
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgpack
 
+from kv_transfer.checksum import crc32, crc32_of_parts
+from kv_transfer.messages import (
+    Abandon,
+    Data,
+    Done,
+    Granted,
+    Locked,
+    Mapped,
+    Message,
+    Open,
+    Placed,
+    Seal,
+    Taken,
+    Written,
+)
 from tandem.errors import Refused, TransferFailed
 from tandem.types import Fingerprint
 
@@ -30,6 +46,7 @@ MAX_PAYLOAD_BYTES = 1 << 24
 # Fits the longest texts that the schemas allow.
 MAX_HEADER_BYTES = 4096
 MAX_PLACE_BYTES = 512
+BLOCK_ID_BYTES = 4
 _MAGIC = b"TKVF"
 _PRELUDE = struct.Struct(">4sHHI")
 _UNGUARDED = struct.Struct(">4sHH")
@@ -38,105 +55,6 @@ MAX_FRAME_BYTES = _PRELUDE.size + MAX_HEADER_BYTES + MAX_PAYLOAD_BYTES
 
 class CorruptFrame(TransferFailed):
     """The bytes are not those that were sent. Peers are told what TransferFailed tells."""
-
-
-@dataclass(frozen=True)
-class Open:
-    """First frame: whose KV this is, of which model, and the positions that will travel."""
-
-    reservation_id: str
-    request_id: str
-    attempt: int
-    fingerprint: Fingerprint
-    token_start: int
-    token_stop: int
-
-    @property
-    def tokens(self) -> range:
-        return range(self.token_start, self.token_stop)
-
-
-@dataclass(frozen=True)
-class Data:
-    """KV of some positions in some layers; the payload follows."""
-
-    # 0, 1, 2, ... within a transfer.
-    sequence: int
-    layer_start: int
-    layer_count: int
-    token_start: int
-    token_count: int
-    payload_bytes: int
-    # crc32 of the payload.
-    checksum: int
-
-    @property
-    def layers(self) -> range:
-        return range(self.layer_start, self.layer_start + self.layer_count)
-
-    @property
-    def tokens(self) -> range:
-        return range(self.token_start, self.token_start + self.token_count)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a payload lies in an object store; what the bytes mean, and whether they do, is the store's to say."""
-
-    object_id: bytes
-    # The process that holds the object for as long as the transfer needs it.
-    owner: bytes
-
-
-@dataclass(frozen=True)
-class Placed(Data):
-    """KV like a data frame's, but the payload lies in an object store."""
-
-    object_id: bytes
-    owner: bytes
-
-    @classmethod
-    def of(cls, data: Data, place: Place) -> Placed:
-        return cls(**asdict(data), **asdict(place))
-
-    @property
-    def place(self) -> Place:
-        return Place(self.object_id, self.owner)
-
-
-@dataclass(frozen=True)
-class Seal:
-    """Last frame: the first token, and totals over the data frames."""
-
-    first_token: int
-    frames: int
-    # Of payload.
-    bytes: int
-    # chain_checksum over the data frames in order.
-    checksum: int
-
-
-@dataclass(frozen=True)
-class Abandon:
-    """Last frame in the seal's place: nobody needs the KV any more."""
-
-
-@dataclass(frozen=True)
-class Taken:
-    """The receiver has written the payload of a placed frame: nobody needs the object any more."""
-
-    sequence: int
-
-
-@dataclass(frozen=True)
-class Done:
-    """The receiver verified and took the KV, or gave back the blocks of an abandoned transfer."""
-
-    frames: int
-    bytes: int
-
-
-Message = Open | Data | Placed | Seal | Abandon | Taken | Done
 
 
 @dataclass(frozen=True)
@@ -204,8 +122,16 @@ _DATA: _Schema = {
     "checksum": _CRC,
 }
 _PLACED: _Schema = {**_DATA, "object_id": _Bytes(MAX_PLACE_BYTES), "owner": _Bytes(MAX_PLACE_BYTES)}
+_MAPPED: _Schema = {
+    "pid": _POSITIVE,
+    "fd": _COUNT,
+    "memory_id": _ID,
+    "memory_bytes": _SIZE,
+    "pool_blocks": _POSITIVE,
+    "block_count": _POSITIVE,
+}
+_EMPTY: _Schema = {}
 _SEAL: _Schema = {"first_token": _COUNT, "frames": _COUNT, "bytes": _SIZE, "checksum": _CRC}
-_ABANDON: _Schema = {}
 _TAKEN: _Schema = {"sequence": _COUNT}
 _DONE: _Schema = {"frames": _COUNT, "bytes": _SIZE}
 
@@ -219,8 +145,12 @@ _KINDS: dict[str, tuple[_Schema, Callable[[dict[str, Any]], Message]]] = {
     "open": (_OPEN, _open_from),
     "data": (_DATA, lambda fields: Data(**fields)),
     "placed": (_PLACED, lambda fields: Placed(**fields)),
+    "written": (_DATA, lambda fields: Written(**fields)),
+    "mapped": (_MAPPED, lambda fields: Mapped(**fields)),
+    "locked": (_EMPTY, lambda fields: Locked()),
+    "granted": (_EMPTY, lambda fields: Granted()),
     "seal": (_SEAL, lambda fields: Seal(**fields)),
-    "abandon": (_ABANDON, lambda fields: Abandon()),
+    "abandon": (_EMPTY, lambda fields: Abandon()),
     "taken": (_TAKEN, lambda fields: Taken(**fields)),
     "done": (_DONE, lambda fields: Done(**fields)),
 }
@@ -233,17 +163,14 @@ def encode(message: Message, payload: Sequence[memoryview] = ()) -> bytes:
         fields.update(fields.pop("fingerprint"))
     _check(kind, fields)
     header: bytes = msgpack.packb({"kind": kind, **fields})
-    guard = zlib.crc32(header, zlib.crc32(_UNGUARDED.pack(_MAGIC, VERSION, len(header))))
+    guard = crc32(header, crc32(_UNGUARDED.pack(_MAGIC, VERSION, len(header))))
     return b"".join((_PRELUDE.pack(_MAGIC, VERSION, len(header), guard), header, *payload))
 
 
 def describe(sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> Data:
     """The header of a data frame, with the size and the checksum of the payload's parts."""
-    checksum = 0
-    for part in payload:
-        checksum = zlib.crc32(part, checksum)
     size = sum(part.nbytes for part in payload)
-    return Data(sequence, layers.start, len(layers), tokens.start, len(tokens), size, checksum)
+    return Data(sequence, layers.start, len(layers), tokens.start, len(tokens), size, crc32_of_parts(payload))
 
 
 def decode(frame: bytes) -> tuple[Message, memoryview]:
@@ -260,12 +187,12 @@ def decode(frame: bytes) -> tuple[Message, memoryview]:
         raise CorruptFrame(f"a KV frame's header of {length} bytes is too long or cut short")
     whole = memoryview(frame)
     header, payload = whole[_PRELUDE.size : _PRELUDE.size + length], whole[_PRELUDE.size + length :]
-    if zlib.crc32(header, zlib.crc32(whole[: _UNGUARDED.size])) != guard:
+    if crc32(header, crc32(whole[: _UNGUARDED.size])) != guard:
         raise CorruptFrame("a KV frame's header fails its checksum")
     if version != VERSION:
         raise Refused(f"the peer sends KV frames of version {version}, this worker takes version {VERSION}")
     message = _parse(header)
-    expected = message.payload_bytes if type(message) is Data else 0
+    expected = _payload_of(message)
     if len(payload) != expected:
         raise TransferFailed(f"a KV frame carries {len(payload)} bytes where its header says {expected}")
     return message, payload
@@ -273,13 +200,20 @@ def decode(frame: bytes) -> tuple[Message, memoryview]:
 
 def check_payload(data: Data, payload: memoryview) -> None:
     """Raises TransferFailed when the payload is not what was sent."""
-    if zlib.crc32(payload) != data.checksum:
+    if crc32(payload) != data.checksum:
         raise CorruptFrame(f"the payload of KV frame {data.sequence} fails its checksum")
 
 
 def chain_checksum(chain: int, data: Data) -> int:
     """The running checksum of checksums after one more frame; starts from 0."""
-    return zlib.crc32(data.checksum.to_bytes(4, "big"), chain)
+    return crc32(data.checksum.to_bytes(4, "big"), chain)
+
+
+def _payload_of(message: Message) -> int:
+    """Bytes that follow the header."""
+    if isinstance(message, Mapped):
+        return BLOCK_ID_BYTES * message.block_count
+    return message.payload_bytes if type(message) is Data else 0
 
 
 def _parse(header: memoryview) -> Message:

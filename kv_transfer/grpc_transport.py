@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kv_transfer.codec import Data, encode
+from kv_transfer.base import Source, Target
+from kv_transfer.codec import describe, encode
+from kv_transfer.messages import Data
 from kv_transfer.push import PushLink, PushTransport
 from tandem.config import TandemConfig
 
@@ -16,14 +18,15 @@ class GrpcTransport(PushTransport):
     def __init__(self, config: TandemConfig) -> None:
         super().__init__(config.worker.frame_bytes)
 
-    def _link(self, call: Any, peer: str) -> PushLink:
-        return _GrpcLink(call, peer)
+    def _link(self, call: Any, source: Source, target: Target) -> PushLink:
+        return _GrpcLink(call, target.address)
 
 
 class _GrpcLink(PushLink):
-    def pack(self, data: Data, payload: Sequence[memoryview]) -> bytes:
+    def pack(self, sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> tuple[Data, bytes]:
         """See Link."""
-        return encode(data, payload)
+        data = describe(sequence, layers, tokens, payload)
+        return data, encode(data, payload)
 
     async def carry(self, data: Data, packed: bytes) -> None:
         """See Link."""

@@ -79,3 +79,8 @@ class KVLayout:
                     range(layer, min(layer + whole, layers.stop)),
                     range(token, min(token + count, tokens.stop)),
                 )
+
+
+def blocks_of(tokens: range, block_size: int) -> range:
+    """The entries of a block table that hold these positions."""
+    return range(tokens.start // block_size, -(-tokens.stop // block_size))

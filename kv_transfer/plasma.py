@@ -16,7 +16,7 @@ import time
 from threading import Event
 from typing import Any
 
-from kv_transfer.codec import Place
+from kv_transfer.messages import Place
 from tandem.errors import TransferFailed
 
 log = logging.getLogger(__name__)

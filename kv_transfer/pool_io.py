@@ -8,11 +8,17 @@ an index_select over slots and a copy to bytes: 500 µs).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from kv_transfer.checksum import crc32, crc32_of_parts
+
+# A pool's bytes: uint8 [L, 2, N * P, K * D * itemsize].
+Rows = NDArray[np.uint8]
 
 
 def gather(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> bytes:
@@ -43,6 +49,29 @@ def scatter(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, p
         done += count
 
 
+def checksum(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> int:
+    """crc32 of the payload that lies in these cells, without a copy on cpu."""
+    return crc32_of_parts(pieces(pool, blocks, layers, tokens))
+
+
+def copy_parts(
+    parts: Sequence[memoryview], rows: Rows, blocks: Sequence[int], block_size: int, layers: range, tokens: range
+) -> int:
+    """Copies the parts of a payload (see pieces) to their places in another pool; returns the payload's crc32.
+
+    One after the other, so that each is in the processor's cache when its checksum is taken.
+    """
+    spans = list(_runs(blocks, tokens, block_size))
+    places = [rows[layer, side, slot : slot + count] for layer in layers for side in (0, 1) for slot, count in spans]
+    if len(parts) < len(places):  # a device gathers all of it into one
+        parts = _divide(parts[0], [place.nbytes for place in places])
+    crc = 0
+    for part, place in zip(parts, places, strict=True):
+        np.copyto(place, np.frombuffer(part, dtype=np.uint8).reshape(place.shape))
+        crc = crc32(part, crc)
+    return crc
+
+
 def gather_slots(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Tensor:
     """The payload as one tensor [layers, 2, tokens, K * D] on the pool's device: one kernel."""
     return _slot_view(pool, layers).index_select(2, _slots(pool, blocks, tokens))
@@ -68,9 +97,15 @@ def _slots(pool: Tensor, blocks: Sequence[int], tokens: range) -> Tensor:
     return torch.from_numpy(slots).to(pool.device)
 
 
-def _rows(pool: Tensor) -> NDArray[np.uint8]:
-    """uint8 [L, 2, N * P, K * D * itemsize]: bfloat16, which numpy does not know, is bytes like the rest."""
+def _rows(pool: Tensor) -> Rows:
+    """bfloat16, which numpy does not know, is bytes like the rest."""
     return _bytes_of(pool).reshape(pool.shape[0], 2, pool.shape[2] * pool.shape[3], -1)
+
+
+def _divide(whole: memoryview, sizes: Sequence[int]) -> list[memoryview]:
+    flat = whole.cast("B")
+    ends = list(accumulate(sizes))
+    return [flat[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:

@@ -13,7 +13,8 @@ import grpc
 
 from kv_transfer.base import Counters, Sender, Source, Target
 from kv_transfer.channels import Channels
-from kv_transfer.codec import CorruptFrame, Data, Done, Message, decode
+from kv_transfer.codec import CorruptFrame, decode
+from kv_transfer.messages import Data, Done, Message
 from kv_transfer.sender import FrameSender, check_source
 from kv_transfer.service import MAX_MESSAGE_BYTES, METHODS, SERVICE
 from kv_transfer.threads import copy_threads
@@ -40,7 +41,7 @@ class PushTransport(ABC):
         """See Transport."""
         check_source(source, target)
         async with self._channels.use(target.address) as channel:
-            link = self._link(self._call(channel, target.deadline_s), target.address)
+            link = self._link(self._call(channel, target.deadline_s), source, target)
             sender = FrameSender(source, target, link, self._frame_bytes, self._threads, self.counters)
             try:
                 await sender.open()
@@ -59,11 +60,13 @@ class PushTransport(ABC):
         return channel.stream_stream(f"/{SERVICE}/{METHODS[self.name]}")(timeout=deadline_s)
 
     @abstractmethod
-    def _link(self, call: Any, peer: str) -> PushLink: ...
+    def _link(self, call: Any, source: Source, target: Target) -> PushLink: ...
 
 
 class PushLink(ABC):
     """The Link of one call. A task reads the receiver's messages until it is done."""
+
+    makers = 1
 
     def __init__(self, call: Any, peer: str) -> None:
         self._call = call
@@ -73,8 +76,12 @@ class PushLink(ABC):
         self._answer = asyncio.create_task(self._read_answer())
         self._answer.add_done_callback(self._on_end)
 
+    async def ready(self) -> None:
+        """See Link. Nothing is waited for."""
+        return
+
     @abstractmethod
-    def pack(self, data: Data, payload: Sequence[memoryview]) -> bytes:
+    def pack(self, sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> tuple[Data, bytes]:
         """See Link."""
 
     @abstractmethod
@@ -104,12 +111,16 @@ class PushLink(ABC):
         answer = self._answer
         return answer.done() and not answer.cancelled() and isinstance(answer.exception(), CorruptFrame)
 
+    def rest(self) -> None:
+        """See Link. Nothing is held."""
+        return
+
     def close(self) -> None:
         """Tells the receiver that no seal comes; nothing happens when the call has ended."""
         self._call.cancel()
         self._answer.cancel()
 
-    def _note(self, message: Message) -> None:
+    def _note(self, message: Message, payload: memoryview) -> None:
         """What the receiver said before it is done."""
         raise errors.TransferFailed(f"the worker at {self._peer} answered a frame with {type(message).__name__}")
 
@@ -132,10 +143,10 @@ class PushLink(ABC):
         with self._own_cancels_only():
             try:
                 while (frame := await rpc.read(self._call)) is not None:
-                    message, _ = decode(frame)
+                    message, payload = decode(frame)
                     if isinstance(message, Done):
                         return message
-                    self._note(message)
+                    self._note(message, payload)
             except grpc.aio.AioRpcError as error:
                 raise self._translate(_true_status(self._statuses, error)) from None
         raise errors.TransferFailed(f"the worker at {self._peer} gave no answer to the seal")

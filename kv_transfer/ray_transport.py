@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from kv_transfer.base import Sender, Source, Target
-from kv_transfer.codec import Data, Done, Message, Place, Placed, Taken, encode
+from kv_transfer.codec import describe, encode
+from kv_transfer.messages import Data, Done, Message, Place, Placed, Taken
 from kv_transfer.plasma import Plasma
 from kv_transfer.push import PushLink, PushTransport
 from tandem.config import TandemConfig
@@ -66,8 +67,8 @@ class RayTransport(PushTransport):
         if room > _AMPLE_WINDOWS * window:
             self._ample_until = loop.time() + _AMPLE_S
 
-    def _link(self, call: Any, peer: str) -> PushLink:
-        return _RayLink(call, peer, self._plasma, self._place_threads, self._window)
+    def _link(self, call: Any, source: Source, target: Target) -> PushLink:
+        return _RayLink(call, target.address, self._plasma, self._place_threads, self._window)
 
 
 class _RayLink(PushLink):
@@ -81,9 +82,9 @@ class _RayLink(PushLink):
         self._fewer = asyncio.Event()
         super().__init__(call, peer)
 
-    def pack(self, data: Data, payload: Sequence[memoryview]) -> bytes:
+    def pack(self, sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> tuple[Data, bytes]:
         """See Link."""
-        return b"".join(payload)
+        return describe(sequence, layers, tokens, payload), b"".join(payload)
 
     async def carry(self, data: Data, packed: bytes) -> None:
         """See Link."""
@@ -110,9 +111,9 @@ class _RayLink(PushLink):
         self._closed = True
         self._held.clear()
 
-    def _note(self, message: Message) -> None:
+    def _note(self, message: Message, payload: memoryview) -> None:
         if not isinstance(message, Taken):
-            super()._note(message)
+            super()._note(message, payload)
             return
         self._held.pop(message.sequence, None)
         self._fewer.set()

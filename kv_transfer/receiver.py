@@ -10,20 +10,10 @@ from typing import Protocol
 
 from kv_transfer.admission import Admission
 from kv_transfer.base import Counters, Landing, TransferSummary
-from kv_transfer.codec import (
-    Abandon,
-    CorruptFrame,
-    Data,
-    Done,
-    Open,
-    Placed,
-    Seal,
-    chain_checksum,
-    check_payload,
-    decode,
-)
+from kv_transfer.codec import CorruptFrame, chain_checksum, check_payload, decode
 from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout
+from kv_transfer.messages import Abandon, Data, Done, Message, Open, Seal
 from kv_transfer.pool_io import scatter
 from kv_transfer.threads import finish
 from tandem import logs
@@ -31,25 +21,55 @@ from tandem.errors import InternalError, TandemError, TransferFailed
 
 
 class Intake(Protocol):
-    """How the payload of a data frame comes, besides with it. Both raise TransferFailed."""
+    """How the payloads of one transfer come."""
+
+    @property
+    def kind(self) -> type[Data]:
+        """Of its data frames; none of another kind is taken."""
+
+    async def begin(self, landing: Landing, tokens: range, frames: AsyncIterator[bytes]) -> None:
+        """What must pass between the ends before data frames. Raises TransferFailed."""
 
     async def fetch(self, data: Data, payload: memoryview) -> memoryview:
-        """payload: what came with the frame. The result is `data.payload_bytes` long, and not yet verified."""
+        """payload: what came with the frame. The result is what `land` takes. Raises TransferFailed."""
+
+    def land(self, landing: Landing, data: Data, payload: memoryview) -> None:
+        """In a thread: verifies the payload, and puts it into the landing's blocks. Raises CorruptFrame."""
 
     async def taken(self, data: Data) -> None:
         """The payload is in the pool."""
 
+    def settle(self) -> None:
+        """Before the landing is told of a seal, or of an abandon. Raises TransferFailed when somebody still writes."""
 
-class Inline:
-    """With the frame."""
+    def leave(self) -> None:
+        """The transfer is over, however it ended."""
+
+
+class Copied:
+    """Payloads that a thread copies into the blocks; this one comes with its frame."""
+
+    kind: type[Data] = Data
+
+    async def begin(self, landing: Landing, tokens: range, frames: AsyncIterator[bytes]) -> None:
+        """See Intake."""
 
     async def fetch(self, data: Data, payload: memoryview) -> memoryview:
-        """See Intake."""
-        if isinstance(data, Placed):
-            raise TransferFailed(f"KV frame {data.sequence} came without its payload")
+        """See Intake. The result is `data.payload_bytes` long."""
         return payload
 
+    def land(self, landing: Landing, data: Data, payload: memoryview) -> None:
+        """See Intake."""
+        check_payload(data, payload)
+        scatter(landing.pool, landing.blocks, data.layers, data.tokens, payload)
+
     async def taken(self, data: Data) -> None:
+        """See Intake."""
+
+    def settle(self) -> None:
+        """See Intake. Only this end writes, and its writes are done."""
+
+    def leave(self) -> None:
         """See Intake."""
 
 
@@ -89,15 +109,18 @@ class Receiver:
             landing = self._admission.claim(opening)
             try:
                 filling = _Filling(self._admission.check(landing, opening), self._admission.layout, landing)
+                await self._intake.begin(landing, opening.tokens, frames)
                 last = await self._fill(filling, frames)
                 if last is None:
                     raise lost()
+                self._intake.settle()
                 seconds = time.monotonic() - started
                 if isinstance(last, Abandon):
                     landing.abandoned()
                     return filling.taken
                 await landing.sealed(last.first_token, TransferSummary(last.bytes, last.frames, seconds))
             except BaseException as error:
+                self._intake.leave()
                 landing.failed(_reason(error, lost))
                 raise
         except BaseException as error:
@@ -114,7 +137,7 @@ class Receiver:
             async with asyncio.TaskGroup() as writes:
                 async for frame in frames:
                     message, payload = decode(frame)
-                    if isinstance(message, Data):
+                    if type(message) is self._intake.kind:
                         filling.expect(message)
                         await room.acquire()
                         writes.create_task(self._write(filling.landing, message, payload, room))
@@ -130,7 +153,7 @@ class Receiver:
             payload = await self._intake.fetch(data, payload)
             with landing.writing():
                 loop = asyncio.get_running_loop()
-                await finish(loop.run_in_executor(self._threads, _verify_and_scatter, landing, data, payload))
+                await finish(loop.run_in_executor(self._threads, self._intake.land, landing, data, payload))
             del payload  # nothing holds on to an object's memory that is said to be taken
             await self._intake.taken(data)
         finally:
@@ -174,7 +197,7 @@ class _Filling:
             self.last = message
             return
         if not isinstance(message, Seal):
-            raise TransferFailed("a frame other than data and seal came within a transfer")
+            raise TransferFailed(f"a frame of kind {type(message).__name__.lower()} came within a transfer of another")
         self._coverage.check_complete()
         if (message.frames, message.bytes, message.checksum) != (self._frames, self._bytes, self._checksum):
             raise TransferFailed(
@@ -188,18 +211,18 @@ class _Filling:
             raise TransferFailed("a frame came after the seal")
 
 
-async def _opening(frames: AsyncIterator[bytes]) -> Open:
+async def next_message(frames: AsyncIterator[bytes]) -> Message | None:
+    """None at the end of the stream."""
     async for frame in frames:
-        message, _ = decode(frame)
-        if isinstance(message, Open):
-            return message
-        break
-    raise TransferFailed("the transfer does not begin with an open frame")
+        return decode(frame)[0]
+    return None
 
 
-def _verify_and_scatter(landing: Landing, data: Data, payload: memoryview) -> None:
-    check_payload(data, payload)
-    scatter(landing.pool, landing.blocks, data.layers, data.tokens, payload)
+async def _opening(frames: AsyncIterator[bytes]) -> Open:
+    message = await next_message(frames)
+    if not isinstance(message, Open):
+        raise TransferFailed("the transfer does not begin with an open frame")
+    return message
 
 
 def _reason(error: BaseException, lost: Callable[[], TandemError]) -> TandemError:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
 from kv_transfer.base import Counters, Source, Target, TransferSummary
-from kv_transfer.codec import Abandon, Data, Done, Open, Seal, chain_checksum, describe, encode
+from kv_transfer.codec import chain_checksum, encode
 from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout
+from kv_transfer.messages import Abandon, Data, Done, Open, Seal
 from kv_transfer.pool_io import pieces
 from kv_transfer.threads import finish
 from kv_transfer.worktime import WorkTime
@@ -21,14 +22,24 @@ from tandem.errors import Refused, TransferFailed
 class Link(Protocol):
     """Carries the frames of one transfer. Raises the receiver's error, or WorkerLost, DeadlineExceeded."""
 
-    def pack(self, data: Data, payload: Sequence[memoryview]) -> bytes:
-        """In a thread: copies a payload's parts into what `carry` takes."""
+    @property
+    def makers(self) -> int:
+        """How many threads make frames at once; each has one in memory, and one more leaves."""
+
+    async def ready(self) -> None:
+        """Returns when frames may be made: before the first, and at once ever after."""
+
+    def pack(self, sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> tuple[Data, bytes]:
+        """In a thread: makes a frame, copying a payload's parts into what `carry` takes."""
 
     async def carry(self, data: Data, packed: bytes) -> None:
         """Sends a data frame. Returns when there is room for the next one."""
 
     async def write(self, frame: bytes) -> None:
         """Sends any other frame."""
+
+    def rest(self) -> None:
+        """No thread makes a frame, now or later. Called before the seal, and at any other end; perhaps twice."""
 
     async def finish(self) -> Done:
         """Says that no frame follows; returns the receiver's answer."""
@@ -53,7 +64,7 @@ def check_source(source: Source, target: Target) -> None:
 
 
 class FrameSender:
-    """A Sender that cuts, gathers and numbers frames. Two are in memory at most: one leaves while the next is made."""
+    """A Sender that cuts, gathers and numbers frames: one leaves while the next ones are made (`Link.makers`)."""
 
     def __init__(
         self, source: Source, target: Target, link: Link, frame_bytes: int, threads: Executor, counters: Counters
@@ -67,8 +78,8 @@ class FrameSender:
         self._coverage = Coverage(source.layout.num_layers, target.travelling)
         self._cut_frames = self._bytes = self._frames = self._checksum = 0
         self._work = WorkTime()
-        # The frame that a thread makes while the one before it leaves.
-        self._next: asyncio.Future[tuple[Data, bytes]] | None = None
+        # Frames that threads make while the one before them leaves.
+        self._made: deque[asyncio.Future[tuple[Data, bytes]]] = deque()
         # Sealed, or abandoned with the receiver's knowledge.
         self._over = False
         self._abandoned = False
@@ -90,16 +101,21 @@ class FrameSender:
                 await self._send(layers, fresh)
 
     async def _send(self, layers: range, tokens: range) -> None:
+        await self._link.ready()
         for part_layers, part_tokens in self._source.layout.cut(layers, tokens, self._frame_bytes):
             if self._abandoned:
                 return
-            await self._advance(self._make(part_layers, part_tokens))
-        await self._advance(None)
+            self._made.append(self._make(part_layers, part_tokens))
+            if len(self._made) > self._link.makers:
+                await self._carry_next()
+        while self._made:
+            await self._carry_next()
 
     async def seal(self, first_token: int, prefilled_s: float | None = None) -> TransferSummary:
         """See Sender."""
         self._coverage.check_complete()
         with self._work.measure():
+            self._link.rest()
             await self._link.write(encode(Seal(first_token, self._frames, self._bytes, self._checksum)))
             done = await self._link.finish()
         if (done.frames, done.bytes) != (self._frames, self._bytes):
@@ -113,6 +129,8 @@ class FrameSender:
         """See Sender."""
         self._abandoned = True
         async with self._busy:
+            await self._link.ready()
+            await self._stop_making()
             await self._link.write(encode(Abandon()))
             await self._link.finish()
         self._over = True
@@ -121,10 +139,15 @@ class FrameSender:
         """Returns when no thread reads the source any more."""
         if not self._over:
             self._counters.failures += 1
-        if self._next is not None:
-            # Whatever its frame would have been, the transfer has ended for another reason.
-            with contextlib.suppress(Exception):
-                await finish(self._next)
+        await self._stop_making()
+
+    async def _stop_making(self) -> None:
+        """Whatever frames under way would have been, nobody wants them."""
+        try:
+            await finish(asyncio.gather(*self._made, return_exceptions=True))
+        finally:
+            self._made.clear()
+            self._link.rest()
 
     def _make(self, layers: range, tokens: range) -> asyncio.Future[tuple[Data, bytes]]:
         sequence = self._cut_frames
@@ -135,13 +158,10 @@ class FrameSender:
         except RuntimeError:  # no thread takes work any more
             raise TransferFailed("the transport was closed in mid-transfer") from None
 
-    async def _advance(self, upcoming: asyncio.Future[tuple[Data, bytes]] | None) -> None:
-        """Writes the frame made before, while `upcoming` is made."""
-        ready, self._next = self._next, upcoming
-        if ready is not None:
-            await self._carry(*await finish(ready))
-
-    async def _carry(self, data: Data, packed: bytes) -> None:
+    async def _carry_next(self) -> None:
+        """Sends the frame made first, while others are made."""
+        data, packed = await finish(self._made[0])
+        del self._made[0]
         await self._link.carry(data, packed)
         self._frames += 1
         self._bytes += data.payload_bytes
@@ -151,5 +171,4 @@ class FrameSender:
     def _gather(self, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
         """In a thread."""
         parts = pieces(self._source.pool, self._source.blocks, layers, tokens)
-        data = describe(sequence, layers, tokens, parts)
-        return data, self._link.pack(data, parts)
+        return self._link.pack(sequence, layers, tokens, parts)

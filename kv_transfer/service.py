@@ -12,16 +12,20 @@ import grpc
 
 from kv_transfer.admission import Admission, Claims
 from kv_transfer.base import Counters, Landings
-from kv_transfer.codec import MAX_FRAME_BYTES, Data, Placed, Taken, encode
+from kv_transfer.codec import MAX_FRAME_BYTES, encode
+from kv_transfer.mapped import Fences, MappedIntake
+from kv_transfer.messages import Data, Placed, Taken
 from kv_transfer.plasma import Plasma
-from kv_transfer.receiver import Inline, Intake, Receiver
+from kv_transfer.receiver import Copied, Intake, Receiver
+from kv_transfer.shared_memory import SharedMemory
 from kv_transfer.threads import copy_threads
 from tandem import errors
 from tandem.config import TandemConfig
 
 SERVICE = "tandem.v1.KVTransfer"
-# The method of each transport: they differ in whether a data frame brings its payload or the payload's place.
-METHODS = {"grpc": "Push", "ray": "PushPlaced"}
+# The method of each transport: they differ in whether a data frame brings its payload, the payload's place, or word of
+# what its sender has written.
+METHODS = {"grpc": "Push", "ray": "PushPlaced", "shm": "PushMapped"}
 # What a server that hosts the service must accept.
 MAX_MESSAGE_BYTES = MAX_FRAME_BYTES
 # A thread that waits for an object costs nothing, and those of a sender that is gone wait on for a while.
@@ -35,13 +39,19 @@ class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ig
     """
 
     def __init__(
-        self, landings: Landings, config: TandemConfig, claims: Claims | None = None, plasma: Plasma | None = None
+        self,
+        landings: Landings,
+        config: TandemConfig,
+        claims: Claims | None = None,
+        plasma: Plasma | None = None,
+        memory: SharedMemory | None = None,
     ) -> None:
-        """plasma: takes transfers through Ray's object store too."""
+        """plasma: takes transfers through Ray's object store too. memory: the pool lies there, and others may write."""
         # By transport.
         self.counters = {"grpc": Counters()}
         self._admission = Admission(landings, claims)
         self._frames_in_flight = config.worker.frames_in_flight
+        self._fences = Fences()
         self._threads = copy_threads("kv-receive")
         self._take_threads = ThreadPoolExecutor(_TAKE_THREADS, thread_name_prefix="kv-take")
         methods = {METHODS["grpc"]: grpc.stream_stream_rpc_method_handler(self._push)}
@@ -49,6 +59,10 @@ class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ig
             self._plasma = plasma
             self.counters["ray"] = Counters()
             methods[METHODS["ray"]] = grpc.stream_stream_rpc_method_handler(self._push_placed)
+        if memory is not None:
+            self._memory = memory
+            self.counters["shm"] = Counters()
+            methods[METHODS["shm"]] = grpc.stream_stream_rpc_method_handler(self._push_mapped)
         self._handler = grpc.method_handlers_generic_handler(SERVICE, methods)
 
     def service(self, handler_call_details: Any) -> Any:
@@ -57,14 +71,18 @@ class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ig
 
     def close(self) -> None:
         """Ends the threads. Transfers must have ended before: stop the server first."""
+        self._fences.close()
         self._threads.shutdown()
         self._take_threads.shutdown()
 
     async def _push(self, requests: AsyncIterator[bytes], context: Any) -> None:
-        await self._receive("grpc", Inline(), requests, context)
+        await self._receive("grpc", Copied(), requests, context)
 
     async def _push_placed(self, requests: AsyncIterator[bytes], context: Any) -> None:
         await self._receive("ray", _FromPlasma(self._plasma, self._take_threads, context), requests, context)
+
+    async def _push_mapped(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        await self._receive("shm", MappedIntake(self._memory, self._fences, context), requests, context)
 
     async def _receive(self, transport: str, intake: Intake, requests: AsyncIterator[bytes], context: Any) -> None:
         def lost() -> errors.TandemError:
@@ -78,8 +96,10 @@ class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ig
         await context.write(encode(await receiver.receive(aiter(requests), lost)))
 
 
-class _FromPlasma:
-    """An Intake of one transfer: payloads are objects in Ray's store, and each is acknowledged."""
+class _FromPlasma(Copied):
+    """Of one transfer: payloads are objects in Ray's store, and each is acknowledged."""
+
+    kind: type[Data] = Placed
 
     def __init__(self, plasma: Plasma, threads: ThreadPoolExecutor, context: Any) -> None:
         self._plasma = plasma
@@ -90,8 +110,7 @@ class _FromPlasma:
 
     async def fetch(self, data: Data, payload: memoryview) -> memoryview:
         """See Intake. A cancel does not wait for the thread: it writes nowhere."""
-        if not isinstance(data, Placed):
-            raise errors.TransferFailed(f"KV frame {data.sequence} came without a place")
+        assert isinstance(data, Placed)
         unwanted = Event()
         try:
             loop = asyncio.get_running_loop()

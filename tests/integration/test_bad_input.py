@@ -15,7 +15,8 @@ from direct import DirectRouter
 from model_zoo import save_model
 from service import Process, Service, running_service, wait_until
 
-from kv_transfer.codec import Open, decode, encode
+from kv_transfer.codec import decode, encode
+from kv_transfer.messages import Open
 from kv_transfer.service import MAX_MESSAGE_BYTES
 from tandem import rpc
 from tandem.client.status import WorkerState

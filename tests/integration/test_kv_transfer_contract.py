@@ -267,8 +267,8 @@ async def test_a_broken_lease_ends_the_transfer(rig: Rig) -> None:
     before: list[torch.Tensor] = []
 
     async def break_lease() -> None:
-        # The local transport writes for as long as it is open, the others have done with the first half.
-        await until(lambda: job.landing.writers == (1 if rig.shared_pool else 0))
+        # Some write for as long as they are open, the others have done with the first half.
+        await until(lambda: job.landing.writers == (1 if rig.shared_pool or rig.one_sided else 0))
         job.landing.broken = True
         before.append(job.received().clone())
 
@@ -276,7 +276,9 @@ async def test_a_broken_lease_ends_the_transfer(rig: Rig) -> None:
         await rig.transfer_in_halves(job, between=break_lease)
     await until(lambda: job.landing.ended)
     assert len(job.landing.errors) == 1
-    assert torch.equal(job.received(), before[0])
+    if not rig.one_sided:  # where blocks stay in use until the sender is gone, what is in them concerns nobody
+        assert torch.equal(job.received(), before[0])
+    await until(lambda: job.landing.writers == 0)
     await rig.assert_healthy()
 
 

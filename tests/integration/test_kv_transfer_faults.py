@@ -13,9 +13,10 @@ import pytest
 from kv_peer import peer
 from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, stands_still, until
 
+import kv_transfer.grpc_transport
 import kv_transfer.receiver
-import kv_transfer.sender
-from kv_transfer.codec import Data, describe
+from kv_transfer.codec import describe
+from kv_transfer.messages import Data
 from kv_transfer.pool_io import scatter
 from tandem.errors import DeadlineExceeded, TransferFailed, WorkerLost
 
@@ -88,7 +89,7 @@ async def test_a_slow_receiver_bounds_what_is_in_memory(
         made.append(sequence)
         return describe(sequence, *rest)
 
-    monkeypatch.setattr(kv_transfer.sender, "describe", counting)
+    monkeypatch.setattr(kv_transfer.grpc_transport, "describe", counting)
     async with grpc_rig(fingerprint, config_with(frame_bytes=16384, frames_in_flight=4)) as rig:
         job = rig.job(prompt_tokens=200)
         gate = shut(job)

@@ -15,7 +15,8 @@ from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, until
 
 import kv_transfer.receiver
 import kv_transfer.sender
-from kv_transfer.codec import MAX_FRAME_BYTES, Data, Done, Seal, decode, describe, encode
+from kv_transfer.codec import MAX_FRAME_BYTES, decode, describe, encode
+from kv_transfer.messages import Data, Done, Seal
 from kv_transfer.pool_io import gather
 from kv_transfer.sender import opening_of
 from kv_transfer.service import MAX_MESSAGE_BYTES
@@ -76,7 +77,7 @@ SPOILERS: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
     "empty frame": (with_frame(1, lambda frame: b""), "a KV frame of 0 bytes"),
     "repeated": (lambda frames: [*frames[:3], *frames[2:]], "KV frame 1 came where 2 is next"),
     "left out": (lambda frames: [*frames[:2], *frames[3:]], "KV frame 2 came where 1 is next"),
-    "second open": (lambda frames: [*frames[:2], *frames[:1], *frames[2:]], "other than data and seal"),
+    "second open": (lambda frames: [*frames[:2], *frames[:1], *frames[2:]], "a frame of kind open came"),
     "early seal": (lambda frames: [*frames[:3], frames[-1]], "missing at the seal"),
     "no seal": (lambda frames: frames[:-1], "left before the seal"),
     "data after the seal": (lambda frames: [*frames, frames[1]], "after the seal"),

@@ -13,8 +13,8 @@ import pytest
 from kv_peer import peer
 from kv_rig import FINGERPRINT, Rig, config_with, grpc_rig, ray_rig, stands_still, until
 
-from kv_transfer.codec import Data, Place, Placed
 from kv_transfer.grpc_transport import GrpcTransport
+from kv_transfer.messages import Data, Place, Placed
 from kv_transfer.plasma import Plasma, connect
 from kv_transfer.ray_transport import RayTransport
 from tandem.errors import Refused, TransferFailed, WorkerLost
@@ -57,7 +57,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Placed], Placed]) -
         sent.append(change(honest(data, place)))
         return sent[-1]
 
-    monkeypatch.setattr("kv_transfer.codec.Placed.of", spoiled)
+    monkeypatch.setattr("kv_transfer.messages.Placed.of", spoiled)
     return sent
 
 
@@ -251,9 +251,9 @@ async def test_each_method_takes_its_own_kind_of_frame(rig: Rig, monkeypatch: py
     placed, whole = {"grpc": "PushPlaced", "ray": "Push"}, rig.job(name="whole")
     monkeypatch.setattr("kv_transfer.push.METHODS", placed)
     grpc = Rig(FINGERPRINT, GrpcTransport(config_with()), rig.address, shared_pool=False)
-    with pytest.raises(TransferFailed, match="came without a place"):
+    with pytest.raises(TransferFailed, match="a frame of kind data came"):
         await grpc.transfer(whole)
-    with pytest.raises(TransferFailed, match="came without its payload"):
+    with pytest.raises(TransferFailed, match="a frame of kind placed came"):
         await rig.transfer(rig.job(name="placed"))
     monkeypatch.undo()
     await grpc.transport.aclose()

@@ -9,8 +9,9 @@ from typing import Any
 
 import grpc
 
-from kv_transfer.codec import Data, Done, Open, Seal, chain_checksum, decode, describe, encode
+from kv_transfer.codec import chain_checksum, decode, describe, encode
 from kv_transfer.layout import KVLayout
+from kv_transfer.messages import Data, Done, Open, Seal
 from kv_transfer.service import MAX_MESSAGE_BYTES
 from tandem import rpc, wire
 from tandem.client.status import WorkerState

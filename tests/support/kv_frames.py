@@ -7,21 +7,8 @@ import zlib
 
 from hypothesis import strategies as st
 
-from kv_transfer.codec import (
-    VERSION,
-    Abandon,
-    Data,
-    Done,
-    Message,
-    Open,
-    Placed,
-    Seal,
-    Taken,
-    check_payload,
-    decode,
-    describe,
-    encode,
-)
+from kv_transfer.codec import VERSION, check_payload, decode, describe, encode
+from kv_transfer.messages import Abandon, Data, Done, Message, Open, Placed, Seal, Taken
 from tandem.types import Fingerprint
 
 FINGERPRINT = Fingerprint("c" * 64, "w" * 64, "bfloat16", 16, 32, 8, 128, 1)

@@ -23,8 +23,8 @@ from kv_rig import FINGERPRINT, FakeLandings, Rig, config_with, serving
 from ray_head import joined
 
 from kv_transfer.base import Transport
-from kv_transfer.codec import Place
 from kv_transfer.grpc_transport import GrpcTransport
+from kv_transfer.messages import Place
 from kv_transfer.plasma import Plasma, connect
 from kv_transfer.ray_transport import RayTransport
 from tandem.errors import TandemError

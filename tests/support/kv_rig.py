@@ -22,6 +22,8 @@ from kv_transfer.local import LocalTransport
 from kv_transfer.plasma import Plasma, connect
 from kv_transfer.ray_transport import RayTransport
 from kv_transfer.service import MAX_MESSAGE_BYTES, KVService
+from kv_transfer.shared_memory import SharedMemory
+from kv_transfer.shm_transport import ShmTransport
 from tandem.config import TandemConfig, parse_config
 from tandem.errors import TandemError, TransferFailed
 from tandem.rpc import bind, make_server
@@ -69,6 +71,11 @@ def random_pool(fingerprint: Fingerprint, seed: int, blocks: int = POOL_BLOCKS) 
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(layout.torch_dtype)
 
 
+def moved_into(memory: SharedMemory, pool: Tensor) -> Tensor:
+    shared = torch.frombuffer(memory.allocate(pool.nbytes), dtype=pool.dtype).view(pool.shape)
+    return shared.copy_(pool)
+
+
 def rows_of(pool: Tensor, blocks: Sequence[int], tokens: range) -> Tensor:
     """[L, 2, T, K, D] the plain way: what gather must agree with."""
     size = pool.shape[3]
@@ -88,6 +95,8 @@ class FakeLanding:
         self.prompt_tokens = target.prompt_tokens
         self.local = local
         self.broken = False
+        # The sender may write for a while after the end: the blocks are quarantined until then.
+        self.one_sided = False
         self.refuse_seal: TandemError | None = None
         self.writers = 0
         self.touches = 0
@@ -118,7 +127,7 @@ class FakeLanding:
         self.first_token, self.summary = first_token, summary
 
     def failed(self, error: TandemError) -> None:
-        assert self.writers == 0, "blocks would be given back under a writer"
+        assert self.writers == 0 or self.one_sided, "blocks would be given back under a writer"
         assert not self.ended, "a second end"
         self.errors.append(error)
 
@@ -165,12 +174,23 @@ class Job:
 class Rig:
     """A sender's and a receiver's pool with one transport between them."""
 
-    def __init__(self, fingerprint: Fingerprint, transport: Transport, address: str, shared_pool: bool) -> None:
+    def __init__(
+        self,
+        fingerprint: Fingerprint,
+        transport: Transport,
+        address: str,
+        shared_pool: bool,
+        memory: SharedMemory | None = None,
+    ) -> None:
+        """memory: where the receiver's pool lies, for senders who can write into it."""
         self.fingerprint = fingerprint
         self.transport = transport
         self.address = address
         self.landings = FakeLandings(fingerprint)
         self.receiving_pool = random_pool(fingerprint, seed=1)
+        self.one_sided = memory is not None
+        if memory is not None:
+            self.receiving_pool = moved_into(memory, self.receiving_pool)
         self.sending_pool = self.receiving_pool if shared_pool else random_pool(fingerprint, seed=2)
         self.service: KVService | None = None
         # Stops the receiving server, if there is one.
@@ -201,6 +221,7 @@ class Rig:
             fingerprint=self.fingerprint,
         )
         landing = FakeLanding(self.receiving_pool, blocks, target, local=self.shared_pool)
+        landing.one_sided = self.one_sided
         self.landings.by_id[target.reservation_id] = landing
         source = Source(self.sending_pool, tuple(source_blocks), KVLayout.of(self.fingerprint))
         expected = rows_of(self.sending_pool, source_blocks, range(prompt_tokens)).clone()
@@ -271,12 +292,22 @@ async def ray_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterat
 
 
 @asynccontextmanager
+async def shm_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
+    async with _push_rig(fingerprint, config, ShmTransport(config), memory=SharedMemory()) as rig:
+        yield rig
+
+
+@asynccontextmanager
 async def _push_rig(
-    fingerprint: Fingerprint, config: TandemConfig, transport: Transport, plasma: Plasma | None = None
+    fingerprint: Fingerprint,
+    config: TandemConfig,
+    transport: Transport,
+    plasma: Plasma | None = None,
+    memory: SharedMemory | None = None,
 ) -> AsyncIterator[Rig]:
     landings = FakeLandings(fingerprint)
-    async with serving(landings, config, plasma) as (service, port, stop):
-        rig = Rig(fingerprint, transport, f"127.0.0.1:{port}", shared_pool=False)
+    async with serving(landings, config, plasma, memory) as (service, port, stop):
+        rig = Rig(fingerprint, transport, f"127.0.0.1:{port}", shared_pool=False, memory=memory)
         rig.landings, rig.service, rig.stop = landings, service, stop
         yield rig
         await transport.aclose()
@@ -284,9 +315,9 @@ async def _push_rig(
 
 @asynccontextmanager
 async def serving(
-    landings: FakeLandings, config: TandemConfig, plasma: Plasma | None = None
+    landings: FakeLandings, config: TandemConfig, plasma: Plasma | None = None, memory: SharedMemory | None = None
 ) -> AsyncIterator[tuple[KVService, int, Callable[[], Awaitable[object]]]]:
-    service = KVService(landings, config, Claims(), plasma)
+    service = KVService(landings, config, Claims(), plasma, memory)
     server = make_server(MAX_MESSAGE_BYTES)
     server.add_generic_rpc_handlers((service,))
     port = bind(server, "127.0.0.1", 0)
@@ -299,7 +330,7 @@ async def serving(
 
 
 MakeRig = Callable[[Fingerprint, TandemConfig], AbstractAsyncContextManager[Rig]]
-RIGS: dict[str, MakeRig] = {"local": local_rig, "grpc": grpc_rig, "ray": ray_rig}
+RIGS: dict[str, MakeRig] = {"local": local_rig, "grpc": grpc_rig, "ray": ray_rig, "shm": shm_rig}
 
 
 def shaped(dtype: str, num_kv_heads: int, head_dim: int) -> Fingerprint:

@@ -15,15 +15,13 @@ from kv_frames import COUNTS, MESSAGES, OPEN, accept, data_frame, raw_frame
 from kv_transfer.codec import (
     MAX_FRAME_BYTES,
     MAX_HEADER_BYTES,
-    Done,
-    Message,
-    Seal,
     chain_checksum,
     check_payload,
     decode,
     describe,
     encode,
 )
+from kv_transfer.messages import Done, Message, Seal
 from tandem import rpc
 from tandem.config import parse_config
 from tandem.errors import ConfigError, Refused, TransferFailed

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kv_frames import OPEN, accept, data_frame, raw_frame
 
-from kv_transfer.codec import MAX_HEADER_BYTES, Abandon, Data, Done, Place, Placed, Seal, Taken, encode
+from kv_transfer.codec import MAX_HEADER_BYTES, encode
+from kv_transfer.messages import Abandon, Data, Done, Place, Placed, Seal, Taken
 from tandem.errors import Refused, TransferFailed
 
 MALFORMED = 10_000

@@ -1,0 +1,129 @@
+"""The receiving end of `shm`: the sender writes into the pool itself, and is fenced off from blocks that are others'.
+
+    begun ──mapped, locked──▶ granted ──seal or abandon, lock free──▶ settled
+      │                          └── any other end ──▶ lock free: settled
+      │                                          └──▶ lock held: fenced ──it is free──▶ settled
+      └── no lock: nobody was told to write
+
+From the grant until the sender's lock is free, the landing's blocks are in use (`Landing.writing`): when the
+reservation ends meanwhile they are quarantined, and go to nobody else. A lock is free when the sender let go of it,
+after its last write, or when its process is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from typing import Any
+
+from kv_transfer.base import Landing
+from kv_transfer.codec import CorruptFrame, encode
+from kv_transfer.layout import blocks_of
+from kv_transfer.messages import Data, Granted, Locked, Mapped, Written
+from kv_transfer.pool_io import checksum
+from kv_transfer.receiver import next_message
+from kv_transfer.shared_memory import SharedMemory
+from tandem import logs
+from tandem.errors import TransferFailed
+
+# How often a lock is looked at whose sender is not heard of any more: a look takes a microsecond.
+_FIRST_LOOK_S, _LONGEST_WAIT_S = 0.001, 0.1
+
+
+class Fences:
+    """Blocks whose reservation is over while their sender may still write."""
+
+    def __init__(self) -> None:
+        self._watches: set[asyncio.Task[None]] = set()
+
+    def keep(self, blocks: ExitStack, memory: SharedMemory, key: int, request_id: str) -> None:
+        """blocks: closed when the lock is free."""
+        watch = asyncio.create_task(_watch(blocks, memory, key, request_id))
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
+
+    def close(self) -> None:
+        """The worker ends, and its pool with it: nobody gets these blocks any more."""
+        for watch in self._watches:
+            watch.cancel()
+
+
+async def _watch(blocks: ExitStack, memory: SharedMemory, key: int, request_id: str) -> None:
+    log = logs.of_request(__name__, request_id)
+    log.warning("its sender holds the blocks of a reservation that is over: they wait for it in quarantine")
+    with blocks:
+        wait_s = _FIRST_LOOK_S
+        while memory.locked(key):
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+    log.info("its sender has let go of the blocks")
+
+
+class MappedIntake:
+    """The Intake of one transfer: payloads are in the pool before their frames come."""
+
+    kind: type[Data] = Written
+
+    def __init__(self, memory: SharedMemory, fences: Fences, context: Any) -> None:
+        self._memory = memory
+        self._fences = fences
+        self._context = context
+        self._request_id = ""
+        # Of the lock: the first block that is written, which no other reservation writes.
+        self._key = 0
+        # Holds the landing's blocks from the grant on.
+        self._blocks = ExitStack()
+        self._granted = False
+
+    async def begin(self, landing: Landing, tokens: range, frames: AsyncIterator[bytes]) -> None:
+        """See Intake. A transfer of nothing asks for nothing."""
+        if not tokens:
+            return
+        assert self._memory.is_at(landing.pool.data_ptr()), "the worker's pool is its shared memory"
+        await self._context.write(self._mapped(landing, tokens))
+        if not isinstance(await next_message(frames), Locked):
+            raise TransferFailed("the sender left before it held the lock of the blocks")
+        if not self._memory.locked(self._key):
+            raise TransferFailed("the sender does not hold the lock of the blocks in this worker's memory")
+        self._request_id = landing.request_id
+        self._blocks.enter_context(landing.writing())
+        self._granted = True
+        await self._context.write(encode(Granted()))
+
+    def _mapped(self, landing: Landing, tokens: range) -> bytes:
+        pool = landing.pool
+        blocks = [landing.blocks[entry] for entry in blocks_of(tokens, pool.shape[3])]
+        self._key = blocks[0]
+        memory = self._memory
+        mapped = Mapped(os.getpid(), memory.fd, memory.id, memory.size, pool.shape[2], len(blocks))
+        return encode(mapped, [memoryview(struct.pack(f">{len(blocks)}I", *blocks))])
+
+    async def fetch(self, data: Data, payload: memoryview) -> memoryview:
+        """See Intake."""
+        return payload
+
+    def land(self, landing: Landing, data: Data, payload: memoryview) -> None:
+        """See Intake. Nothing moves."""
+        if checksum(landing.pool, landing.blocks, data.layers, data.tokens) != data.checksum:
+            raise CorruptFrame(f"the payload of KV frame {data.sequence} fails its checksum")
+
+    async def taken(self, data: Data) -> None:
+        """See Intake."""
+
+    def settle(self) -> None:
+        """See Intake."""
+        if self._written_into():
+            raise TransferFailed("the sender has sealed blocks that it may still write into")
+        self._blocks.close()
+
+    def leave(self) -> None:
+        """See Intake."""
+        if self._written_into():
+            self._fences.keep(self._blocks.pop_all(), self._memory, self._key, self._request_id)
+        self._blocks.close()
+
+    def _written_into(self) -> bool:
+        return self._granted and self._memory.locked(self._key)
