@@ -129,6 +129,7 @@ _MAPPED: _Schema = {
     "memory_bytes": _SIZE,
     "pool_blocks": _POSITIVE,
     "block_count": _POSITIVE,
+    "checksum": _CRC,
 }
 _EMPTY: _Schema = {}
 _SEAL: _Schema = {"first_token": _COUNT, "frames": _COUNT, "bytes": _SIZE, "checksum": _CRC}
@@ -174,7 +175,8 @@ def describe(sequence: int, layers: range, tokens: range, payload: Sequence[memo
 
 
 def decode(frame: bytes) -> tuple[Message, memoryview]:
-    """The header and the payload, which check_payload must still verify: that takes long and belongs in a thread.
+    """The header and the payload. That of a data frame must still be verified, by check_payload: that takes long and
+    belongs in a thread.
 
     Raises TransferFailed for anything malformed, Refused for an intact frame of another version.
     """
@@ -195,6 +197,8 @@ def decode(frame: bytes) -> tuple[Message, memoryview]:
     expected = _payload_of(message)
     if len(payload) != expected:
         raise TransferFailed(f"a KV frame carries {len(payload)} bytes where its header says {expected}")
+    if isinstance(message, Mapped) and crc32(payload) != message.checksum:
+        raise CorruptFrame("the block ids of a KV frame fail their checksum")
     return message, payload
 
 

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from kv_transfer.base import Landing
+from kv_transfer.checksum import crc32
 from kv_transfer.codec import CorruptFrame, encode
 from kv_transfer.layout import blocks_of
 from kv_transfer.messages import Data, Granted, Locked, Mapped, Written
@@ -97,9 +98,10 @@ class MappedIntake:
         pool = landing.pool
         blocks = [landing.blocks[entry] for entry in blocks_of(tokens, pool.shape[3])]
         self._key = blocks[0]
+        ids = struct.pack(f">{len(blocks)}I", *blocks)
         memory = self._memory
-        mapped = Mapped(os.getpid(), memory.fd, memory.id, memory.size, pool.shape[2], len(blocks))
-        return encode(mapped, [memoryview(struct.pack(f">{len(blocks)}I", *blocks))])
+        mapped = Mapped(os.getpid(), memory.fd, memory.id, memory.size, pool.shape[2], len(blocks), crc32(ids))
+        return encode(mapped, [memoryview(ids)])
 
     async def fetch(self, data: Data, payload: memoryview) -> memoryview:
         """See Intake."""

@@ -94,6 +94,8 @@ class Mapped:
     pool_blocks: int
     # The payload is so many block ids, big-endian, 4 bytes each: of all positions that travel.
     block_count: int
+    # crc32 of the payload: a wrong id would have others' blocks written.
+    checksum: int
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, ray_rig, until
+from kv_rig import FINGERPRINT, POOL_BLOCKS, RIGS, Job, Rig, config_with, until
 from links import FlippingLink
 
+import kv_transfer.shm_transport
+from kv_transfer.pool_io import Rows, copy_parts
 from tandem.errors import TransferFailed
+from tandem.types import Fingerprint
 
 # A whole transfer in one data frame of a few bytes.
 SMALL = replace(FINGERPRINT, dtype="float16", num_layers=1, num_kv_heads=1, head_dim=2)
-PROMPT = 3
-KINDS = ["open", "data", "seal", "abandon", "done"]
-FROM_RECEIVER = ("taken", "done")
+LARGE = replace(FINGERPRINT, num_layers=16, num_kv_heads=8, head_dim=256)
+# Two blocks.
+PROMPT = 9
+KINDS = {
+    "grpc": ["open", "data", "seal", "abandon", "done"],
+    "shm": ["open", "mapped", "locked", "granted", "written", "seal", "abandon", "done"],
+}
+EACH = [(transport, kind) for transport, kinds in KINDS.items() for kind in kinds]
+FROM_RECEIVER = ("mapped", "granted", "taken", "done")
 
 
 @pytest.fixture
@@ -27,9 +38,9 @@ def link() -> Iterator[FlippingLink]:
     link.close()
 
 
-@pytest.fixture
-async def rig(link: FlippingLink) -> AsyncIterator[Rig]:
-    async with grpc_rig(SMALL, config_with()) as rig:
+@asynccontextmanager
+async def open_rig(link: FlippingLink, transport: str, fingerprint: Fingerprint = SMALL) -> AsyncIterator[Rig]:
+    async with RIGS[transport](fingerprint, config_with(frame_bytes=1 << 20, object_bytes=1 << 20)) as rig:
         link.target, rig.address = rig.address, link.address
         yield rig
 
@@ -63,6 +74,8 @@ async def sizes(rig: Rig, link: FlippingLink) -> dict[str, int]:
 async def fail_by(rig: Rig, link: FlippingLink, kind: str, bit: int) -> None:
     """One transfer with one flipped bit: it fails, the end that got the frame counts it, and both ends are free."""
     job = rig.job(PROMPT)
+    others = [block for block in range(POOL_BLOCKS) if block not in job.landing.blocks]
+    before = rig.receiving_pool[:, :, others].clone()
     receiver, sender = rig.received.corrupt_frames, rig.transport.counters.corrupt_frames
     link.flip_next(kind, bit)
     with pytest.raises(TransferFailed):
@@ -74,6 +87,7 @@ async def fail_by(rig: Rig, link: FlippingLink, kind: str, bit: int) -> None:
         job.assert_arrived()
     await until(lambda: job.landing.ended)
     assert_never_wrong(job)
+    assert torch.equal(rig.receiving_pool[:, :, others], before), "nobody else's blocks were written"
     if kind in FROM_RECEIVER:
         sender += 1
     else:
@@ -89,61 +103,85 @@ def assert_never_wrong(job: Job) -> None:
         assert torch.equal(job.received(), job.expected)
 
 
-async def test_every_bit_of_a_data_frame(rig: Rig, link: FlippingLink) -> None:
-    bits = (await sizes(rig, link))["data"]
-    for bit in range(bits):
-        await fail_by(rig, link, "data", bit)
-    assert rig.received.failures == rig.received.corrupt_frames == bits > 800
-    await rig.assert_healthy()
+async def test_every_bit_of_a_data_frame(link: FlippingLink) -> None:
+    async with open_rig(link, "grpc") as rig:
+        bits = (await sizes(rig, link))["data"]
+        for bit in range(bits):
+            await fail_by(rig, link, "data", bit)
+        assert rig.received.failures == rig.received.corrupt_frames == bits > 800
+        await rig.assert_healthy()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-async def test_a_bit_of_every_byte_of_every_frame(rig: Rig, link: FlippingLink, kind: str) -> None:
+@pytest.mark.parametrize(("transport", "kind"), EACH)
+async def test_a_bit_of_every_byte_of_every_frame(link: FlippingLink, transport: str, kind: str) -> None:
     dice = random.Random(kind)
-    for byte in range((await sizes(rig, link))[kind] // 8):
-        await fail_by(rig, link, kind, 8 * byte + dice.randrange(8))
-    await rig.assert_healthy()
+    async with open_rig(link, transport) as rig:
+        for byte in range((await sizes(rig, link))[kind] // 8):
+            await fail_by(rig, link, kind, 8 * byte + dice.randrange(8))
+        await rig.assert_healthy()
+
+
+async def test_frames_that_place_a_payload_elsewhere(ray_node: str, link: FlippingLink) -> None:
+    """Transport ray: the payload is not on the link; where it lies is, and that it was taken."""
+    dice = random.Random(2)
+    async with open_rig(link, "ray") as rig:
+        bits = await sizes(rig, link)
+        for kind in ("placed", "taken"):
+            for start in range(0, bits[kind], 64):
+                await fail_by(rig, link, kind, dice.randrange(start, min(start + 64, bits[kind])))
+        await rig.assert_healthy()
 
 
 async def test_a_bit_anywhere_in_large_frames(link: FlippingLink) -> None:
-    """Of several MiB, cut by HTTP/2 and verified by threads while others are on their way."""
-    large = replace(FINGERPRINT, num_layers=16, num_kv_heads=8, head_dim=256)
+    """Of a MiB, cut by HTTP/2 and verified by threads while others are on their way."""
     dice = random.Random(1)
-    async with grpc_rig(large, config_with(frame_bytes=1 << 20)) as rig:
-        link.target, rig.address = rig.address, link.address
-        for sequence in range(6):
+    async with open_rig(link, "grpc", LARGE) as rig:
+        for number in range(6):
             job = rig.job(prompt_tokens=120)
-            flip_one_of(link, sequence, dice)
+            flip_payload(link, number, dice)
             with pytest.raises(TransferFailed, match="checksum"):
                 await rig.transfer(job, chunk=120)
             assert len(link.flipped) == 1
-            await until(lambda job=job: job.landing.ended)  # type: ignore[misc]
+            await until(partial(lambda landing: landing.ended, job.landing))
             assert job.landing.first_token is None
             rig.forget(job)
         assert rig.received.corrupt_frames == 6
         await rig.assert_healthy()
 
 
-def flip_one_of(link: FlippingLink, sequence: int, dice: random.Random) -> None:
-    """Of the data frames the one of that number, in its payload."""
+def flip_payload(link: FlippingLink, number: int, dice: random.Random) -> None:
+    """Of the data frame of that number."""
     came = 0
     link.flipped.clear()
 
     def flip(kind: str, size: int) -> int | None:
         nonlocal came
         came += kind == "data"
-        return dice.randrange(size * 4, size * 8) if kind == "data" and came == sequence + 1 else None
+        return dice.randrange(size * 4, size * 8) if kind == "data" and came == number + 1 else None
 
     link.flip = flip
 
 
-async def test_frames_that_place_a_payload_elsewhere(ray_node: str, link: FlippingLink) -> None:
-    """Transport ray: the payload is not on the link; where it lies is, and that it was taken."""
-    dice = random.Random(2)
-    async with ray_rig(SMALL, config_with()) as rig:
-        link.target, rig.address = rig.address, link.address
-        bits = await sizes(rig, link)
-        for kind in ("placed", "taken"):
-            for start in range(0, bits[kind], 64):
-                await fail_by(rig, link, kind, dice.randrange(start, min(start + 64, bits[kind])))
+async def test_a_bit_of_the_shared_memory(link: FlippingLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transport shm: flipped after the sender took the checksum, before the receiver looks."""
+    spoiled: list[int] = []
+
+    def spoil(parts: Sequence[memoryview], rows: Rows, blocks: Sequence[int], size: int, *cells: range) -> int:
+        crc = copy_parts(parts, rows, blocks, size, *cells)
+        if not spoiled:
+            layers, tokens = cells
+            slot = blocks[tokens.start // size] * size + tokens.start % size
+            rows[layers.start, 1, slot, 0] ^= 1
+            spoiled.append(slot)
+        return crc
+
+    monkeypatch.setattr(kv_transfer.shm_transport, "copy_parts", spoil)
+    async with open_rig(link, "shm", LARGE) as rig:
+        job = rig.job(prompt_tokens=50, cached_tokens=11)
+        with pytest.raises(TransferFailed, match="payload of KV frame 0 fails its checksum"):
+            await rig.transfer(job)
+        assert spoiled, "the fault took effect"
+        await until(lambda: job.landing.ended and not job.landing.writers)
+        assert job.landing.first_token is None
+        assert rig.received.corrupt_frames == 1
         await rig.assert_healthy()

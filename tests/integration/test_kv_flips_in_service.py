@@ -37,7 +37,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, link: FlippingLink) -> Ite
         decode=0,
         wait=False,
         worker={"frame_bytes": 4096},
-        router={"heartbeat_interval_s": 0.05},
+        router={"heartbeat_interval_s": 0.05, "transport": "grpc"},
     ) as service:
         link.cut()
         worker = service.start_worker("decode-0", "decode", worker={"advertise": link.address})

@@ -11,17 +11,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kv_frames import OPEN, accept, data_frame, raw_frame
 
+from kv_transfer.checksum import crc32
 from kv_transfer.codec import MAX_HEADER_BYTES, encode
-from kv_transfer.messages import Abandon, Data, Done, Place, Placed, Seal, Taken
+from kv_transfer.messages import Abandon, Data, Done, Granted, Locked, Mapped, Place, Placed, Seal, Taken, Written
 from tandem.errors import Refused, TransferFailed
 
 MALFORMED = 10_000
 # For any frame. A header of 4096 bytes can open a thousand maps before the innermost is refused.
 MOST_ALLOCATED = 512 << 10
+BLOCK_IDS = bytes(range(8))
 GOOD = {
     "open": encode(OPEN),
     "data": data_frame(),
     "placed": encode(Placed.of(Data(3, 2, 2, 10, 4, 8, 5), Place(b"o" * 28, b"w" * 90))),
+    "written": encode(Written(3, 2, 2, 10, 4, 8, 5)),
+    "mapped": encode(Mapped(7, 8, "m" * 32, 1 << 30, 64, 2, crc32(BLOCK_IDS)), [memoryview(BLOCK_IDS)]),
+    "locked": encode(Locked()),
+    "granted": encode(Granted()),
     "seal": encode(Seal(1, 2, 3, 4)),
     "abandon": encode(Abandon()),
     "taken": encode(Taken(7)),
