@@ -56,7 +56,7 @@ class Target:
 class TransferSummary:
     """What moved, as one of the ends saw it."""
 
-    # Of KV, without headers; 0 when nothing had to be copied.
+    # Of payload, in the wire dtype and without headers; 0 when nothing had to be copied.
     bytes: int
     frames: int
     # At the sender the time inside `send` and `seal`, at the receiver from the opening to the seal.

@@ -40,7 +40,7 @@ from kv_transfer.messages import (
 from tandem.errors import Refused, TransferFailed
 from tandem.types import Fingerprint
 
-VERSION = 1
+VERSION = 2
 # Frames are cut to at most 16 MiB of payload (config: worker.frame_bytes).
 MAX_PAYLOAD_BYTES = 1 << 24
 # Fits the longest texts that the schemas allow.
@@ -110,6 +110,7 @@ _OPEN: _Schema = {
     "attempt": _COUNT,
     "token_start": _COUNT,
     "token_stop": _POSITIVE,
+    "wire_dtype": _ID,
     **_FINGERPRINT,
 }
 _DATA: _Schema = {

@@ -16,7 +16,7 @@ class GrpcTransport(PushTransport):
     name = "grpc"
 
     def __init__(self, config: TandemConfig) -> None:
-        super().__init__(config.worker.frame_bytes)
+        super().__init__(config.worker.frame_bytes, config.worker.wire_dtype)
 
     def _link(self, call: Any, source: Source, target: Target) -> PushLink:
         return _GrpcLink(call, target.address)

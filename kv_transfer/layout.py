@@ -66,19 +66,20 @@ class KVLayout:
         if not all(0 <= block < pool.shape[2] for block in blocks):
             raise Refused(f"the block table names blocks outside the pool's {pool.shape[2]}")
 
-    def cut(self, layers: range, tokens: range, frame_bytes: int) -> Iterator[tuple[range, range]]:
-        """(layers, tokens) of frames of about `frame_bytes`: whole layers if they fit, else tokens of one layer.
 
-        One token of one layer is never cut. Every layer's tokens come in ascending order.
-        """
-        whole = max(1, frame_bytes // max(1, self.payload_bytes(1, len(tokens))))
-        count = max(1, min(len(tokens), frame_bytes // self.payload_bytes(1, 1)))
-        for layer in range(layers.start, layers.stop, whole):
-            for token in range(tokens.start, tokens.stop, count):
-                yield (
-                    range(layer, min(layer + whole, layers.stop)),
-                    range(token, min(token + count, tokens.stop)),
-                )
+def cut(layers: range, tokens: range, cells: int) -> Iterator[tuple[range, range]]:
+    """(layers, tokens) of frames of up to `cells` layers x tokens: whole layers if they fit, else tokens of one layer.
+
+    One token of one layer is never cut. Every layer's tokens come in ascending order.
+    """
+    whole = max(1, cells // max(1, len(tokens)))
+    count = max(1, min(len(tokens), cells))
+    for layer in range(layers.start, layers.stop, whole):
+        for token in range(tokens.start, tokens.stop, count):
+            yield (
+                range(layer, min(layer + whole, layers.stop)),
+                range(token, min(token + count, tokens.stop)),
+            )
 
 
 def blocks_of(tokens: range, block_size: int) -> range:

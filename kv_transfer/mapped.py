@@ -23,12 +23,13 @@ from kv_transfer.base import Landing
 from kv_transfer.checksum import crc32
 from kv_transfer.codec import CorruptFrame, encode
 from kv_transfer.layout import blocks_of
-from kv_transfer.messages import Data, Granted, Locked, Mapped, Written
+from kv_transfer.messages import Data, Granted, Locked, Mapped, Open, Written
 from kv_transfer.pool_io import checksum
 from kv_transfer.receiver import next_message
 from kv_transfer.shared_memory import SharedMemory
+from kv_transfer.wire_dtype import Native, WireDtype
 from tandem import logs
-from tandem.errors import TransferFailed
+from tandem.errors import Refused, TransferFailed
 
 # How often a lock is looked at whose sender is not heard of any more: a look takes a microsecond.
 _FIRST_LOOK_S, _LONGEST_WAIT_S = 0.001, 0.1
@@ -79,12 +80,14 @@ class MappedIntake:
         self._blocks = ExitStack()
         self._granted = False
 
-    async def begin(self, landing: Landing, tokens: range, frames: AsyncIterator[bytes]) -> None:
+    async def begin(self, landing: Landing, opening: Open, frames: AsyncIterator[bytes]) -> None:
         """See Intake. A transfer of nothing asks for nothing."""
-        if not tokens:
+        if opening.wire_dtype != Native.name:
+            raise Refused(f"what is written into the pool is native KV, not {opening.wire_dtype[:20]}")
+        if not opening.tokens:
             return
         assert self._memory.is_at(landing.pool.data_ptr()), "the worker's pool is its shared memory"
-        await self._context.write(self._mapped(landing, tokens))
+        await self._context.write(self._mapped(landing, opening.tokens))
         if not isinstance(await next_message(frames), Locked):
             raise TransferFailed("the sender left before it held the lock of the blocks")
         if not self._memory.locked(self._key):
@@ -107,7 +110,7 @@ class MappedIntake:
         """See Intake."""
         return payload
 
-    def land(self, landing: Landing, data: Data, payload: memoryview) -> None:
+    def land(self, landing: Landing, wire: WireDtype, data: Data, payload: memoryview) -> None:
         """See Intake. Nothing moves."""
         if checksum(landing.pool, landing.blocks, data.layers, data.tokens) != data.checksum:
             raise CorruptFrame(f"the payload of KV frame {data.sequence} fails its checksum")

@@ -17,6 +17,8 @@ class Open:
     fingerprint: Fingerprint
     token_start: int
     token_stop: int
+    # How payloads are to be read: a name of kv_transfer/wire_dtype.py.
+    wire_dtype: str
 
     @property
     def tokens(self) -> range:

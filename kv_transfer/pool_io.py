@@ -31,8 +31,8 @@ def pieces(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) ->
     if pool.device.type != "cpu":
         return [_bytes_of(gather_slots(pool, blocks, layers, tokens).cpu()).data]
     rows = _rows(pool)
-    runs = list(_runs(blocks, tokens, pool.shape[3]))
-    return [rows[layer, side, slot : slot + count].data for layer in layers for side in (0, 1) for slot, count in runs]
+    spans = list(runs(blocks, tokens, pool.shape[3]))
+    return [rows[layer, side, slot : slot + count].data for layer in layers for side in (0, 1) for slot, count in spans]
 
 
 def scatter(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, payload: bytes | memoryview) -> None:
@@ -44,7 +44,7 @@ def scatter(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, p
     rows = _rows(pool)[layers.start : layers.stop]
     parts = np.frombuffer(payload, dtype=np.uint8).reshape(len(layers), 2, len(tokens), -1)
     done = 0
-    for slot, count in _runs(blocks, tokens, pool.shape[3]):
+    for slot, count in runs(blocks, tokens, pool.shape[3]):
         rows[:, :, slot : slot + count] = parts[:, :, done : done + count]
         done += count
 
@@ -61,7 +61,7 @@ def copy_parts(
 
     One after the other, so that each is in the processor's cache when its checksum is taken.
     """
-    spans = list(_runs(blocks, tokens, block_size))
+    spans = list(runs(blocks, tokens, block_size))
     places = [rows[layer, side, slot : slot + count] for layer in layers for side in (0, 1) for slot, count in spans]
     if len(parts) < len(places):  # a device gathers all of it into one
         parts = _divide(parts[0], [place.nbytes for place in places])
@@ -83,7 +83,11 @@ def scatter_slots(
     """Writes a payload into a pool on any device: one copy to the device, one kernel."""
     # A tensor over read-only bytes is not allowed, hence the host copy.
     staged = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy()).view(pool.dtype)
-    values = staged.view(len(layers), 2, len(tokens), -1).to(pool.device)
+    write_slots(pool, blocks, layers, tokens, staged.view(len(layers), 2, len(tokens), -1).to(pool.device))
+
+
+def write_slots(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, values: Tensor) -> None:
+    """Writes values [layers, 2, tokens, K * D] of the pool's dtype and device into it: one kernel."""
     _slot_view(pool, layers).index_copy_(2, _slots(pool, blocks, tokens), values)
 
 
@@ -92,8 +96,8 @@ def _slot_view(pool: Tensor, layers: range) -> Tensor:
 
 
 def _slots(pool: Tensor, blocks: Sequence[int], tokens: range) -> Tensor:
-    runs = _runs(blocks, tokens, pool.shape[3])
-    slots = np.concatenate([np.arange(slot, slot + count) for slot, count in runs])
+    found = runs(blocks, tokens, pool.shape[3])
+    slots = np.concatenate([np.arange(slot, slot + count) for slot, count in found])
     return torch.from_numpy(slots).to(pool.device)
 
 
@@ -112,7 +116,7 @@ def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     return tensor.detach().view(torch.uint8).numpy()
 
 
-def _runs(blocks: Sequence[int], tokens: range, block_size: int) -> Iterator[tuple[int, int]]:
+def runs(blocks: Sequence[int], tokens: range, block_size: int) -> Iterator[tuple[int, int]]:
     """(first slot, count) of each block's share of the positions; the first and the last may be partial."""
     token = tokens.start
     while token < tokens.stop:

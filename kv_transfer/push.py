@@ -18,6 +18,7 @@ from kv_transfer.messages import Data, Done, Message
 from kv_transfer.sender import FrameSender, check_source
 from kv_transfer.service import MAX_MESSAGE_BYTES, METHODS, SERVICE
 from kv_transfer.threads import copy_threads
+from kv_transfer.wire_dtype import wire_dtype
 from tandem import errors, rpc
 
 # How gRPC says that a call has ended already.
@@ -30,9 +31,11 @@ class PushTransport(ABC):
     # Of METHODS.
     name: str
 
-    def __init__(self, frame_bytes: int) -> None:
+    def __init__(self, frame_bytes: int, wire_dtype: str) -> None:
+        """wire_dtype: in which it sends, of WIRE_DTYPES."""
         self.counters = Counters()
         self._frame_bytes = frame_bytes
+        self._wire_dtype = wire_dtype
         self._threads = copy_threads("kv-send")
         self._channels = Channels(MAX_MESSAGE_BYTES)
 
@@ -42,7 +45,8 @@ class PushTransport(ABC):
         check_source(source, target)
         async with self._channels.use(target.address) as channel:
             link = self._link(self._call(channel, target.deadline_s), source, target)
-            sender = FrameSender(source, target, link, self._frame_bytes, self._threads, self.counters)
+            wire = wire_dtype(self._wire_dtype, source.layout)
+            sender = FrameSender(source, target, link, wire, self._frame_bytes, self._threads, self.counters)
             try:
                 await sender.open()
                 yield sender

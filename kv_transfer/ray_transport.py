@@ -17,6 +17,7 @@ from kv_transfer.codec import describe, encode
 from kv_transfer.messages import Data, Done, Message, Place, Placed, Taken
 from kv_transfer.plasma import Plasma
 from kv_transfer.push import PushLink, PushTransport
+from kv_transfer.wire_dtype import wire_dtype
 from tandem.config import TandemConfig
 from tandem.errors import TransferFailed
 
@@ -34,7 +35,7 @@ class RayTransport(PushTransport):
     name = "ray"
 
     def __init__(self, config: TandemConfig, plasma: Plasma) -> None:
-        super().__init__(config.worker.object_bytes)
+        super().__init__(config.worker.object_bytes, config.worker.wire_dtype)
         self._plasma = plasma
         self._window = config.worker.frames_in_flight
         # On the event loop's clock.
@@ -58,8 +59,9 @@ class RayTransport(PushTransport):
         loop = asyncio.get_running_loop()
         if loop.time() < self._ample_until:
             return
+        wire = wire_dtype(self._wire_dtype, source.layout)
         window = self._window * self._frame_bytes
-        needed = min(len(target.travelling) * source.layout.token_bytes, window)
+        needed = min(len(target.travelling) * wire.cell_bytes * source.layout.num_layers, window)
         async with _in_time("did not say how full it is"):
             room = await loop.run_in_executor(self._place_threads, self._plasma.room)
         if room < needed:

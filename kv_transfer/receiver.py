@@ -12,10 +12,9 @@ from kv_transfer.admission import Admission
 from kv_transfer.base import Counters, Landing, TransferSummary
 from kv_transfer.codec import CorruptFrame, chain_checksum, check_payload, decode
 from kv_transfer.coverage import Coverage
-from kv_transfer.layout import KVLayout
 from kv_transfer.messages import Abandon, Data, Done, Message, Open, Seal
-from kv_transfer.pool_io import scatter
 from kv_transfer.threads import finish
+from kv_transfer.wire_dtype import WireDtype, wire_dtype
 from tandem import logs
 from tandem.errors import InternalError, TandemError, TransferFailed
 
@@ -27,13 +26,13 @@ class Intake(Protocol):
     def kind(self) -> type[Data]:
         """Of its data frames; none of another kind is taken."""
 
-    async def begin(self, landing: Landing, tokens: range, frames: AsyncIterator[bytes]) -> None:
-        """What must pass between the ends before data frames. Raises TransferFailed."""
+    async def begin(self, landing: Landing, opening: Open, frames: AsyncIterator[bytes]) -> None:
+        """What must pass between the ends before data frames. Raises TransferFailed or Refused."""
 
     async def fetch(self, data: Data, payload: memoryview) -> memoryview:
         """payload: what came with the frame. The result is what `land` takes. Raises TransferFailed."""
 
-    def land(self, landing: Landing, data: Data, payload: memoryview) -> None:
+    def land(self, landing: Landing, wire: WireDtype, data: Data, payload: memoryview) -> None:
         """In a thread: verifies the payload, and puts it into the landing's blocks. Raises CorruptFrame."""
 
     async def taken(self, data: Data) -> None:
@@ -51,17 +50,17 @@ class Copied:
 
     kind: type[Data] = Data
 
-    async def begin(self, landing: Landing, tokens: range, frames: AsyncIterator[bytes]) -> None:
+    async def begin(self, landing: Landing, opening: Open, frames: AsyncIterator[bytes]) -> None:
         """See Intake."""
 
     async def fetch(self, data: Data, payload: memoryview) -> memoryview:
         """See Intake. The result is `data.payload_bytes` long."""
         return payload
 
-    def land(self, landing: Landing, data: Data, payload: memoryview) -> None:
+    def land(self, landing: Landing, wire: WireDtype, data: Data, payload: memoryview) -> None:
         """See Intake."""
         check_payload(data, payload)
-        scatter(landing.pool, landing.blocks, data.layers, data.tokens, payload)
+        wire.scatter(landing.pool, landing.blocks, data.layers, data.tokens, payload)
 
     async def taken(self, data: Data) -> None:
         """See Intake."""
@@ -108,8 +107,9 @@ class Receiver:
             logs.about(opening.request_id)
             landing = self._admission.claim(opening)
             try:
-                filling = _Filling(self._admission.check(landing, opening), self._admission.layout, landing)
-                await self._intake.begin(landing, opening.tokens, frames)
+                wire = wire_dtype(opening.wire_dtype, self._admission.layout)
+                filling = _Filling(self._admission.check(landing, opening), wire, landing)
+                await self._intake.begin(landing, opening, frames)
                 last = await self._fill(filling, frames)
                 if last is None:
                     raise lost()
@@ -140,7 +140,7 @@ class Receiver:
                     if type(message) is self._intake.kind:
                         filling.expect(message)
                         await room.acquire()
-                        writes.create_task(self._write(filling.landing, message, payload, room))
+                        writes.create_task(self._write(filling, message, payload, room))
                     else:
                         filling.end(message)
         except BaseExceptionGroup as failures:
@@ -148,12 +148,14 @@ class Receiver:
             raise failures.exceptions[0] from None
         return filling.last
 
-    async def _write(self, landing: Landing, data: Data, payload: memoryview, room: asyncio.Semaphore) -> None:
+    async def _write(self, filling: _Filling, data: Data, payload: memoryview, room: asyncio.Semaphore) -> None:
+        landing = filling.landing
         try:
             payload = await self._intake.fetch(data, payload)
             with landing.writing():
                 loop = asyncio.get_running_loop()
-                await finish(loop.run_in_executor(self._threads, self._intake.land, landing, data, payload))
+                land = self._intake.land
+                await finish(loop.run_in_executor(self._threads, land, landing, filling.wire, data, payload))
             del payload  # nothing holds on to an object's memory that is said to be taken
             await self._intake.taken(data)
         finally:
@@ -165,12 +167,12 @@ class Receiver:
 class _Filling:
     """What has come so far, from headers alone."""
 
-    def __init__(self, coverage: Coverage, layout: KVLayout, landing: Landing) -> None:
+    def __init__(self, coverage: Coverage, wire: WireDtype, landing: Landing) -> None:
         self.landing = landing
+        self.wire = wire
         # What closes the transfer.
         self.last: Seal | Abandon | None = None
         self._coverage = coverage
-        self._layout = layout
         self._frames = self._bytes = self._checksum = 0
 
     @property
@@ -183,7 +185,7 @@ class _Filling:
         if data.sequence != self._frames:
             raise TransferFailed(f"KV frame {data.sequence} came where {self._frames} is next")
         self._coverage.add(data.layers, data.tokens)
-        size = self._layout.payload_bytes(data.layer_count, data.token_count)
+        size = self.wire.payload_bytes(data.layer_count, data.tokens)
         if data.payload_bytes != size:
             raise TransferFailed(f"KV frame {data.sequence} holds {data.payload_bytes} bytes, its cells take {size}")
         self._frames += 1

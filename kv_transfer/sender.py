@@ -11,10 +11,10 @@ from typing import Protocol
 from kv_transfer.base import Counters, Source, Target, TransferSummary
 from kv_transfer.codec import chain_checksum, encode
 from kv_transfer.coverage import Coverage
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import KVLayout, cut
 from kv_transfer.messages import Abandon, Data, Done, Open, Seal
-from kv_transfer.pool_io import pieces
 from kv_transfer.threads import finish
+from kv_transfer.wire_dtype import Native, WireDtype
 from kv_transfer.worktime import WorkTime
 from tandem.errors import Refused, TransferFailed
 
@@ -45,7 +45,7 @@ class Link(Protocol):
         """Says that no frame follows; returns the receiver's answer."""
 
 
-def opening_of(target: Target) -> Open:
+def opening_of(target: Target, wire_dtype: str = Native.name) -> Open:
     return Open(
         reservation_id=target.reservation_id,
         request_id=target.request_id,
@@ -53,6 +53,7 @@ def opening_of(target: Target) -> Open:
         fingerprint=target.fingerprint,
         token_start=target.cached_tokens,
         token_stop=target.prompt_tokens,
+        wire_dtype=wire_dtype,
     )
 
 
@@ -67,12 +68,20 @@ class FrameSender:
     """A Sender that cuts, gathers and numbers frames: one leaves while the next ones are made (`Link.makers`)."""
 
     def __init__(
-        self, source: Source, target: Target, link: Link, frame_bytes: int, threads: Executor, counters: Counters
+        self,
+        source: Source,
+        target: Target,
+        link: Link,
+        wire: WireDtype,
+        frame_bytes: int,
+        threads: Executor,
+        counters: Counters,
     ) -> None:
         self._source = source
         self._target = target
         self._link = link
-        self._frame_bytes = frame_bytes
+        self._wire = wire
+        self._frame_cells = frame_bytes // wire.cell_bytes
         self._threads = threads
         self._counters = counters
         self._coverage = Coverage(source.layout.num_layers, target.travelling)
@@ -88,7 +97,7 @@ class FrameSender:
 
     async def open(self) -> None:
         """Sends the open frame."""
-        await self._link.write(encode(opening_of(self._target)))
+        await self._link.write(encode(opening_of(self._target, self._wire.name)))
 
     async def send(self, layers: range, tokens: range) -> None:
         """See Sender."""
@@ -102,7 +111,7 @@ class FrameSender:
 
     async def _send(self, layers: range, tokens: range) -> None:
         await self._link.ready()
-        for part_layers, part_tokens in self._source.layout.cut(layers, tokens, self._frame_bytes):
+        for part_layers, part_tokens in cut(layers, tokens, self._frame_cells):
             if self._abandoned:
                 return
             self._made.append(self._make(part_layers, part_tokens))
@@ -170,5 +179,5 @@ class FrameSender:
 
     def _gather(self, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
         """In a thread."""
-        parts = pieces(self._source.pool, self._source.blocks, layers, tokens)
+        parts = self._wire.pieces(self._source.pool, self._source.blocks, layers, tokens)
         return self._link.pack(sequence, layers, tokens, parts)

@@ -1,5 +1,6 @@
 """Transport `shm`: the sender writes into the reserved blocks, in memory that both processes have.
 
+What moves is the pool's own bytes, whatever `worker.wire_dtype` says.
 Everything else is as in `grpc`: the order of frames, every check, deadline, cancel. Two workers of one host can use it.
 """
 
@@ -20,6 +21,7 @@ from kv_transfer.peers import Peers
 from kv_transfer.pool_io import Rows, copy_parts
 from kv_transfer.push import PushLink, PushTransport
 from kv_transfer.shared_memory import PeerMemory
+from kv_transfer.wire_dtype import Native
 from tandem.config import TandemConfig
 from tandem.errors import TransferFailed
 
@@ -28,7 +30,7 @@ class ShmTransport(PushTransport):
     name = "shm"
 
     def __init__(self, config: TandemConfig) -> None:
-        super().__init__(config.worker.object_bytes)
+        super().__init__(config.worker.object_bytes, Native.name)
         self._peers = Peers()
 
     async def aclose(self) -> None:

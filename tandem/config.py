@@ -85,6 +85,9 @@ class WorkerConfig(Section):
     frame_bytes: int = Field(1 << 20, ge=1 << 12, le=1 << 24)
     # And those whose payload travels through Ray's object store to about this many.
     object_bytes: int = Field(16 << 20, ge=1 << 12, le=1 << 24)
+    # In which numbers this worker sends KV over grpc and ray; it receives any. int8 is lossy: fewer bytes, and tokens
+    # may differ from those of one worker alone.
+    wire_dtype: Literal["native", "int8"] = "native"
     # Frames that a receiver takes in before the sender must wait, per transfer.
     frames_in_flight: int = Field(8, ge=1, le=256)
     # A stopping worker waits this long for live requests.

@@ -14,7 +14,7 @@ from kv_peer import peer
 from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, stands_still, until
 
 import kv_transfer.grpc_transport
-import kv_transfer.receiver
+import kv_transfer.wire_dtype
 from kv_transfer.codec import describe
 from kv_transfer.messages import Data
 from kv_transfer.pool_io import scatter
@@ -52,7 +52,7 @@ def shut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Job], Gate]]:
 
     def shut(job: Job) -> Gate:
         gates.append(Gate(job))
-        monkeypatch.setattr(kv_transfer.receiver, "scatter", gates[-1].scatter)
+        monkeypatch.setattr(kv_transfer.wire_dtype, "scatter", gates[-1].scatter)
         return gates[-1]
 
     yield shut

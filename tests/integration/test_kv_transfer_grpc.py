@@ -135,6 +135,23 @@ async def test_a_frame_of_the_wrong_size_for_its_cells_is_refused(rig: Rig) -> N
     assert len(job.landing.errors) == 1
 
 
+async def test_a_payload_in_another_wire_dtype_than_announced_is_refused_by_its_size(rig: Rig) -> None:
+    job = rig.job()
+    opening = encode(opening_of(job.target, "int8"))
+    failure = await status_of_push(rig, [opening, *good_frames(job)[1:]])
+    assert "its cells take" in str(failure.details())
+    assert len(job.landing.errors) == 1
+
+
+async def test_an_unknown_wire_dtype_is_refused_by_name(rig: Rig) -> None:
+    job = rig.job()
+    failure = await status_of_push(rig, [encode(opening_of(job.target, "int3")), *good_frames(job)[1:]])
+    assert failure.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "wire dtype 'int3' is unknown to this worker; it takes native, int8" in str(failure.details())
+    assert [type(error) for error in job.landing.errors] == [Refused]
+    await rig.assert_healthy()
+
+
 async def test_a_message_over_the_cap_is_refused_by_grpc(rig: Rig) -> None:
     job = rig.job()
     failure = await status_of_push(rig, [good_frames(job)[0], bytes(MAX_FRAME_BYTES + 1)])

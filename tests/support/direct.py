@@ -116,6 +116,7 @@ class DirectRouter:
             fingerprint=fingerprint,
             token_start=tokens.start,
             token_stop=tokens.stop,
+            wire_dtype="native",
         )
         data: list[tuple[Data, bytes]] = []
         for layer in range(layout.num_layers):

@@ -12,14 +12,14 @@ from kv_transfer.messages import Abandon, Data, Done, Message, Open, Placed, Sea
 from tandem.types import Fingerprint
 
 FINGERPRINT = Fingerprint("c" * 64, "w" * 64, "bfloat16", 16, 32, 8, 128, 1)
-OPEN = Open("secret", "request", 1, FINGERPRINT, 0, 100)
+OPEN = Open("secret", "request", 1, FINGERPRINT, 0, 100, "native")
 COUNTS = st.integers(0, 2**31 - 1)
 POSITIVES = st.integers(1, 2**31 - 1)
 IDS = st.text(min_size=1, max_size=128)
 FINGERPRINTS = st.builds(Fingerprint, IDS, IDS, IDS, POSITIVES, POSITIVES, POSITIVES, POSITIVES, COUNTS)
 PLACES = st.binary(min_size=1, max_size=512)
 MESSAGES: st.SearchStrategy[Message] = st.one_of(
-    st.builds(Open, IDS, IDS, COUNTS, FINGERPRINTS, COUNTS, POSITIVES),
+    st.builds(Open, IDS, IDS, COUNTS, FINGERPRINTS, COUNTS, POSITIVES, IDS),
     st.builds(Seal, COUNTS, COUNTS, st.integers(0, 2**53), st.integers(0, 2**32 - 1)),
     st.builds(
         Placed,

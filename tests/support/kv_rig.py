@@ -10,6 +10,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from kv_transfer.admission import Claims
 from kv_transfer.base import Counters, Source, Target, TransferSummary, Transport
 from kv_transfer.grpc_transport import GrpcTransport
+from kv_transfer.int8 import Int8
 from kv_transfer.layout import KVLayout
 from kv_transfer.local import LocalTransport
 from kv_transfer.plasma import Plasma, connect
@@ -24,6 +26,7 @@ from kv_transfer.ray_transport import RayTransport
 from kv_transfer.service import MAX_MESSAGE_BYTES, KVService
 from kv_transfer.shared_memory import SharedMemory
 from kv_transfer.shm_transport import ShmTransport
+from kv_transfer.wire_dtype import Native
 from tandem.config import TandemConfig, parse_config
 from tandem.errors import TandemError, TransferFailed
 from tandem.rpc import bind, make_server
@@ -74,6 +77,19 @@ def random_pool(fingerprint: Fingerprint, seed: int, blocks: int = POOL_BLOCKS) 
 def moved_into(memory: SharedMemory, pool: Tensor) -> Tensor:
     shared = torch.frombuffer(memory.allocate(pool.nbytes), dtype=pool.dtype).view(pool.shape)
     return shared.copy_(pool)
+
+
+def int8_pool(fingerprint: Fingerprint, seed: int, blocks: int = POOL_BLOCKS) -> Tensor:
+    """KV that wire dtype int8 holds exactly, however it is cut: multiples of a power of two that is one for each layer,
+    K or V, block and head, and in every token 127 of it."""
+    layout = KVLayout.of(fingerprint)
+    shape = (layout.num_layers, 2, blocks, layout.block_size, layout.num_kv_heads, layout.head_dim)
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-127, 128, shape, generator=generator)
+    largest = torch.randint(0, layout.head_dim, (*shape[:5], 1), generator=generator)
+    values.scatter_(5, largest, 127)
+    scales = 2.0 ** torch.randint(-6, 3, (*shape[:3], 1, layout.num_kv_heads, 1), generator=generator)
+    return (values * scales).to(layout.torch_dtype)
 
 
 def rows_of(pool: Tensor, blocks: Sequence[int], tokens: range) -> Tensor:
@@ -181,9 +197,14 @@ class Rig:
         address: str,
         shared_pool: bool,
         memory: SharedMemory | None = None,
+        wire: type[Native | Int8] = Native,
     ) -> None:
-        """memory: where the receiver's pool lies, for senders who can write into it."""
+        """memory: where the receiver's pool lies, for senders who can write into it.
+
+        wire: in which the transport sends; the KV is such that it arrives exactly.
+        """
         self.fingerprint = fingerprint
+        self.wire = wire(KVLayout.of(fingerprint))
         self.transport = transport
         self.address = address
         self.landings = FakeLandings(fingerprint)
@@ -191,7 +212,8 @@ class Rig:
         self.one_sided = memory is not None
         if memory is not None:
             self.receiving_pool = moved_into(memory, self.receiving_pool)
-        self.sending_pool = self.receiving_pool if shared_pool else random_pool(fingerprint, seed=2)
+        make_pool = int8_pool if wire is Int8 else random_pool
+        self.sending_pool = self.receiving_pool if shared_pool else make_pool(fingerprint, seed=2)
         self.service: KVService | None = None
         # Stops the receiving server, if there is one.
         self.stop: Callable[[], Awaitable[object]] = asyncio.Event().wait
@@ -234,6 +256,13 @@ class Rig:
         del self.landings.by_id[job.target.reservation_id]
         self._free += job.landing.blocks
         self._sending_free += job.source.blocks
+
+    def bytes_of(self, tokens: range, chunk: int) -> int:
+        """Of payload, when these positions are sent in chunks that begin at 0, each layer of one in one frame."""
+        if self.shared_pool:
+            return 0
+        edges = [tokens.start, *(start for start in range(0, tokens.stop, chunk) if start > tokens.start), tokens.stop]
+        return sum(self.wire.payload_bytes(len(self.layers), range(*span)) for span in pairwise(edges))
 
     async def transfer(
         self, job: Job, first_token: int = 7, chunk: int = 9, ranges: list[range] | None = None
@@ -283,6 +312,14 @@ async def grpc_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncItera
 
 
 @asynccontextmanager
+async def int8_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
+    """The grpc transport with the lossy wire dtype, and KV that it does not harm."""
+    config = config.model_copy(update={"worker": config.worker.model_copy(update={"wire_dtype": Int8.name})})
+    async with _push_rig(fingerprint, config, GrpcTransport(config), wire=Int8) as rig:
+        yield rig
+
+
+@asynccontextmanager
 async def ray_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
     """In a process that is part of a Ray cluster: see support/ray_head.py."""
     plasma = connect()
@@ -304,10 +341,11 @@ async def _push_rig(
     transport: Transport,
     plasma: Plasma | None = None,
     memory: SharedMemory | None = None,
+    wire: type[Native | Int8] = Native,
 ) -> AsyncIterator[Rig]:
     landings = FakeLandings(fingerprint)
     async with serving(landings, config, plasma, memory) as (service, port, stop):
-        rig = Rig(fingerprint, transport, f"127.0.0.1:{port}", shared_pool=False, memory=memory)
+        rig = Rig(fingerprint, transport, f"127.0.0.1:{port}", shared_pool=False, memory=memory, wire=wire)
         rig.landings, rig.service, rig.stop = landings, service, stop
         yield rig
         await transport.aclose()
@@ -330,7 +368,13 @@ async def serving(
 
 
 MakeRig = Callable[[Fingerprint, TandemConfig], AbstractAsyncContextManager[Rig]]
-RIGS: dict[str, MakeRig] = {"local": local_rig, "grpc": grpc_rig, "ray": ray_rig, "shm": shm_rig}
+RIGS: dict[str, MakeRig] = {
+    "local": local_rig,
+    "grpc": grpc_rig,
+    "grpc, int8": int8_rig,
+    "ray": ray_rig,
+    "shm": shm_rig,
+}
 
 
 def shaped(dtype: str, num_kv_heads: int, head_dim: int) -> Fingerprint:

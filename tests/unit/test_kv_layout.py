@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kv_rig import FINGERPRINT, random_pool, rows_of
 
 from kv_transfer.coverage import Coverage
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import KVLayout, cut
 from kv_transfer.pool_io import gather, gather_slots, scatter, scatter_slots
 from tandem.errors import Refused, TransferFailed
 
@@ -52,23 +52,20 @@ def test_gather_and_scatter_are_exact(dtype: str, data: st.DataObject) -> None:
     assert torch.equal(other, untouched), "nothing else was written"
 
 
-@given(st.integers(0, 50), st.integers(1, 300), st.integers(1, 40_000))
-def test_cuts_cover_everything_once_and_keep_to_the_size(start: int, count: int, frame_bytes: int) -> None:
+@given(st.integers(0, 50), st.integers(1, 300), st.integers(0, 200))
+def test_cuts_cover_everything_once_and_keep_to_the_size(start: int, count: int, cells: int) -> None:
     tokens = range(start, start + count)
     coverage = Coverage(LAYOUT.num_layers, tokens)
-    for layers, part in LAYOUT.cut(range(LAYOUT.num_layers), tokens, frame_bytes):
+    for layers, part in cut(range(LAYOUT.num_layers), tokens, cells):
         coverage.add(layers, part)
-        assert LAYOUT.payload_bytes(len(layers), len(part)) <= max(frame_bytes, LAYOUT.payload_bytes(1, 1))
+        assert len(layers) * len(part) <= max(cells, 1)
     coverage.check_complete()
 
 
 def test_frames_are_cut_by_layers_first() -> None:
-    of_two_layers = LAYOUT.payload_bytes(2, 10)
-    assert [*LAYOUT.cut(range(3), range(5, 15), of_two_layers)] == [
-        (range(2), range(5, 15)),
-        (range(2, 3), range(5, 15)),
-    ]
-    assert [*LAYOUT.cut(range(1, 3), range(5, 15), of_two_layers)] == [(range(1, 3), range(5, 15))]
+    of_two_layers = 2 * 10
+    assert [*cut(range(3), range(5, 15), of_two_layers)] == [(range(2), range(5, 15)), (range(2, 3), range(5, 15))]
+    assert [*cut(range(1, 3), range(5, 15), of_two_layers)] == [(range(1, 3), range(5, 15))]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""In which numbers KV travels: an option of whatever carries payloads, and the sender's to choose.
+
+    native   the pool's own bytes; what arrives is what was sent
+    int8     a quarter of float32's bytes, half of the others'; lossy (kv_transfer/int8.py)
+
+The open frame says which, and both ends make it from their own layout. Transports that move no payload (`local`) have
+no use for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from kv_transfer.int8 import Int8
+from kv_transfer.layout import KVLayout
+from kv_transfer.pool_io import pieces, scatter
+from tandem.errors import Refused
+
+
+class WireDtype(Protocol):
+    """Payloads of one layout. Both copies run in a thread, as those of pool_io do."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def cell_bytes(self) -> int:
+        """K and V of one token in one layer take no more than this."""
+
+    def payload_bytes(self, layers: int, tokens: range) -> int:
+        """Exactly. `tokens` are sequence positions: where blocks begin may matter."""
+
+    def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Sequence[memoryview]:
+        """The payload as contiguous parts in order, to be used before the pool changes.
+
+        Raises Refused for KV that these numbers cannot hold.
+        """
+
+    def scatter(
+        self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, payload: bytes | memoryview
+    ) -> None:
+        """Writes a payload of `payload_bytes` into the pool; returns when the pool's device has it.
+
+        Raises TransferFailed, and has written nothing, for one that no sender makes.
+        """
+
+
+class Native:
+    """The pool's own bytes: see pool_io."""
+
+    name = "native"
+
+    def __init__(self, layout: KVLayout) -> None:
+        self._layout = layout
+
+    @property
+    def cell_bytes(self) -> int:
+        """See WireDtype."""
+        return self._layout.payload_bytes(1, 1)
+
+    def payload_bytes(self, layers: int, tokens: range) -> int:
+        """See WireDtype."""
+        return self._layout.payload_bytes(layers, len(tokens))
+
+    def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Sequence[memoryview]:
+        """See WireDtype."""
+        return pieces(pool, blocks, layers, tokens)
+
+    def scatter(
+        self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, payload: bytes | memoryview
+    ) -> None:
+        """See WireDtype."""
+        scatter(pool, blocks, layers, tokens, payload)
+
+
+# What `worker.wire_dtype` may say, and what a receiver takes.
+WIRE_DTYPES: Mapping[str, Callable[[KVLayout], WireDtype]] = {Native.name: Native, Int8.name: Int8}
+
+
+def wire_dtype(name: str, layout: KVLayout) -> WireDtype:
+    """Raises Refused for a name that this worker does not know."""
+    if name not in WIRE_DTYPES:
+        raise Refused(f"KV in wire dtype {name[:20]!r} is unknown to this worker; it takes {', '.join(WIRE_DTYPES)}")
+    return WIRE_DTYPES[name](layout)
