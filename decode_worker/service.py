@@ -16,6 +16,7 @@ from decode_worker.subscriptions import Subscription
 from kv_transfer.admission import Claims
 from kv_transfer.plasma import Plasma
 from kv_transfer.service import KVService
+from kv_transfer.shared_memory import SharedMemory
 from tandem import logs
 from tandem.errors import Cancelled, Refused, TransferFailed
 from tandem.types import EngineRequest, Fingerprint, Role
@@ -29,10 +30,16 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
     role = Role.DECODE
     service = "tandem.v1.DecodeWorker"
 
-    def __init__(self, host: WorkerHost, claims: Claims | None = None, plasma: Plasma | None = None) -> None:
+    def __init__(
+        self,
+        host: WorkerHost,
+        claims: Claims | None = None,
+        plasma: Plasma | None = None,
+        memory: SharedMemory | None = None,
+    ) -> None:
         """claims: shared with this worker's other transports, so that two never meet in a reservation.
 
-        plasma: KV may come through Ray's object store too.
+        plasma: KV may come through Ray's object store too. memory: the engine's pool lies there, for senders to write.
         """
         self._host = host
         self._queue = ReserveQueue(host)
@@ -42,7 +49,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         self._subscriptions: dict[str, Subscription] = {}
         # Reserve calls that are being read, or wait for blocks.
         self._reserving = 0
-        self._kv = KVService(self, host.config, claims, plasma)
+        self._kv = KVService(self, host.config, claims, plasma, memory)
         host.when_idle_for_good(self._hang_up)
 
     # Room

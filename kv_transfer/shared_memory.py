@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import mmap
 import os
 import secrets
@@ -24,6 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.errors import TransferFailed
+from tandem.v1 import registry_pb2
+
+log = logging.getLogger(__name__)
 
 _SEALS_OF_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 # struct flock of 64-bit Linux: type, whence, start, length, pid.
@@ -32,8 +36,25 @@ _NAME = "tandem-kv-"
 
 
 def shared_memory() -> SharedMemory | None:
-    """For a pool of this process, where the system has what it takes."""
-    return SharedMemory() if sys.platform == "linux" and sys.maxsize > 2**32 else None
+    """For a pool of this process, where the system has what it takes: Linux of 64 bits."""
+    if sys.platform != "linux" or sys.maxsize < 2**32:
+        return None
+    try:
+        host_domain()
+        trial = SharedMemory()
+        trial.allocate(mmap.PAGESIZE)
+        PeerMemory(os.getpid(), trial.fd, trial.id, trial.size).close()
+        os.close(trial.fd)
+    except (OSError, TransferFailed) as error:
+        log.info("this system's processes cannot share memory: %s", error)
+        return None
+    return SharedMemory()
+
+
+def announcement() -> registry_pb2.Transport:
+    """Of the transport `shm`, of this process."""
+    domain = host_domain()
+    return registry_pb2.Transport(name="shm", domain=domain, node=domain)
 
 
 def host_domain() -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from kv_transfer.base import Transport
 from kv_transfer.grpc_transport import GrpcTransport
 from kv_transfer.service import MAX_MESSAGE_BYTES
+from kv_transfer.shared_memory import announcement, shared_memory
+from kv_transfer.shm_transport import ShmTransport
 from prefill_worker.service import PrefillRoom
 from tandem.config import TandemConfig
 from tandem.types import Role
@@ -17,4 +20,8 @@ def run(config: TandemConfig, router: str) -> int:
 
 
 def _rooms(host: WorkerHost) -> list[Room]:
-    return [PrefillRoom(host, {"grpc": GrpcTransport(host.config)})]
+    transports: dict[str, Transport] = {"grpc": GrpcTransport(host.config)}
+    if shared_memory() is not None:
+        transports["shm"] = ShmTransport(host.config)
+        host.transports.append(announcement())
+    return [PrefillRoom(host, transports)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tandem.errors import Unavailable
 from tandem.v1 import registry_pb2
@@ -10,6 +10,7 @@ from tandem.v1 import registry_pb2
 LOCAL = "local"
 GRPC = "grpc"
 RAY = "ray"
+SHM = "shm"
 # On one node, and from this much KV on, Ray's object store is faster than gRPC (docs/kv_transfer.md has the figures).
 RAY_WINS_BYTES = 16 << 20
 _Announced = Iterable[registry_pb2.Transport]
@@ -20,11 +21,17 @@ def pick(order: str, source: _Announced, target: _Announced, kv_bytes: int) -> s
     shared = _shared(source, target)
     wanted = order
     if order == "auto":
-        wanted = RAY if shared.get(RAY) and kv_bytes >= RAY_WINS_BYTES else GRPC
+        wanted = _best(shared, kv_bytes)
     if wanted not in shared:
         common = ", ".join(sorted(shared)) or "none"
         raise Unavailable(f"two workers do not share the KV transport {wanted}; in common they have: {common}")
     return wanted
+
+
+def _best(shared: Mapping[str, bool], kv_bytes: int) -> str:
+    if shared.get(SHM):
+        return SHM
+    return RAY if shared.get(RAY) and kv_bytes >= RAY_WINS_BYTES else GRPC
 
 
 def _shared(source: _Announced, target: _Announced) -> dict[str, bool]:

@@ -83,7 +83,7 @@ class WorkerConfig(Section):
     max_waiting_reservations: int = Field(256, ge=0)
     # KV frames are cut to about this many bytes.
     frame_bytes: int = Field(1 << 20, ge=1 << 12, le=1 << 24)
-    # And those whose payload travels through Ray's object store to about this many.
+    # And those whose payload goes another way, through Ray's object store or shared memory, to about this many.
     object_bytes: int = Field(16 << 20, ge=1 << 12, le=1 << 24)
     # In which numbers this worker sends KV over grpc and ray; it receives any. int8 is lossy: fewer bytes, and tokens
     # may differ from those of one worker alone.
@@ -118,7 +118,7 @@ class RouterConfig(Section):
     heartbeat_timeout_s: float = Field(4.0, gt=0)
     # How KV goes between two workers. "auto": the best that both share, as docs/kv_transfer.md says; any other name: by
     # that one, or not at all. Either way the second attempt after a failed transfer goes by grpc.
-    transport: Literal["auto", "grpc", "ray"] = "auto"
+    transport: Literal["auto", "shm", "grpc", "ray"] = "auto"
     # A request message, the body of an HTTP request, or the vectors of an Embed call may be this large; workers, who
     # get requests next, take no more than 16 MiB.
     max_message_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 24)

@@ -13,7 +13,7 @@ from torch import nn
 from tandem.config import TandemConfig
 from tandem.engine.block_pool import BlockPool, BlockTable
 from tandem.engine.cpu_memory import use_huge_pages
-from tandem.engine.kv_cache import KVCache, count_blocks
+from tandem.engine.kv_cache import Allocate, KVCache, count_blocks
 from tandem.engine.kv_progress import KVProgress
 from tandem.engine.model_loader import load_model
 from tandem.engine.model_runner import ModelRunner
@@ -59,8 +59,10 @@ class Engine:
     prefills leaves its table to whoever added it, who releases it when the handoff is over.
     """
 
-    def __init__(self, config: TandemConfig, publish: Callable[[list[Emission]], None]) -> None:
-        """Loads the model; `publish` gets what each step brought, in order.
+    def __init__(
+        self, config: TandemConfig, publish: Callable[[list[Emission]], None], allocate: Allocate | None = None
+    ) -> None:
+        """Loads the model; `publish` gets what each step brought, in order. allocate: see KVCache.
 
         Raises ModelRefused when the model would not be served exactly.
         """
@@ -71,7 +73,7 @@ class Engine:
         if config.engine.device == "cpu":
             _fuse(loaded.model)
         num_blocks = count_blocks(config.engine, self.fingerprint)
-        self.cache = KVCache(self.fingerprint, num_blocks, config.engine.device)
+        self.cache = KVCache(self.fingerprint, num_blocks, config.engine.device, allocate)
         self.pool = BlockPool(num_blocks, self.fingerprint.block_size, config.engine.prefix_cache)
         self.load = EngineLoad()
         self._steps = self._hit_tokens = self._query_tokens = 0

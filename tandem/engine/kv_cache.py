@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from tandem.types import Fingerprint
 
 # Version of the layout below; peers with another one are refused. Raise it when the order of axes changes.
 LAYOUT_VERSION = 1
+# So many bytes of memory for a pool, for as long as the buffer lives. Raises MemoryError or OSError.
+Allocate = Callable[[int], memoryview]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -22,8 +25,13 @@ class KVCache:
     A layer's K or V is a contiguous [N, P, K, D] view, which is what paged attention kernels take as pages.
     """
 
-    def __init__(self, fingerprint: Fingerprint, num_blocks: int, device: str) -> None:
-        """Raises ModelRefused when the device has no room."""
+    def __init__(
+        self, fingerprint: Fingerprint, num_blocks: int, device: str, allocate: Allocate | None = None
+    ) -> None:
+        """allocate: where the pool lies if the device is cpu; None: torch's own memory.
+
+        Raises ModelRefused when the device has no room.
+        """
         shape = (
             fingerprint.num_layers,
             2,
@@ -34,8 +42,8 @@ class KVCache:
         )
         try:
             # Written once here: the page faults of a first touch are ten times slower than later writes.
-            self.pool = torch.zeros(shape, dtype=DTYPES[fingerprint.dtype], device=device).fill_(0)
-        except RuntimeError:  # torch has no error of its own for this on cpu
+            self.pool = _empty(shape, DTYPES[fingerprint.dtype], device, allocate).fill_(0)
+        except (RuntimeError, MemoryError, OSError):  # torch has no error of its own for this on cpu
             mib = math.prod(shape) * DTYPES[fingerprint.dtype].itemsize >> 20
             raise ModelRefused(
                 f"{device} has no room for a KV pool of {mib} MiB: lower engine.kv_memory_mib or engine.num_blocks",
@@ -46,6 +54,12 @@ class KVCache:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """K and V of one layer, each [N, P, K, D]."""
         return self._layers[index]
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: str, allocate: Allocate | None) -> Tensor:
+    if allocate is None or device != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(allocate(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def count_blocks(config: EngineConfig, fingerprint: Fingerprint) -> int:

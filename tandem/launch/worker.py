@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from decode_worker.service import DecodeRoom
 from kv_transfer.admission import Claims
 from kv_transfer.base import Transport
@@ -10,6 +12,8 @@ from kv_transfer.local import LocalTransport
 from kv_transfer.plasma import connect
 from kv_transfer.ray_transport import RayTransport
 from kv_transfer.service import MAX_MESSAGE_BYTES
+from kv_transfer.shared_memory import SharedMemory, announcement, shared_memory
+from kv_transfer.shm_transport import ShmTransport
 from prefill_worker.service import PrefillRoom
 from tandem.types import Role
 from tandem.v1 import registry_pb2
@@ -18,14 +22,20 @@ from tandem.worker.main import WorkerKind
 
 
 def worker_kind(roles: frozenset[Role]) -> WorkerKind:
-    return WorkerKind(roles, _rooms, MAX_MESSAGE_BYTES)
+    memory = shared_memory()
+    return WorkerKind(roles, partial(_rooms, memory), MAX_MESSAGE_BYTES, memory.allocate if memory else None)
 
 
-def _rooms(host: WorkerHost) -> list[Room]:
+def _rooms(memory: SharedMemory | None, host: WorkerHost) -> list[Room]:
+    """memory: of the engine's pool; an engine on another device than cpu has not taken it."""
     claims = Claims()
     plasma = connect()
-    decode = DecodeRoom(host, claims, plasma)
+    shared = memory if memory and memory.size else None
+    decode = DecodeRoom(host, claims, plasma, shared)
     transports: dict[str, Transport] = {"local": LocalTransport(decode, claims), "grpc": GrpcTransport(host.config)}
+    if shared is not None:
+        transports["shm"] = ShmTransport(host.config)
+        host.transports.append(announcement())
     if plasma is not None:
         transports["ray"] = RayTransport(host.config, plasma)
         host.transports.append(registry_pb2.Transport(name="ray", domain=plasma.domain, node=plasma.node))

@@ -13,6 +13,7 @@ from typing import TypeVar
 from tandem import logs
 from tandem.config import TandemConfig
 from tandem.engine.engine import Engine
+from tandem.engine.kv_cache import Allocate
 from tandem.engine.sequence import Emission
 
 log = logging.getLogger(__name__)
@@ -28,9 +29,9 @@ class EngineThread:
           └──────────┴── stop() ──▶ ended;  a bug outside of a step's own failures ──▶ `crashed`
     """
 
-    def __init__(self, config: TandemConfig) -> None:
-        """Loads the model, here and now. Raises ModelRefused."""
-        self.engine = Engine(config, self._publish)
+    def __init__(self, config: TandemConfig, allocate: Allocate | None = None) -> None:
+        """Loads the model, here and now; allocate: see KVCache. Raises ModelRefused."""
+        self.engine = Engine(config, self._publish, allocate)
         self._calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None

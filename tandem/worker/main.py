@@ -14,6 +14,7 @@ import grpc
 from tandem import logs
 from tandem.addresses import ANY_ADDRESS, check_listening
 from tandem.config import TandemConfig, WorkerConfig
+from tandem.engine.kv_cache import Allocate
 from tandem.engine.process import tune_process
 from tandem.entry import INTERRUPTED
 from tandem.errors import ConfigError, TandemError
@@ -37,6 +38,8 @@ class WorkerKind:
     make_rooms: Callable[[WorkerHost], list[Room]]
     # Largest message that its server takes: its KV frames.
     max_message_bytes: int
+    # Gives the memory of its KV pool; None: torch does.
+    allocate: Allocate | None = None
 
 
 def run_rooms(kind: WorkerKind, config: TandemConfig, router: str) -> int:
@@ -69,7 +72,7 @@ def serve_rooms(
     """
     check_address(config.worker)  # before the minutes that a model may take to load
     tune_process(config.engine)
-    thread = EngineThread(config)
+    thread = EngineThread(config, kind.allocate)
     asyncio.run(_serve(kind, config, router, thread, started, ready))
 
 

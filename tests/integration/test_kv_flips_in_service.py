@@ -37,6 +37,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, link: FlippingLink) -> Ite
         decode=0,
         wait=False,
         worker={"frame_bytes": 4096},
+        # Not what these workers share on one host: only frames with their payload can be flipped on a link.
         router={"heartbeat_interval_s": 0.05, "transport": "grpc"},
     ) as service:
         link.cut()

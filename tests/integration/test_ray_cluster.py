@@ -123,7 +123,7 @@ def test_kv_crosses_through_ray(service: RayService) -> None:
     with service.client as client:
         client.complete(list(range(3, 200)), max_tokens=2)
     wait_until(lambda: min(moved()) > 0, 5, "heartbeats that tell of bytes sent and received by ray")
-    assert all(set(worker.transports) == {"grpc", "ray"} for worker in service.status().workers)
+    assert all(set(worker.transports) == {"grpc", "ray", "shm"} for worker in service.status().workers)
 
 
 def test_the_same_call_again_changes_nothing(service: RayService) -> None:

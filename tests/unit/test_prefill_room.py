@@ -36,7 +36,7 @@ class NotingTransport:
         if tokens:
             self.calls.append("send")
 
-    async def seal(self, first_token: int) -> TransferSummary:
+    async def seal(self, first_token: int, prefilled_s: float | None = None) -> TransferSummary:
         self.calls.append("seal")
         return TransferSummary(0, 0, 0.0)
 

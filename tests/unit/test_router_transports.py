@@ -10,6 +10,7 @@ from tandem.v1.registry_pb2 import Transport
 
 GRPC = Transport(name="grpc")
 HERE, THERE = (Transport(name="ray", domain="cluster", node=node) for node in ("n1", "n2"))
+SHM = Transport(name="shm", domain="host", node="host")
 ELSEWHERE = Transport(name="ray", domain="another", node="n1")
 
 
@@ -22,13 +23,25 @@ ELSEWHERE = Transport(name="ray", domain="another", node="n1")
         ([GRPC, HERE], [HERE, GRPC], "ray"),
         ([GRPC, HERE], [THERE, GRPC], "grpc"),
         ([GRPC, HERE], [ELSEWHERE, GRPC], "grpc"),
-        ([GRPC, Transport(name="shm", node="n1")], [GRPC, Transport(name="shm", node="n1")], "grpc"),
+        ([GRPC, SHM, HERE], [GRPC, SHM, HERE], "shm"),
+        ([GRPC, SHM], [GRPC, Transport(name="shm", domain="another", node="another")], "grpc"),
+        ([GRPC, Transport(name="pigeon", node="n1")], [GRPC, Transport(name="pigeon", node="n1")], "grpc"),
     ],
-    ids=["alone", "not the target", "not the source", "one node", "one cluster", "two clusters", "unknown"],
+    ids=[
+        "alone",
+        "not the target",
+        "not the source",
+        "one node",
+        "one cluster",
+        "two clusters",
+        "one host",
+        "two hosts",
+        "unknown",
+    ],
 )
 def test_auto_takes_what_wins(source: list[Transport], target: list[Transport], auto: str) -> None:
     assert pick("auto", source, target, RAY_WINS_BYTES) == auto
-    assert pick("auto", source, target, RAY_WINS_BYTES - 1) == "grpc"
+    assert pick("auto", source, target, RAY_WINS_BYTES - 1) == ("grpc" if auto == "ray" else auto)
 
 
 def test_an_order_is_obeyed_where_it_can_be() -> None:
