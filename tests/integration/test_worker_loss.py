@@ -111,10 +111,10 @@ def process_of(service: Service, worker: WorkerState) -> Process:
 
 
 def held_by(service: Service, worker: WorkerState) -> tuple[int, int]:
-    """Referenced blocks and reservations."""
+    """Blocks and reservations; not what waits in quarantine for a sender that may wake and write."""
     now = next(each for each in service.status(check_integrity=True).workers if each.worker_id == worker.worker_id)
     assert now.integrity is not None
-    return now.integrity.referenced_blocks, now.integrity.reservations
+    return now.integrity.referenced_blocks - now.integrity.quarantined_blocks, now.integrity.reservations
 
 
 PHASES = {Role.PREFILL: ("prefill_started",), Role.DECODE: ("first_token", "kv_sealed", "decode_started")}
@@ -178,6 +178,7 @@ def test_a_frozen_worker_fails_its_requests_and_rejoins_when_it_wakes(
     service.wait_joined(2 * POOL)
     back = next(other for other in service.status().workers if other.pid == process.pid)
     wait_until(lambda: held_by(service, back) == (0, 0), 3, "nothing held by the worker that woke")
+    wait_until(service.idle, 3, "nothing in quarantine")
     wait_until(lambda: serves(service, threads, role, process.pid), 20, "the woken worker serving")
 
 

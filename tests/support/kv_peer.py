@@ -1,11 +1,12 @@
 """One end of a KV transfer in a process of its own, to be killed or not; ends never.
 
-    kv_peer.py send ADDRESS [--deadline S] [--whole | --lose] [--ray CLUSTER]
-    kv_peer.py receive [--ray CLUSTER]
+    kv_peer.py send ADDRESS [--deadline S] [--whole | --lose | --wait-in copy|lock] [--ray CLUSTER | --shm]
+    kv_peer.py receive [--ray CLUSTER | --shm]
 
-By gRPC, or through the object store of a Ray cluster. Says one line on stdout: the sender "half" in mid-transfer, or
-"whole" after it, "lost: ..." and the error when it drops each object before it can
-be read; the receiver its port.
+By gRPC, through the object store of a Ray cluster, or through shared memory. Says one line on stdout: the sender "half"
+in mid-transfer, or "whole" after it, "lost: ..." and the error when it drops each object before it can be read; the
+receiver its port. With --wait-in the sender says "waiting" in the midst of its first copy, or before it takes the lock,
+goes on when it reads a line, and says "failed: ..." when its transfer has.
 """
 
 from __future__ import annotations
@@ -14,29 +15,37 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kv_rig import FINGERPRINT, FakeLandings, Rig, config_with, serving
 from ray_head import joined
 
+import kv_transfer.shm_transport
 from kv_transfer.base import Transport
 from kv_transfer.grpc_transport import GrpcTransport
 from kv_transfer.messages import Place
 from kv_transfer.plasma import Plasma, connect
+from kv_transfer.pool_io import Rows
 from kv_transfer.ray_transport import RayTransport
+from kv_transfer.shared_memory import PeerMemory, SharedMemory
+from kv_transfer.shm_transport import ShmTransport
 from tandem.errors import TandemError
 
 
-def transport() -> Transport:
+def transport(shm: bool = False) -> Transport:
+    if shm:
+        return ShmTransport(config_with())
     plasma = connect()
     return GrpcTransport(config_with()) if plasma is None else RayTransport(config_with(), plasma)
 
 
-async def send(address: str, deadline_s: float | None, whole: bool) -> None:
-    rig = Rig(FINGERPRINT, transport(), address, shared_pool=False)
+async def send(address: str, deadline_s: float | None, whole: bool, shm: bool) -> None:
+    rig = Rig(FINGERPRINT, transport(shm), address, shared_pool=False)
     job = rig.job()
     if whole:
         await rig.transfer(job)
@@ -63,10 +72,41 @@ async def lose(address: str) -> None:
     await asyncio.Event().wait()
 
 
-async def receive() -> None:
+async def wait_in(address: str, where: str) -> None:
+    copy, lock = kv_transfer.shm_transport.copy_parts, PeerMemory.lock
+    first = threading.Semaphore()
+
+    def wait() -> None:
+        if first.acquire(blocking=False):  # the other copy thread goes on
+            print("waiting", flush=True)
+            sys.stdin.readline()
+
+    def copy_slowly(parts: Sequence[memoryview], rows: Rows, *rest: Any) -> int:
+        """Everything twice: what comes second is a late write."""
+        copy(parts, rows, *rest)
+        wait()
+        return copy(parts, rows, *rest)
+
+    def lock_late(self: PeerMemory, key: int) -> None:
+        wait()
+        lock(self, key)
+
+    if where == "copy":
+        kv_transfer.shm_transport.copy_parts = copy_slowly
+    else:
+        PeerMemory.lock = lock_late  # type: ignore[method-assign]
+    rig = Rig(FINGERPRINT, transport(shm=True), address, shared_pool=False)
+    try:
+        await rig.transfer(rig.job())
+    except TandemError as error:
+        print(f"failed: {error}", flush=True)
+    await asyncio.Event().wait()
+
+
+async def receive(memory: SharedMemory | None) -> None:
     landings = FakeLandings(FINGERPRINT)
-    async with serving(landings, config_with(), connect()) as (_, port, _):
-        rig = Rig(FINGERPRINT, GrpcTransport(config_with()), "", shared_pool=False)
+    async with serving(landings, config_with(), connect(), memory) as (_, port, _):
+        rig = Rig(FINGERPRINT, GrpcTransport(config_with()), "", shared_pool=False, memory=memory)
         rig.job()
         landings.by_id.update(rig.landings.by_id)
         print(port, flush=True)
@@ -80,6 +120,7 @@ async def peer(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Proces
         sys.executable,
         __file__,
         *arguments,
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
         env={"PYTHONPATH": str(Path(__file__).parents[2]), **_ray_token()},
@@ -106,17 +147,21 @@ def main() -> None:
     parser.add_argument("--deadline", type=float)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--lose", action="store_true")
+    parser.add_argument("--wait-in", choices=["copy", "lock"])
     parser.add_argument("--ray")
+    parser.add_argument("--shm", action="store_true")
     given = parser.parse_args()
     with ExitStack() as stack:
         if given.ray:
             stack.enter_context(joined(given.ray, os.environ["RAY_AUTH_TOKEN"]))
         if given.end == "receive":
-            asyncio.run(receive())
+            asyncio.run(receive(SharedMemory() if given.shm else None))
+        elif given.wait_in:
+            asyncio.run(wait_in(given.address, given.wait_in))
         elif given.lose:
             asyncio.run(lose(given.address))
         else:
-            asyncio.run(send(given.address, given.deadline, given.whole))
+            asyncio.run(send(given.address, given.deadline, given.whole, given.shm))
 
 
 if __name__ == "__main__":

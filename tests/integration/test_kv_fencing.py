@@ -1,0 +1,270 @@
+"""Law 5 where the sender writes into the receiver's pool itself: a writer that lost its lease never writes into blocks
+that somebody else got. Senders are processes that are stopped, killed and woken."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from kv_peer import peer
+from kv_rig import FINGERPRINT, POOL_BLOCKS, FakeLanding, Job, Rig, config_with, shm_rig, until
+
+import kv_transfer.shm_transport
+from kv_transfer.base import Target
+from kv_transfer.pool_io import Rows
+from kv_transfer.shared_memory import PeerMemory, SharedMemory
+from tandem.engine.block_pool import BlockPool, BlockTable
+from tandem.errors import TransferFailed
+
+
+class PooledLanding(FakeLanding):
+    """Its blocks are of a real pool, and go back as a reservation's do."""
+
+    def __init__(self, rig: Rig, table: BlockTable, target: Target) -> None:
+        super().__init__(rig.receiving_pool, table.blocks, target)
+        self.one_sided = True
+        self.table = table
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        with super().writing(), self.table.in_use():
+            yield
+
+    def break_lease(self) -> None:
+        self.broken = True
+        self.table.release()
+
+    def failed(self, error: Exception) -> None:
+        super().failed(error)  # type: ignore[arg-type]
+        self.table.release()
+
+
+class House:
+    """A receiver whose landings get their blocks from one pool."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.pool = BlockPool(POOL_BLOCKS, FINGERPRINT.block_size, prefix_cache=False)
+
+    def job(self, name: str, prompt_tokens: int = 21) -> tuple[Job, PooledLanding]:
+        job = self.rig.job(prompt_tokens, name=name)
+        table = self.pool.acquire(self.pool.blocks_for(prompt_tokens))
+        assert table is not None, "the pool is full"
+        landing = PooledLanding(self.rig, table, job.target)
+        self.rig.landings.by_id[job.target.reservation_id] = job.landing = landing
+        return job, landing
+
+    def take_all(self) -> BlockTable:
+        """A request that needs every block that may be had."""
+        table = self.pool.acquire(self.pool.num_free)
+        assert table is not None
+        return table
+
+    def state(self, table: BlockTable) -> torch.Tensor:
+        return self.rig.receiving_pool[:, :, list(table.blocks)].clone()
+
+    @property
+    def at_rest(self) -> bool:
+        report = self.pool.check_integrity()
+        assert report.problem == ""
+        return (report.free, report.referenced, report.quarantined) == (POOL_BLOCKS, 0, 0)
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    async with shm_rig(FINGERPRINT, config_with(frame_bytes=1 << 20, object_bytes=1 << 20)) as rig:
+        house = House(rig)
+        yield house
+        await until(lambda: house.at_rest)
+
+
+@asynccontextmanager
+async def waiting_sender(house: House, where: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    async with peer("send", house.rig.address, "--wait-in", where) as (process, said):
+        assert said == "waiting"
+        yield process
+
+
+def stop(process: asyncio.subprocess.Process) -> None:
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
+def wake(process: asyncio.subprocess.Process) -> None:
+    """To go on with what it waited in."""
+    assert process.stdin is not None
+    process.stdin.write(b"\n")
+    process.send_signal(signal.SIGCONT)
+
+
+async def said_next(process: asyncio.subprocess.Process) -> str:
+    assert process.stdout is not None
+    async with asyncio.timeout(20):
+        return (await process.stdout.readline()).decode().strip()
+
+
+async def test_blocks_of_a_writer_that_was_stopped_wait_for_its_last_write(house: House) -> None:
+    _, late = house.job("r1")
+    async with waiting_sender(house, "copy") as process:
+        stop(process)
+        house.rig.receiving_pool[:, :, list(late.blocks)] = 0
+        late.break_lease()
+        assert house.pool.num_quarantined == len(late.blocks)
+
+        # Others use every block that may be had, and one is served meanwhile.
+        job, landing = house.job("another")
+        await house.rig.transfer(job)
+        rest = house.take_all()
+        assert not {*late.blocks} & {*landing.blocks, *rest.blocks}
+        house.rig.receiving_pool[:, :, list(rest.blocks)] = 7
+        assert house.pool.acquire(1) is None
+        assert house.pool.num_quarantined == len(late.blocks)
+
+        wake(process)
+        await until(lambda: house.pool.num_quarantined == 0)
+        assert house.rig.receiving_pool[:, :, list(late.blocks)].any(), "the late write did happen"
+        job.assert_arrived()
+        assert (house.state(rest) == 7).all()
+        assert "lease" in await said_next(process)
+        for table in (landing.table, rest):
+            table.release()
+        assert [type(error) for error in late.errors] == [TransferFailed]
+
+
+async def test_a_sender_that_was_stopped_before_it_held_the_lock_holds_no_block(house: House) -> None:
+    _, late = house.job("r1")
+    async with waiting_sender(house, "lock") as process:
+        stop(process)
+        late.break_lease()
+        assert house.pool.num_quarantined == 0
+        everything = house.take_all()
+        assert {*late.blocks} <= {*everything.blocks}
+        house.rig.receiving_pool[:] = 7
+
+        wake(process)
+        assert "lease" in await said_next(process)
+        await until(lambda: late.ended)
+        assert (house.rig.receiving_pool == 7).all()
+        everything.release()
+
+
+async def test_a_killed_writer_frees_its_blocks_at_once(house: House) -> None:
+    _, late = house.job("r1")
+    async with waiting_sender(house, "copy") as process:
+        late.break_lease()
+        assert house.pool.num_quarantined == len(late.blocks)
+        process.send_signal(signal.SIGKILL)
+        assert await process.wait() == -signal.SIGKILL
+        await until(lambda: house.at_rest, seconds=2)
+
+
+async def test_a_sender_that_is_given_up_for_dead_is_waited_for(house: House) -> None:
+    """Its call has ended; it still writes."""
+    _, late = house.job("r1")
+    async with waiting_sender(house, "copy") as process:
+        stop(process)
+        await house.rig.stop()
+        assert late.ended
+        assert house.pool.num_quarantined == len(late.blocks)
+        assert house.pool.acquire(POOL_BLOCKS) is None
+        wake(process)
+        await until(lambda: house.at_rest)
+        assert (await said_next(process)).startswith("failed: ")
+
+
+async def test_the_service_closes_while_a_writer_is_waited_for(house: House) -> None:
+    _, late = house.job("r1")
+    async with waiting_sender(house, "copy") as process:
+        stop(process)
+        await house.rig.stop()
+        assert late.ended
+        assert house.rig.service is not None
+        house.rig.service.close()
+        await until(lambda: house.at_rest, seconds=2)
+
+
+async def test_a_seal_over_blocks_that_are_still_locked_is_refused(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, landing = house.job("r1")
+    held: list[kv_transfer.shm_transport._ShmLink] = []
+    rest = kv_transfer.shm_transport._ShmLink.rest
+    monkeypatch.setattr(kv_transfer.shm_transport._ShmLink, "rest", lambda self: held.append(self))
+    with pytest.raises(TransferFailed, match="may still write into"):
+        await house.rig.transfer(job)
+    assert landing.first_token is None
+    assert house.pool.num_quarantined == len(landing.blocks)
+    rest(held[0])
+
+
+async def test_nothing_is_granted_without_the_lock(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PeerMemory, "lock", lambda self, key: None)
+    job, landing = house.job("r1")
+    before = house.state(landing.table)
+    with pytest.raises(TransferFailed, match="does not hold the lock"):
+        await house.rig.transfer(job)
+    assert torch.equal(house.state(landing.table), before)
+
+
+async def test_what_was_written_is_verified_where_it_lies(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = kv_transfer.shm_transport.copy_parts
+
+    def spoil(parts: list[memoryview], rows: Rows, blocks: list[int], size: int, layers: range, tokens: range) -> int:
+        crc = copy(parts, rows, blocks, size, layers, tokens)
+        if tokens.start == 0:
+            rows[2, 1, blocks[0] * size + 3, 5] ^= 1
+        return crc
+
+    monkeypatch.setattr(kv_transfer.shm_transport, "copy_parts", spoil)
+    job, landing = house.job("r1")
+    with pytest.raises(TransferFailed, match="payload of KV frame 0 fails its checksum"):
+        await house.rig.transfer(job)
+    assert landing.first_token is None
+    assert house.rig.received.corrupt_frames == 1
+
+
+async def test_memory_of_a_peer_that_is_gone_is_let_go() -> None:
+    """A mapping would keep all of it."""
+    transport = kv_transfer.shm_transport.ShmTransport(config_with())
+    before = mapped_pools()
+    async with peer("receive", "--shm") as (process, port):
+        rig = Rig(FINGERPRINT, transport, f"127.0.0.1:{port}", shared_pool=False)
+        await rig.transfer(rig.job())
+        assert mapped_pools() == before + 1
+        process.send_signal(signal.SIGKILL)
+        assert await process.wait() == -signal.SIGKILL
+        await until(lambda: mapped_pools() == before)
+    await transport.aclose()
+
+
+def mapped_pools() -> int:
+    return Path("/proc/self/maps").read_text().count("/memfd:tandem-kv-")
+
+
+def test_only_what_a_receiver_made_is_mapped() -> None:
+    memory = SharedMemory()
+    memory.allocate(8192)
+    own = os.getpid()
+    PeerMemory(own, memory.fd, memory.id, 8192).close()
+    with pytest.raises(TransferFailed, match="not where it says"):
+        PeerMemory(own, memory.fd, "another", 8192)
+    with pytest.raises(TransferFailed, match="cannot be opened"):
+        PeerMemory(own, 1 << 20, memory.id, 8192)
+    with pytest.raises(TransferFailed, match="has 8192 bytes where its blocks take 4096"):
+        PeerMemory(own, memory.fd, memory.id, 4096)
+    unsealed = os.memfd_create("tandem-kv-x")
+    os.ftruncate(unsealed, 8192)
+    with pytest.raises(TransferFailed, match="no sealed memory"):
+        PeerMemory(own, unsealed, "x", 8192)
+    os.close(unsealed)
+
+
+def test_memory_that_no_machine_has_is_refused() -> None:
+    with pytest.raises(MemoryError):
+        SharedMemory().allocate(1 << 60)
