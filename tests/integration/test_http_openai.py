@@ -242,7 +242,7 @@ def test_health_readiness_and_metrics(service: Service, client: openai.OpenAI, u
     finished = service.status().finished_requests
     answers = [httpx.get(f"{url}/ready") for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200] * 3
-    assert answers[0].json()["transport"] == "grpc"
+    assert answers[0].json()["transport"] == "shm"
     assert answers[0].json()["kv_bytes"] > 0, "KV crossed between the workers"
     assert service.status().finished_requests == finished + 1, "asked three times, tried once"
     samples = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if not line.startswith("#")]
@@ -253,7 +253,7 @@ def test_health_readiness_and_metrics(service: Service, client: openai.OpenAI, u
         assert values[f"tandem_{name}_seconds_count"] >= 1
     for phase in ("queue", "prefill", "handoff", "first_decode", "decode"):
         assert values[f'tandem_phase_seconds_count{{phase="{phase}"}}'] >= 1
-    assert values['tandem_kv_transferred_bytes_total{transport="grpc"}'] > 0
+    assert values['tandem_kv_transferred_bytes_total{transport="shm"}'] > 0
     ups = {name: value for name, value in values.items() if name.startswith("tandem_worker_up")}
     assert sorted(name.partition('roles="')[2].partition('"')[0] for name in ups) == ["decode", "prefill"]
     assert set(ups.values()) == {1}

@@ -81,7 +81,7 @@ def test_real_workers_send_a_quarter_of_the_bytes_and_say_nearly_the_same(tmp_pa
     prompt = [3 + at * 7 % 120 for at in range(200)]
     answers = {}
     for name in ("native", "int8"):
-        with running_service(tmp_path / name, prefill=0, wait=False) as service:
+        with running_service(tmp_path / name, prefill=0, wait=False, router={"transport": "grpc"}) as service:
             service.start_worker("prefill-0", "prefill", worker={"wire_dtype": name})
             service.wait_joined(2)
             answers[name] = service.client.complete(prompt, max_tokens=32, ignore_eos=True).choices[0]
