@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
-from kv_rig import FINGERPRINT, Rig, config_with, int8_rig, random_pool, until
+from kv_rig import FINGERPRINT, Rig, config_with, int8_rig, random_pool, shm_rig, until
 from service import running_service
 
 import kv_transfer.grpc_transport
-from kv_transfer.codec import describe
+from kv_transfer.codec import describe, encode
 from kv_transfer.messages import Data
+from kv_transfer.sender import opening_of
+from kv_transfer.service import MAX_MESSAGE_BYTES, METHODS, SERVICE
 from tandem.errors import Refused, TransferFailed
+from tandem.rpc import make_channel
 
 
 @pytest.fixture
@@ -76,6 +80,22 @@ async def test_a_flipped_bit_of_a_scale_or_a_value_fails_the_checksum(
     await rig.assert_healthy()
 
 
+async def test_what_is_written_into_the_pool_itself_is_native_only() -> None:
+    async with shm_rig(FINGERPRINT, config_with()) as rig:
+        job = rig.job()
+        opening = encode(opening_of(job.target, "int8"))
+        async with make_channel(rig.address, MAX_MESSAGE_BYTES) as channel:
+            call = channel.stream_stream(f"/{SERVICE}/{METHODS['shm']}")(iter([opening]), timeout=20)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "native KV, not int8" in str(caught.value.details())
+        assert [type(error) for error in job.landing.errors] == [Refused]
+        await rig.assert_healthy()
+
+
+# Two services start one after the other: seconds on quiet cores.
+@pytest.mark.timeout(300)
 def test_real_workers_send_a_quarter_of_the_bytes_and_say_nearly_the_same(tmp_path: Path) -> None:
     """The prefill worker decides; the decode worker is configured as ever."""
     prompt = [3 + at * 7 % 120 for at in range(200)]
