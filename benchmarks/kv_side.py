@@ -4,6 +4,7 @@
     kv_side.py receive CONFIG CLUSTER             says its port, likewise
     kv_side.py send CONFIG CLUSTER PORT           answers {"transport": ..., "tokens": ...} with {"seconds": ...}
 
+Payloads through shared memory have no checksum where KV_SIDE_UNCHECKED is set.
 CLUSTER: empty for a process outside Ray. CONFIG: settings of Tandem, JSON.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,13 +22,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+import kv_transfer.pool_io
 from kv_transfer.base import Source, Target, TransferSummary, Transport
 from kv_transfer.grpc_transport import GrpcTransport
 from kv_transfer.layout import KVLayout
 from kv_transfer.plasma import connect
 from kv_transfer.ray_transport import RayTransport
 from kv_transfer.service import MAX_MESSAGE_BYTES, KVService
+from kv_transfer.shared_memory import SharedMemory
+from kv_transfer.shm_transport import ShmTransport
 from tandem.config import TandemConfig, parse_config
+from tandem.engine.kv_cache import Allocate, KVCache
 from tandem.engine.process import tune_process
 from tandem.errors import TandemError
 from tandem.rpc import bind, make_server
@@ -43,10 +49,10 @@ def say(**fact: object) -> None:
     print(json.dumps(fact), flush=True)
 
 
-def pool() -> Tensor:
-    layout = KVLayout.of(FINGERPRINT)
-    blocks = MAX_TOKENS // layout.block_size
-    return torch.rand(layout.num_layers, 2, blocks, layout.block_size, layout.num_kv_heads, layout.head_dim)
+def pool(allocate: Allocate | None = None) -> Tensor:
+    """As the engine of a worker has it."""
+    memory = KVCache(FINGERPRINT, MAX_TOKENS // FINGERPRINT.block_size, "cpu", allocate).pool
+    return memory.uniform_()
 
 
 class Landing:
@@ -74,8 +80,8 @@ class Landing:
 class Landings:
     fingerprint = FINGERPRINT
 
-    def __init__(self) -> None:
-        self._pool = pool()
+    def __init__(self, memory: SharedMemory) -> None:
+        self._pool = pool(memory.allocate)
         self._blocks = tuple(torch.randperm(self._pool.shape[2]).tolist())
 
     def find(self, reservation_id: str) -> Landing:
@@ -83,7 +89,8 @@ class Landings:
 
 
 async def receive(config: TandemConfig) -> None:
-    service = KVService(Landings(), config, plasma=connect())
+    memory = SharedMemory()
+    service = KVService(Landings(memory), config, plasma=connect(), memory=memory)
     server = make_server(MAX_MESSAGE_BYTES)
     server.add_generic_rpc_handlers((service,))
     port = bind(server, "127.0.0.1", 0)
@@ -96,7 +103,7 @@ async def receive(config: TandemConfig) -> None:
 
 async def send(config: TandemConfig, port: int) -> None:
     plasma = connect()
-    transports: dict[str, Transport] = {"grpc": GrpcTransport(config)}
+    transports: dict[str, Transport] = {"grpc": GrpcTransport(config), "shm": ShmTransport(config)}
     if plasma is not None:
         transports["ray"] = RayTransport(config, plasma)
     memory = pool()
@@ -135,7 +142,14 @@ def in_ray(**arguments: object) -> Iterator[str]:
         ray.shutdown()
 
 
+def leave_payloads_unchecked() -> None:
+    kv_transfer.pool_io.crc32 = lambda data, start=0: 0
+    kv_transfer.pool_io.crc32_of_parts = lambda parts: 0
+
+
 def main() -> None:
+    if os.environ.get("KV_SIDE_UNCHECKED"):
+        leave_payloads_unchecked()
     end, *rest = sys.argv[1:]
     if end == "head":
         store = {"object_store_memory": int(rest[1]), "_temp_dir": rest[0]}

@@ -4,7 +4,8 @@ usage: python benchmarks/kv_transfer.py [--rounds 7] [--mib 1 16 128] [--output 
 
 For each transport and size: GB/s from the opening to the acknowledged seal, as a share of two roofs that the same run
 measures (a warm memcpy on one core, a raw loopback socket between two processes), and CPU seconds of both ends and of
-Ray's own processes per GB. The cases take turns, round by round; figures are medians. Checksums are on, as always.
+Ray's own processes per GB. The cases take turns, round by round; figures are medians. Checksums are on, as always; one
+case goes without those of payloads, to show what they cost.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import record
@@ -35,24 +37,35 @@ HERE = Path(__file__).resolve().parent
 TOKEN_BYTES = 12 * 2 * 12 * 64 * 4
 STORE_BYTES = 1 << 30
 ROOF_BYTES = 256 << 20
-# Name of a case: its transport, and what Ray's processes are told.
-TRANSPORTS: dict[str, tuple[str, dict[str, str] | None]] = {
-    "grpc": ("grpc", None),
-    "ray": ("ray", {}),
-    "ray, memory preallocated": ("ray", {"RAY_preallocate_plasma_memory": "1"}),
+
+
+class Case(NamedTuple):
+    transport: str
+    # In a Ray cluster of its own.
+    ray: bool = False
+    # Of all its processes.
+    environment: Mapping[str, str] = MappingProxyType({})
+
+
+CASES = {
+    "shm": Case("shm"),
+    "shm, payloads unchecked": Case("shm", environment={"KV_SIDE_UNCHECKED": "1"}),
+    "grpc": Case("grpc"),
+    "ray": Case("ray", ray=True),
+    "ray, memory preallocated": Case("ray", ray=True, environment={"RAY_preallocate_plasma_memory": "1"}),
 }
 
 
 class Pair:
     """A sender and a receiver, and the Ray cluster under them if there is one."""
 
-    def __init__(self, stack: ExitStack, transport: str, ray: dict[str, str] | None, settings: dict[str, int]) -> None:
-        self._transport = transport
+    def __init__(self, stack: ExitStack, case: Case, settings: dict[str, int]) -> None:
+        self._transport = case.transport
         config = json.dumps({"worker": settings})
-        environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **(ray or {})}
+        environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **case.environment}
         self._sides: list[Side] = []
         cluster = ""
-        if ray is not None:
+        if case.ray:
             folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             cluster = self._start(stack, environment, "head", folder, str(STORE_BYTES)).hello["address"]
@@ -112,7 +125,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--mib", type=int, nargs="+", default=[1, 16, 128])
-    parser.add_argument("--transport", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
+    parser.add_argument("--transport", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=BYTES", help="of the worker's configuration")
     parser.add_argument("--output", type=Path, help="write the results as JSON too")
     return parser.parse_args()
@@ -122,7 +135,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, A
     """The roofs and a row for each case."""
     settings = {key: int(value) for key, value in (each.split("=") for each in options.set)}
     with ExitStack() as stack:
-        pairs = {name: Pair(stack, *TRANSPORTS[name], settings) for name in options.transport}
+        pairs = {name: Pair(stack, CASES[name], settings) for name in options.transport}
         cases = [(name, mib) for mib in options.mib for name in pairs]
         samples: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
         roofs: dict[str, list[float]] = {"memcpy": [], "socket": []}

@@ -179,7 +179,7 @@ def test_usage_says_where_the_time_went(client: openai.OpenAI) -> None:
         assert all(span >= 0 for span in spans)
         assert sum(spans) == pytest.approx(table["total_ms"], abs=0.01)
         assert sum(spans[:2]) == pytest.approx(table["ttft_ms"], abs=0.01)
-        assert table["transport"] == "grpc"
+        assert table["transport"] == "shm"
         assert table["kv_bytes"] > 0
 
 
