@@ -43,9 +43,11 @@ class Fences:
 
     def keep(self, blocks: ExitStack, memory: SharedMemory, key: int, request_id: str) -> None:
         """blocks: closed when the lock is free."""
-        watch = asyncio.create_task(_watch(blocks, memory, key, request_id))
+        watch = asyncio.create_task(_watch(memory, key, request_id))
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)
+        # However it ends: one that is cancelled before it began runs no line of its own.
+        watch.add_done_callback(lambda _: blocks.close())
 
     def close(self) -> None:
         """The worker ends, and its pool with it: nobody gets these blocks any more."""
@@ -53,14 +55,13 @@ class Fences:
             watch.cancel()
 
 
-async def _watch(blocks: ExitStack, memory: SharedMemory, key: int, request_id: str) -> None:
+async def _watch(memory: SharedMemory, key: int, request_id: str) -> None:
     log = logs.of_request(__name__, request_id)
     log.warning("its sender holds the blocks of a reservation that is over: they wait for it in quarantine")
-    with blocks:
-        wait_s = _FIRST_LOOK_S
-        while memory.locked(key):
-            await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+    wait_s = _FIRST_LOOK_S
+    while memory.locked(key):
+        await asyncio.sleep(wait_s)
+        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
     log.info("its sender has let go of the blocks")
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kv_transfer.aligned_map import map_aligned
 from tandem.errors import TransferFailed
 from tandem.v1 import registry_pb2
 
@@ -82,7 +83,7 @@ class SharedMemory:
         self.fd = os.memfd_create(_NAME + self.id, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, size)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS_OF_SIZE | fcntl.F_SEAL_SEAL)
-        memory = memoryview(mmap.mmap(self.fd, size))
+        memory = map_aligned(self.fd, size)
         self._address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
         self.size = size
         return memory
@@ -112,7 +113,7 @@ class PeerMemory:
             raise TransferFailed(f"the peer's pool cannot be opened: {error.strerror}") from None
         try:
             _check(self._fd, size)
-            self._map: mmap.mmap | None = mmap.mmap(self._fd, size)
+            self._map: memoryview | None = map_aligned(self._fd, size)
         except BaseException:
             os.close(self._fd)
             raise

@@ -45,7 +45,9 @@ def tune_allocator() -> bool:
 
 
 def use_huge_pages() -> int:
-    """Move this process's own memory into huge pages, wherever a whole one is in use; returns the bytes moved.
+    """Move this process's memory into huge pages, wherever a whole one is in use; returns the bytes moved.
+
+    Of shared memory, what lies in a memfd: a KV pool that others write into.
 
     Call it once model and KV pool are loaded and warm: a decode step reads all weights and misses the TLB at each
     4 KiB page; in huge pages matrices of 1 to 16 rows go 8-12 % faster. Copies what it moves (about 1 s per GiB).
@@ -56,20 +58,22 @@ def use_huge_pages() -> int:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     # One huge page at a time: a call stops at the first that it cannot collapse, such as one never touched.
-    starts = [at for first, last in _private_ranges() for at in range(first, last, _HUGE_PAGE_BYTES)]
+    starts = [at for first, last in _own_ranges() for at in range(first, last, _HUGE_PAGE_BYTES)]
     moved = sum(1 for at in starts if madvise(at, _HUGE_PAGE_BYTES, _MADV_COLLAPSE) == 0)
     logger.debug("huge pages back %d of %d MiB", 2 * moved, 2 * len(starts))
     return _HUGE_PAGE_BYTES * moved
 
 
-def _private_ranges() -> list[tuple[int, int]]:
-    """Address ranges of private, anonymous, writable memory, shrunk to whole huge pages."""
+def _own_ranges() -> list[tuple[int, int]]:
+    """Address ranges of anonymous, writable memory, private or in a memfd, shrunk to whole huge pages."""
     ranges = []
     for line in Path("/proc/self/maps").read_text().splitlines():
-        bounds, permissions, _, _, inode = line.split()[:5]
+        bounds, permissions, _, _, inode, *name = line.split()
         first, last = (int(bound, 16) for bound in bounds.split("-"))
         first = -(-first // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         last = last // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
-        if permissions == "rw-p" and inode == "0" and first < last:
+        private = permissions == "rw-p" and inode == "0"
+        shared = permissions == "rw-s" and name[:1] and name[0].startswith("/memfd:")
+        if (private or shared) and first < last:
             ranges.append((first, last))
     return ranges
