@@ -94,6 +94,22 @@ def test_kv_leaves_and_enters_gpu_memory_bit_by_bit(dtype: torch.dtype) -> None:
     assert not target[0].any()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_on_the_gpu_is_int8_on_the_host(dtype: str) -> None:
+    from kv_transfer.int8 import Int8
+    from kv_transfer.layout import KVLayout
+
+    wire = Int8(KVLayout(3, 2, 64, 16, dtype))
+    pool = torch.randn(3, 2, 8, 16, 2, 64, device="cuda").to(getattr(torch, dtype))
+    cells = ([5, 2, 7], range(1, 3), range(3, 40))
+    payload = b"".join(wire.pieces(pool, *cells))
+    assert payload == b"".join(wire.pieces(pool.cpu(), *cells))
+    there, here = torch.zeros_like(pool), torch.zeros_like(pool, device="cpu")
+    wire.scatter(there, *cells, payload)
+    wire.scatter(here, *cells, payload)
+    assert torch.equal(there.cpu(), here)
+
+
 def test_prefill_and_decode_share_one_gpu(tmp_path: Path) -> None:
     from service import running_service
 
