@@ -25,7 +25,7 @@ from kv_transfer.wire_dtype import Native
 from tandem.config import TandemConfig
 from tandem.errors import TransferFailed
 
-# More is out of the processor's cache by the time that the receiver looks at it, and keeps the two copy threads less even.
+# More is out of the cache when the receiver looks at it, and leaves one of the copy threads idle for longer.
 FRAME_BYTES = 4 << 20
 
 
