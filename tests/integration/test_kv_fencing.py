@@ -170,7 +170,7 @@ async def test_a_sender_that_is_given_up_for_dead_is_waited_for(house: House) ->
     async with waiting_sender(house, "copy") as process:
         stop(process)
         await house.rig.stop()
-        assert late.ended
+        await until(lambda: late.ended)
         assert house.pool.num_quarantined == len(late.blocks)
         assert house.pool.acquire(POOL_BLOCKS) is None
         wake(process)
@@ -183,7 +183,7 @@ async def test_the_service_closes_while_a_writer_is_waited_for(house: House) -> 
     async with waiting_sender(house, "copy") as process:
         stop(process)
         await house.rig.stop()
-        assert late.ended
+        await until(lambda: late.ended)
         assert house.rig.service is not None
         house.rig.service.close()
         await until(lambda: house.at_rest, seconds=2)
