@@ -264,14 +264,12 @@ class Rig:
         edges = [tokens.start, *(start for start in range(0, tokens.stop, chunk) if start > tokens.start), tokens.stop]
         return sum(self.wire.payload_bytes(len(self.layers), range(*span)) for span in pairwise(edges))
 
-    async def transfer(
-        self, job: Job, first_token: int = 7, chunk: int = 9, ranges: list[range] | None = None
-    ) -> TransferSummary:
-        """Sends the ranges, or else the prompt in chunks, and seals."""
+    async def transfer(self, job: Job, first_token: int = 7, chunk: int = 9) -> TransferSummary:
+        """Sends the prompt in chunks, and seals."""
         size = job.target.prompt_tokens
         async with self.transport.open(job.source, job.target) as sender:
-            for tokens in ranges or [range(start, min(start + chunk, size)) for start in range(0, size, chunk)]:
-                await sender.send(self.layers, tokens)
+            for start in range(0, size, chunk):
+                await sender.send(self.layers, range(start, min(start + chunk, size)))
             return await sender.seal(first_token)
 
     async def transfer_in_halves(self, job: Job, between: Callable[[], Awaitable[object]]) -> TransferSummary:
