@@ -134,7 +134,7 @@ def main() -> None:
     options = parser.parse_args()
     found = asyncio.run(measure(options.transports, options.prompts, options.rounds, options.shape))
     cases = {case: summary(samples) for case, samples in found.items()}
-    Console().print(table(cases))
+    Console(width=110).print(table(cases))
     record.write(
         options.output,
         shape=options.shape,
