@@ -113,7 +113,10 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         self._host.promises[reservation.id] = reservation
         queued_ms = (time.monotonic() - started) * 1000
         return worker_pb2.Reservation(
-            reservation_id=reservation.id, cached_tokens=table.cached_tokens, queued_ms=queued_ms
+            reservation_id=reservation.id,
+            cached_tokens=table.cached_tokens,
+            queued_ms=queued_ms,
+            counted_from=self._host.next_heartbeat,
         )
 
     async def _order(self, message: worker_pb2.ReserveRequest) -> Order:

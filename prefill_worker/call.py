@@ -11,7 +11,7 @@ from typing import Any
 
 from kv_transfer.base import Sender, Source, Target, Transport
 from kv_transfer.layout import KVLayout
-from tandem import wire
+from tandem import rpc, wire
 from tandem.engine.engine import Engine
 from tandem.engine.sequence import EngineEvent, Failed, KVWritten, NewToken, Sequence, Started
 from tandem.errors import TandemError, TransferFailed
@@ -56,6 +56,7 @@ class PrefillCall:
 
     async def run(self) -> None:
         async with self._in_engine():
+            await rpc.say_counted_from(self._context, self._host.next_heartbeat)
             started = await self._next(Started)
             started_s = time.monotonic()
             await self._tell(

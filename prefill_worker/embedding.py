@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from prefill_worker.call import leave_engine
-from tandem import logs, wire
+from tandem import logs, rpc, wire
 from tandem.engine.sequence import Embedded, EngineEvent, Failed, Sequence, Started
 from tandem.errors import Refused
 from tandem.v1 import worker_pb2
 from tandem.worker.host import WorkerHost
 
 
-async def embed(host: WorkerHost, message: worker_pb2.EmbedPromptRequest) -> worker_pb2.EmbedPromptResponse:
+async def embed(
+    host: WorkerHost, message: worker_pb2.EmbedPromptRequest, context: Any
+) -> worker_pb2.EmbedPromptResponse:
     """One Embed call. Ending it in any way, also by cancel or deadline, frees the prompt's blocks."""
     logs.about(message.request_id)
     fingerprint = wire.fingerprint_from_wire(message.fingerprint)
@@ -26,6 +29,7 @@ async def embed(host: WorkerHost, message: worker_pb2.EmbedPromptRequest) -> wor
     sequence = Sequence(request, events.put_nowait, decode_here=False, embed=params, prompt_names=names)
     try:
         await host.thread.call(lambda: host.engine.add(sequence))
+        await rpc.say_counted_from(context, host.next_heartbeat)
         return await _until_embedded(events)
     finally:
         # Between steps: the engine may be writing into the blocks this very moment.

@@ -58,11 +58,11 @@ class PrefillRoom(worker_pb2_grpc.PrefillWorkerServicer):
         finally:
             self._live -= 1
 
-    async def Embed(self, message: worker_pb2.EmbedPromptRequest, _context: Any) -> worker_pb2.EmbedPromptResponse:
+    async def Embed(self, message: worker_pb2.EmbedPromptRequest, context: Any) -> worker_pb2.EmbedPromptResponse:
         self._host.require(Role.PREFILL)
         self._live += 1
         try:
-            return await embed(self._host, message)
+            return await embed(self._host, message, context)
         finally:
             self._live -= 1
 

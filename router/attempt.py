@@ -173,7 +173,7 @@ class Attempt:
 
     async def reserve(self) -> None:
         self.reservation = await self._decode_on.reserve(self._request, self.transport, self._remaining_s())
-        self._decode_on.promised.sent(self._request.request_id)
+        self._decode_on.promised.taken(self._request.request_id, self.reservation.counted_from)
         self._decode_on.leases.add(self.reservation.reservation_id)
         self._timeline.mark(Phase.RESERVED)
 
@@ -182,9 +182,9 @@ class Attempt:
         self._place_prefill_again()
         self._prefill_on.attach(self._request.request_id, Role.PREFILL, self._prefill_lost)
         call = self._prefill_on.prefill(self._request, self._target(), self._remaining_s())
-        self._prefill_on.queued.sent(self._request.request_id)
         try:
             with self._prefill_on.calling(Role.PREFILL):
+                self._prefill_on.queued.taken(self._request.request_id, await rpc.counted_from(call))
                 await self._read_prefill(call)
         except TandemError as error:
             if not self._handed_off:

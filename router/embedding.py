@@ -9,6 +9,7 @@ from router.aio import first_error
 from router.placement import choose_prefill
 from router.registry import Registry
 from router.worker import Worker
+from tandem import rpc
 from tandem.errors import TandemError
 from tandem.timeline import Phase, Timeline
 from tandem.types import Role
@@ -68,17 +69,18 @@ class EmbedJob:
             key, tokens = f"{self._admitted.request_id}-{index}", len(prompt.prompt_ids)
             view = choose_prefill(self._registry.snapshot(prompt.block_names), tokens)
             self.prefill_worker, worker = view.worker_id, self._registry[view.worker_id]
+            call = worker.embed(self._message(key, prompt, worker), self._remaining_s())
             worker.queued.place(key, view.to_compute(tokens))
             try:
-                call = worker.embed(self._message(key, prompt, worker), self._remaining_s())
-                worker.queued.sent(key)
                 # A cancelled call of a lost worker raises that loss: `calling` sees to it.
                 worker.attach(key, Role.PREFILL, lambda _loss: call.cancel())
                 with worker.calling(Role.PREFILL):
+                    worker.queued.taken(key, await rpc.counted_from(call))
                     answer: worker_pb2.EmbedPromptResponse = await call
                 worker.prefixes.expect(prompt.block_names)
                 return answer
             finally:
+                call.cancel()
                 worker.queued.drop(key)
                 worker.detach(key, Role.PREFILL)
 

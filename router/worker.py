@@ -103,8 +103,8 @@ class Worker:
         self.load = heartbeat.load
         self._drain_said = heartbeat.draining
         self.prefixes.apply(wire.cache_changes_from_wire(heartbeat.prefix_cache))
-        self.queued.heartbeat()
-        self.promised.heartbeat()
+        self.queued.heartbeat(heartbeat.number)
+        self.promised.heartbeat(heartbeat.number)
         if heartbeat.hello.roles:
             # Its roles alone: nothing else that it was admitted with can change.
             self.roles = wire.roles_from_wire(list(heartbeat.hello.roles))

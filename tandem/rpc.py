@@ -62,6 +62,7 @@ _PLAIN: dict[grpc.StatusCode, type[errors.TandemError]] = {
     grpc.StatusCode.UNIMPLEMENTED: errors.Refused,
 }
 _COUNT = re.compile("[0-9]{1,9}")
+_COUNTED_FROM_KEY = "tandem-counted-from"
 _CODE_KEY, _FIELD_KEY, _RETRY_KEY = "tandem-code", "tandem-field", "tandem-retry-after-ms"
 
 
@@ -136,6 +137,17 @@ async def read(stream: Any) -> Any:
     """The next message of a call or of a handler's context; None at the end."""
     message = await stream.read()
     return None if message is grpc.aio.EOF else message  # type: ignore[attr-defined]
+
+
+async def say_counted_from(context: Any, heartbeat: int) -> None:
+    """Tells the caller which heartbeat is the first to count its request; not after a message."""
+    await context.send_initial_metadata(((_COUNTED_FROM_KEY, str(heartbeat)),))
+
+
+async def counted_from(call: Any) -> int:
+    """What `say_counted_from` told; 0 when the call ended before."""
+    said = dict(await call.initial_metadata() or ()).get(_COUNTED_FROM_KEY, "")
+    return int(said) if _COUNT.fullmatch(said) else 0
 
 
 async def ended(call: Any) -> errors.TandemError:

@@ -157,16 +157,18 @@ class PrefixCacheChanges(_message.Message):
     def __init__(self, reset: _Optional[bool] = ..., lost: _Optional[bytes] = ..., gained: _Optional[bytes] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("hello", "load", "draining", "prefix_cache")
+    __slots__ = ("hello", "load", "draining", "prefix_cache", "number")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     load: Load
     draining: bool
     prefix_cache: PrefixCacheChanges
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[bool] = ..., prefix_cache: _Optional[_Union[PrefixCacheChanges, _Mapping]] = ...) -> None: ...
+    number: int
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: _Optional[bool] = ..., prefix_cache: _Optional[_Union[PrefixCacheChanges, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Directive(_message.Message):
     __slots__ = ("welcome", "drain", "set_roles", "dismiss")

@@ -26,7 +26,7 @@ from tandem.v1 import common_pb2 as tandem_dot_v1_dot_common__pb2
 from tandem.v1 import registry_pb2 as tandem_dot_v1_dot_registry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/worker.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\x1a\x18tandem/v1/registry.proto\"\x87\x01\n\rEngineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x16\n\nprompt_ids\x18\x03 \x03(\rB\x02\x10\x01\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\x12\n\ncache_salt\x18\x05 \x01(\t\"v\n\x0eTransferTarget\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x16\n\x0ereservation_id\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"\x93\x01\n\x0ePrefillRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.tandem.v1.EngineRequest\x12)\n\x06target\x18\x02 \x01(\x0b\x32\x19.tandem.v1.TransferTarget\x12+\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x16.tandem.v1.Fingerprint\"\x98\x01\n\x0cPrefillEvent\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.tandem.v1.PrefillStartedH\x00\x12,\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x15.tandem.v1.FirstTokenH\x00\x12#\n\x06sealed\x18\x03 \x01(\x0b\x32\x11.tandem.v1.SealedH\x00\x42\x07\n\x05\x65vent\"\xb9\x01\n\x12\x45mbedPromptRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\nprompt_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x12\n\ncache_salt\x18\x03 \x01(\t\x12#\n\x07pooling\x18\x04 \x01(\x0e\x32\x12.tandem.v1.Pooling\x12\x11\n\tnormalize\x18\x05 \x01(\x08\x12+\n\x0b\x66ingerprint\x18\x06 \x01(\x0b\x32\x16.tandem.v1.Fingerprint\"<\n\x13\x45mbedPromptResponse\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\":\n\x0ePrefillStarted\x12\x11\n\tqueued_ms\x18\x01 \x01(\x01\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"q\n\nFirstToken\x12\x1f\n\x05token\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Token\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x12\n\ncompute_ms\x18\x03 \x01(\x01\"S\n\x06Sealed\x12+\n\x07summary\x18\x01 \x01(\x0b\x32\x1a.tandem.v1.TransferSummary\x12\x1c\n\x14\x61\x66ter_first_token_ms\x18\x02 \x01(\x01\"X\n\x0fTransferSummary\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x02 \x01(\r\x12\x13\n\x0btransfer_ms\x18\x03 \x01(\x01\x12\x11\n\thidden_ms\x18\x04 \x01(\x01\"\x8c\x01\n\x0eReserveRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.tandem.v1.EngineRequest\x12\x15\n\rsubscriber_id\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\x04\"O\n\x0bReservation\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x11\n\tqueued_ms\x18\x03 \x01(\x01\"9\n\x0cRenewRequest\x12\x17\n\x0freservation_ids\x18\x01 \x03(\t\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"\x0f\n\rRenewResponse\")\n\x10SubscribeRequest\x12\x15\n\rsubscriber_id\x18\x01 \x01(\t\"8\n\nTokenBatch\x12*\n\x08requests\x18\x01 \x03(\x0b\x32\x18.tandem.v1.RequestTokens\"\xeb\x01\n\rRequestTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12 \n\x06tokens\x18\x04 \x03(\x0b\x32\x10.tandem.v1.Token\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12#\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x12.tandem.v1.Failure\x12\x1a\n\rdecode_gap_ms\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_decode_gap_ms\"3\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\x0f\n\rAbortResponse\"\x17\n\x15\x43heckIntegrityRequest2\x98\x01\n\rPrefillWorker\x12?\n\x07Prefill\x12\x19.tandem.v1.PrefillRequest\x1a\x17.tandem.v1.PrefillEvent0\x01\x12\x46\n\x05\x45mbed\x12\x1d.tandem.v1.EmbedPromptRequest\x1a\x1e.tandem.v1.EmbedPromptResponse2\x87\x02\n\x0c\x44\x65\x63odeWorker\x12<\n\x07Reserve\x12\x19.tandem.v1.ReserveRequest\x1a\x16.tandem.v1.Reservation\x12:\n\x05Renew\x12\x17.tandem.v1.RenewRequest\x1a\x18.tandem.v1.RenewResponse\x12\x41\n\tSubscribe\x12\x1b.tandem.v1.SubscribeRequest\x1a\x15.tandem.v1.TokenBatch0\x01\x12:\n\x05\x41\x62ort\x12\x17.tandem.v1.AbortRequest\x1a\x18.tandem.v1.AbortResponse2W\n\x0bWorkerAdmin\x12H\n\x0e\x43heckIntegrity\x12 .tandem.v1.CheckIntegrityRequest\x1a\x14.tandem.v1.Integrityb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/worker.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\x1a\x18tandem/v1/registry.proto\"\x87\x01\n\rEngineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x16\n\nprompt_ids\x18\x03 \x03(\rB\x02\x10\x01\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\x12\n\ncache_salt\x18\x05 \x01(\t\"v\n\x0eTransferTarget\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x16\n\x0ereservation_id\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"\x93\x01\n\x0ePrefillRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.tandem.v1.EngineRequest\x12)\n\x06target\x18\x02 \x01(\x0b\x32\x19.tandem.v1.TransferTarget\x12+\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x16.tandem.v1.Fingerprint\"\x98\x01\n\x0cPrefillEvent\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.tandem.v1.PrefillStartedH\x00\x12,\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x15.tandem.v1.FirstTokenH\x00\x12#\n\x06sealed\x18\x03 \x01(\x0b\x32\x11.tandem.v1.SealedH\x00\x42\x07\n\x05\x65vent\"\xb9\x01\n\x12\x45mbedPromptRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\nprompt_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x12\n\ncache_salt\x18\x03 \x01(\t\x12#\n\x07pooling\x18\x04 \x01(\x0e\x32\x12.tandem.v1.Pooling\x12\x11\n\tnormalize\x18\x05 \x01(\x08\x12+\n\x0b\x66ingerprint\x18\x06 \x01(\x0b\x32\x16.tandem.v1.Fingerprint\"<\n\x13\x45mbedPromptResponse\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\":\n\x0ePrefillStarted\x12\x11\n\tqueued_ms\x18\x01 \x01(\x01\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"q\n\nFirstToken\x12\x1f\n\x05token\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Token\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x12\n\ncompute_ms\x18\x03 \x01(\x01\"S\n\x06Sealed\x12+\n\x07summary\x18\x01 \x01(\x0b\x32\x1a.tandem.v1.TransferSummary\x12\x1c\n\x14\x61\x66ter_first_token_ms\x18\x02 \x01(\x01\"X\n\x0fTransferSummary\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x02 \x01(\r\x12\x13\n\x0btransfer_ms\x18\x03 \x01(\x01\x12\x11\n\thidden_ms\x18\x04 \x01(\x01\"\x8c\x01\n\x0eReserveRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.tandem.v1.EngineRequest\x12\x15\n\rsubscriber_id\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\x04\"e\n\x0bReservation\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x11\n\tqueued_ms\x18\x03 \x01(\x01\x12\x14\n\x0c\x63ounted_from\x18\x04 \x01(\x04\"9\n\x0cRenewRequest\x12\x17\n\x0freservation_ids\x18\x01 \x03(\t\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"\x0f\n\rRenewResponse\")\n\x10SubscribeRequest\x12\x15\n\rsubscriber_id\x18\x01 \x01(\t\"8\n\nTokenBatch\x12*\n\x08requests\x18\x01 \x03(\x0b\x32\x18.tandem.v1.RequestTokens\"\xeb\x01\n\rRequestTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12 \n\x06tokens\x18\x04 \x03(\x0b\x32\x10.tandem.v1.Token\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12#\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x12.tandem.v1.Failure\x12\x1a\n\rdecode_gap_ms\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_decode_gap_ms\"3\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\x0f\n\rAbortResponse\"\x17\n\x15\x43heckIntegrityRequest2\x98\x01\n\rPrefillWorker\x12?\n\x07Prefill\x12\x19.tandem.v1.PrefillRequest\x1a\x17.tandem.v1.PrefillEvent0\x01\x12\x46\n\x05\x45mbed\x12\x1d.tandem.v1.EmbedPromptRequest\x1a\x1e.tandem.v1.EmbedPromptResponse2\x87\x02\n\x0c\x44\x65\x63odeWorker\x12<\n\x07Reserve\x12\x19.tandem.v1.ReserveRequest\x1a\x16.tandem.v1.Reservation\x12:\n\x05Renew\x12\x17.tandem.v1.RenewRequest\x1a\x18.tandem.v1.RenewResponse\x12\x41\n\tSubscribe\x12\x1b.tandem.v1.SubscribeRequest\x1a\x15.tandem.v1.TokenBatch0\x01\x12:\n\x05\x41\x62ort\x12\x17.tandem.v1.AbortRequest\x1a\x18.tandem.v1.AbortResponse2W\n\x0bWorkerAdmin\x12H\n\x0e\x43heckIntegrity\x12 .tandem.v1.CheckIntegrityRequest\x1a\x14.tandem.v1.Integrityb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -60,27 +60,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESERVEREQUEST']._serialized_start=1251
   _globals['_RESERVEREQUEST']._serialized_end=1391
   _globals['_RESERVATION']._serialized_start=1393
-  _globals['_RESERVATION']._serialized_end=1472
-  _globals['_RENEWREQUEST']._serialized_start=1474
-  _globals['_RENEWREQUEST']._serialized_end=1531
-  _globals['_RENEWRESPONSE']._serialized_start=1533
-  _globals['_RENEWRESPONSE']._serialized_end=1548
-  _globals['_SUBSCRIBEREQUEST']._serialized_start=1550
-  _globals['_SUBSCRIBEREQUEST']._serialized_end=1591
-  _globals['_TOKENBATCH']._serialized_start=1593
-  _globals['_TOKENBATCH']._serialized_end=1649
-  _globals['_REQUESTTOKENS']._serialized_start=1652
-  _globals['_REQUESTTOKENS']._serialized_end=1887
-  _globals['_ABORTREQUEST']._serialized_start=1889
-  _globals['_ABORTREQUEST']._serialized_end=1940
-  _globals['_ABORTRESPONSE']._serialized_start=1942
-  _globals['_ABORTRESPONSE']._serialized_end=1957
-  _globals['_CHECKINTEGRITYREQUEST']._serialized_start=1959
-  _globals['_CHECKINTEGRITYREQUEST']._serialized_end=1982
-  _globals['_PREFILLWORKER']._serialized_start=1985
-  _globals['_PREFILLWORKER']._serialized_end=2137
-  _globals['_DECODEWORKER']._serialized_start=2140
-  _globals['_DECODEWORKER']._serialized_end=2403
-  _globals['_WORKERADMIN']._serialized_start=2405
-  _globals['_WORKERADMIN']._serialized_end=2492
+  _globals['_RESERVATION']._serialized_end=1494
+  _globals['_RENEWREQUEST']._serialized_start=1496
+  _globals['_RENEWREQUEST']._serialized_end=1553
+  _globals['_RENEWRESPONSE']._serialized_start=1555
+  _globals['_RENEWRESPONSE']._serialized_end=1570
+  _globals['_SUBSCRIBEREQUEST']._serialized_start=1572
+  _globals['_SUBSCRIBEREQUEST']._serialized_end=1613
+  _globals['_TOKENBATCH']._serialized_start=1615
+  _globals['_TOKENBATCH']._serialized_end=1671
+  _globals['_REQUESTTOKENS']._serialized_start=1674
+  _globals['_REQUESTTOKENS']._serialized_end=1909
+  _globals['_ABORTREQUEST']._serialized_start=1911
+  _globals['_ABORTREQUEST']._serialized_end=1962
+  _globals['_ABORTRESPONSE']._serialized_start=1964
+  _globals['_ABORTRESPONSE']._serialized_end=1979
+  _globals['_CHECKINTEGRITYREQUEST']._serialized_start=1981
+  _globals['_CHECKINTEGRITYREQUEST']._serialized_end=2004
+  _globals['_PREFILLWORKER']._serialized_start=2007
+  _globals['_PREFILLWORKER']._serialized_end=2159
+  _globals['_DECODEWORKER']._serialized_start=2162
+  _globals['_DECODEWORKER']._serialized_end=2425
+  _globals['_WORKERADMIN']._serialized_start=2427
+  _globals['_WORKERADMIN']._serialized_end=2514
 # @@protoc_insertion_point(module_scope)

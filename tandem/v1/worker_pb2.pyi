@@ -133,14 +133,16 @@ class ReserveRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[EngineRequest, _Mapping]] = ..., subscriber_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., transport: _Optional[str] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class Reservation(_message.Message):
-    __slots__ = ("reservation_id", "cached_tokens", "queued_ms")
+    __slots__ = ("reservation_id", "cached_tokens", "queued_ms", "counted_from")
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FROM_FIELD_NUMBER: _ClassVar[int]
     reservation_id: str
     cached_tokens: int
     queued_ms: float
-    def __init__(self, reservation_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., queued_ms: _Optional[float] = ...) -> None: ...
+    counted_from: int
+    def __init__(self, reservation_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., queued_ms: _Optional[float] = ..., counted_from: _Optional[int] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("reservation_ids", "lease_ms")

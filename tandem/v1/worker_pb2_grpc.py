@@ -27,7 +27,9 @@ if _version_not_supported:
 
 
 class PrefillWorkerStub:
-    """Missing associated documentation comment in .proto file."""
+    """Once a prompt is in the worker's queue, either call says so by initial metadata: `tandem-counted-from` is the number of
+    the worker's first heartbeat that counts it.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -48,7 +50,9 @@ class PrefillWorkerStub:
 
 
 class PrefillWorkerServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Once a prompt is in the worker's queue, either call says so by initial metadata: `tandem-counted-from` is the number of
+    the worker's first heartbeat that counts it.
+    """
 
     def Prefill(self, request, context):
         """Computes a prompt, samples its first token and moves its KV to the target.
@@ -87,7 +91,9 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillWorker:
-    """Missing associated documentation comment in .proto file."""
+    """Once a prompt is in the worker's queue, either call says so by initial metadata: `tandem-counted-from` is the number of
+    the worker's first heartbeat that counts it.
+    """
 
     @staticmethod
     def Prefill(request,

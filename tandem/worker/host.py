@@ -92,6 +92,8 @@ class WorkerHost:
         self.news = asyncio.Event()
         # Set once a router has taken this worker in.
         self.joined = asyncio.Event()
+        # Number of the heartbeat that is made next: what has happened by now is counted in it.
+        self.next_heartbeat = 1
         # Whether a router has this worker in its routing now, and whether it has said that nothing comes any more.
         self.linked = False
         self.dismissed = False

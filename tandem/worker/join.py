@@ -111,7 +111,10 @@ class _Link:
     def _heartbeat(self, hello: registry_pb2.Hello | None = None) -> registry_pb2.Heartbeat:
         first, self._begun = not self._begun, True
         changes = self._host.engine.pool.cache_changes(MAX_CHANGES, restart=first)
+        number = self._host.next_heartbeat
+        self._host.next_heartbeat += 1
         return registry_pb2.Heartbeat(
+            number=number,
             hello=hello,
             load=self._host.load(),
             draining=self._host.draining,

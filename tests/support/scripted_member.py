@@ -43,7 +43,7 @@ class ScriptedMember:
         # Silent: no heartbeats. Tests that read join_error ask for it first: a write that meets the end of the call
         # makes grpc.aio forget the status that the router sent ("Internal error from Core").
         self.silent = self.draining = False
-        self.beats = 0
+        self.beats, self.next_heartbeat = 0, 1
 
     def open(self, port: int) -> None:
         self.address = self.address or f"127.0.0.1:{port}"
@@ -95,7 +95,11 @@ class ScriptedMember:
         )
 
     async def beat(self, hello: registry_pb2.Hello | None = None) -> None:
-        await self.call.write(registry_pb2.Heartbeat(hello=hello, load=self.load, draining=self.draining))
+        number = self.next_heartbeat
+        self.next_heartbeat += 1
+        await self.call.write(
+            registry_pb2.Heartbeat(hello=hello, load=self.load, draining=self.draining, number=number)
+        )
         self.beats += 1
 
     async def _read_directives(self) -> None:

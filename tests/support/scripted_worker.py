@@ -155,7 +155,7 @@ class ScriptedWorker(
             raise
         reservation_id = f"reservation-{request.request.request_id}"
         self._reservations[reservation_id] = request
-        return worker_pb2.Reservation(reservation_id=reservation_id, cached_tokens=1)
+        return worker_pb2.Reservation(reservation_id=reservation_id, cached_tokens=1, counted_from=self.next_heartbeat)
 
     async def Renew(self, request: worker_pb2.RenewRequest, context: Any) -> worker_pb2.RenewResponse:
         self.renewed.append(list(request.reservation_ids))
@@ -198,6 +198,7 @@ class ScriptedWorker(
             raise
 
     async def _prefill(self, request: worker_pb2.PrefillRequest, request_id: str, context: Any) -> None:
+        await rpc.say_counted_from(context, self.next_heartbeat)
         await self.reach("start", request_id)
         started = worker_pb2.PrefillStarted(queued_ms=1, cached_tokens=2)
         await context.write(worker_pb2.PrefillEvent(started=started))
@@ -217,6 +218,7 @@ class ScriptedWorker(
     async def Embed(self, request: worker_pb2.EmbedPromptRequest, context: Any) -> worker_pb2.EmbedPromptResponse:
         """The vector of a prompt is its first token and its length."""
         self.embed_requests.append(request)
+        await rpc.say_counted_from(context, self.next_heartbeat)
         try:
             await self.reach("embed", request.request_id)
         except asyncio.CancelledError:

@@ -100,18 +100,19 @@ def test_exactly_the_pool_fits() -> None:
         choose(workers, Demand(24, 10))
 
 
-def test_the_ledger_keeps_what_the_worker_has_not_been_told_yet() -> None:
+def test_the_ledger_keeps_what_no_heartbeat_has_counted_yet() -> None:
     ledger = Ledger()
-    ledger.place("told", 5)
+    ledger.place("taken", 5)
     ledger.place("waiting", 7)
-    ledger.sent("told")
-    ledger.sent("unknown")
+    ledger.taken("taken", counted_from=9)
+    ledger.taken("unknown", counted_from=1)
+    ledger.heartbeat(8)  # was on its way when the worker took it
     assert (ledger.total, len(ledger)) == (12, 2)
-    ledger.heartbeat()
+    ledger.heartbeat(9)
     assert (ledger.total, len(ledger)) == (7, 1)
-    ledger.drop("told")
-    ledger.drop("waiting")
-    ledger.heartbeat()
+    ledger.taken("waiting", counted_from=9)  # the heartbeat overtook the word of it
+    assert (ledger.total, len(ledger)) == (0, 0)
+    ledger.drop("taken")
     assert (ledger.total, len(ledger)) == (0, 0)
 
 

@@ -103,9 +103,10 @@ async def test_the_view_counts_what_was_placed_since_the_heartbeat(worker: Worke
     worker.promised.place("r", 4)
     view = worker.view()
     assert (view.queued_prompt_tokens, view.free_blocks, view.live_requests) == (23, 6, 1)
-    worker.queued.sent("r")
-    worker.promised.sent("r")
-    worker.hear(registry_pb2.Heartbeat(load=registry_pb2.Load(free_blocks=5, queued_prompt_tokens=20, reservations=1)))
+    worker.queued.taken("r", 2)
+    worker.promised.taken("r", 2)
+    load = registry_pb2.Load(free_blocks=5, queued_prompt_tokens=20, reservations=1)
+    worker.hear(registry_pb2.Heartbeat(load=load, number=2))
     view = worker.view()
     assert (view.queued_prompt_tokens, view.free_blocks, view.live_requests) == (20, 5, 1)
 
