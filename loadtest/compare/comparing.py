@@ -83,9 +83,9 @@ class Comparing:
         self._stop = stop
         self._progress = progress
         self._measuring = Measuring(goodput=question.objectives)
-        limit_s = question.time_limit_s
-        self._deadline_s = None if limit_s is None else time.monotonic() + limit_s
-        self._search_deadline_s = None if limit_s is None else time.monotonic() + limit_s * SEARCH_SHARE
+        # On the monotonic clock; set when the loads begin.
+        self._deadline_s: float | None = None
+        self._search_deadline_s: float | None = None
         self._cut = False
 
     async def run(self, command: str) -> model.Comparison:
@@ -97,6 +97,7 @@ class Comparing:
         """
         async with AsyncExitStack() as services:
             entries = await self._entries(services)
+            self._set_deadlines()
             await self._search(entries)
             await self._show(entries)
         return self._comparison(entries, command)
@@ -117,6 +118,12 @@ class Comparing:
                 entry.search.give_up()
                 entry.probes.append(run)
         return entries
+
+    def _set_deadlines(self) -> None:
+        """How long services take to start, and on a fresh machine to compile their kernels, does not shorten loads."""
+        if (limit_s := self._question.time_limit_s) is not None:
+            now_s = time.monotonic()
+            self._deadline_s, self._search_deadline_s = now_s + limit_s, now_s + limit_s * SEARCH_SHARE
 
     async def _alone(self, contender: Contender) -> model.Run:
         self._check_stop()
@@ -199,9 +206,7 @@ class Comparing:
         if not any(each.probes for each in measured):
             if self._stop.is_set():
                 raise NothingFound
-            raise DeadlineExceeded(
-                f"--time-limit {question.time_limit_s:g} was over before a load had ended; starting the services counts"
-            )
+            raise DeadlineExceeded(f"--time-limit {question.time_limit_s:g} was over before a load had ended")
         some = entries[0].contender
         cores = {core for entry in entries for worker in entry.contender.workers for core in worker.cores}
         return model.Comparison(

@@ -135,7 +135,7 @@ class SearchOptions:
     start_rate: Annotated[
         float | None, typer.Option(metavar="RPS", help="The first rate to try; if not given: what prefills one by one.")
     ] = None
-    time_limit: Annotated[float | None, typer.Option(metavar="SECONDS", help="Of the whole comparison.")] = None
+    time_limit: Annotated[float | None, typer.Option(metavar="SECONDS", help="Of all loads together.")] = None
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For each answer.")] = 600.0
 
     def question(self, plan: Plan, objectives: Goodput) -> Question:

@@ -28,7 +28,7 @@ def run(
     arrivals: ArrivalOptions,
     router: RouterOption = DEFAULT_ADDRESS,
     openai: Annotated[
-        str | None, typer.Option(metavar="URL", help="Measure this OpenAI endpoint instead, such as http://host:8000.")
+        str | None, typer.Option(metavar="URL", help="Measure http://HOST:PORT, an OpenAI endpoint, not --router.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Of the OpenAI endpoint.")] = None,
     model: Annotated[str, typer.Option(help="The model to ask for, if the service has several.")] = "",
