@@ -105,6 +105,9 @@ class RouterConfig(Section):
     port: int = Field(8700, ge=0, le=65535)
     # Of the OpenAI-compatible HTTP door, on the same hosts. 0: any free port; -1: no such door.
     http_port: int = Field(8701, ge=-1, le=65535)
+    # By which requests over loopback may name this machine in `Host`, besides its addresses and localhost: those of a
+    # proxy on this machine.
+    http_names: tuple[str, ...] = ()
     # Requests in the house at once; one more is refused as overloaded.
     max_live_requests: int = Field(1024, ge=1)
     # Of a request that brings no deadline, seconds.

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from router.http.app import OpenAIDoor
 from router.http.chat_template import load_chat_template
+from router.http.host_check import HostCheck
 from router.orchestrator import Orchestrator
 from router.registry import Registry
 from tandem.addresses import check_listening, join_address
@@ -51,7 +52,8 @@ async def open_door(
     template = load_chat_template(config.model)
     sockets = _listen(hosts, config.router.http_port)
     door = OpenAIDoor(config.router, orchestrator, registry, tokenizer, template)
-    async with _serving(door.app(), sockets, config.router.max_live_requests):
+    app = HostCheck(door.app(), config.router.http_names)
+    async with _serving(app, sockets, config.router.max_live_requests):
         yield sockets[0].getsockname()[1]
 
 

@@ -22,7 +22,9 @@ LIMIT = 64 << 10
 # asyncio's own limit, above which a transport asks its writer to pause.
 ASYNCIO_BUFFER_BYTES = 64 << 10
 # Of a request with a body of 20 bytes.
-HEAD_OF_20 = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 20\r\n\r\n"
+HEAD_OF_20 = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 20\r\n\r\n"
+)
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ async def test_a_huge_body_is_refused(door: HttpHouse, chunked: bool) -> None:
 async def test_a_body_that_says_it_is_endless_is_not_read(door: HttpHouse) -> None:
     raw = door.dial()
     loop = asyncio.get_running_loop()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     await loop.sock_sendall(raw, head % 10**15)
     assert (await read_all(raw)).startswith(b"HTTP/1.1 413 ")
 
@@ -96,7 +98,7 @@ async def test_a_client_that_leaves_within_its_body_is_no_bug(
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-@pytest.mark.parametrize("beginning", [b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nhost: x\r\nx-slow: "])
+@pytest.mark.parametrize("beginning", [b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-slow: "])
 async def test_headers_that_do_not_arrive(door: HttpHouse, monkeypatch: pytest.MonkeyPatch, beginning: bytes) -> None:
     monkeypatch.setattr("router.http.door.HEADERS_S", 0.2)
     raw = door.dial()
@@ -107,7 +109,7 @@ async def test_headers_that_do_not_arrive(door: HttpHouse, monkeypatch: pytest.M
 async def test_headers_of_a_second_request_that_do_not_arrive(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("router.http.door.HEADERS_S", 0.3)
     raw, loop = door.dial(), asyncio.get_running_loop()
-    await loop.sock_sendall(raw, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+    await loop.sock_sendall(raw, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
     assert b'{"status":"ok"}' in await loop.sock_recv(raw, 1 << 16)
     await loop.sock_sendall(raw, b"GET /hea")
     assert await outcome(raw, 4) == b"", "sooner than an idle connection ends"
@@ -145,7 +147,7 @@ def stream_request(max_tokens: int) -> bytes:
     # Log probabilities make each event large, and so the buffers on the way full.
     fields = {"prompt": [1, 2, 3], "max_tokens": max_tokens, "stream": True, "logprobs": 20, "ignore_eos": True}
     body = json.dumps(fields).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
     return head.encode() + b"\r\n\r\n" + body
 
 
@@ -185,7 +187,7 @@ async def test_the_last_bytes_of_an_answer_wait_for_nobody_either(
         [server] = protocols
         while not server.transport.get_write_buffer_size():
             cycle = server.cycle
-            await asyncio.get_running_loop().sock_sendall(raw, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+            await asyncio.get_running_loop().sock_sendall(raw, b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n")
             await eventually(lambda before=cycle: server.cycle is not before and server.cycle.response_complete)
         assert server.transport.get_write_buffer_size() < ASYNCIO_BUFFER_BYTES
         await eventually(lambda: server not in server.connections, 10)

@@ -16,7 +16,8 @@ from tandem.config import TINY_MODEL
 
 @pytest.fixture
 async def door() -> AsyncIterator[HttpHouse]:
-    async with open_http_house(http_configuration(max_message_bytes=64 << 10)) as door:
+    configuration = http_configuration(max_message_bytes=64 << 10, http_names=["proxy.example"])
+    async with open_http_house(configuration) as door:
         await door.house.join("c1")
         yield door
         await door.house.check_empty()
@@ -164,3 +165,18 @@ async def test_a_model_without_a_chat_template(tmp_path: Path, named: bool) -> N
             return
         assert response.status_code == 400
         assert error_of(response)["message"] == "model tiny has no chat template: use /v1/completions"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "LocalHost:8701", "api.localhost", "[::1]:8701", "proxy.example:80"])
+async def test_hosts_that_lead_here(door: HttpHouse, host: str) -> None:
+    assert (await door.client.get("/v1/models", headers={"host": host})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example:80", "localhost.evil.example", "[::", "x" * 9000]
+)
+async def test_a_name_that_was_made_to_lead_here(door: HttpHouse, host: str) -> None:
+    answer = await door.post(b'{"prompt": [1], "max_tokens": 1}', host=host)
+    assert answer.status_code == 421
+    assert error_of(answer)["code"] == "misdirected_request"
+    assert len(answer.content) < 500
