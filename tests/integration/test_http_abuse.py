@@ -21,10 +21,8 @@ from router.http.door import SEND_BUFFER_BYTES, Patience
 LIMIT = 64 << 10
 # asyncio's own limit, above which a transport asks its writer to pause.
 ASYNCIO_BUFFER_BYTES = 64 << 10
-# Of a request with a body of 20 bytes.
-HEAD_OF_20 = (
-    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 20\r\n\r\n"
-)
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+HEAD_OF_20 = HEAD + b"content-length: 20\r\n\r\n"
 
 
 @pytest.fixture
@@ -52,8 +50,7 @@ async def test_a_huge_body_is_refused(door: HttpHouse, chunked: bool) -> None:
 async def test_a_body_that_says_it_is_endless_is_not_read(door: HttpHouse) -> None:
     raw = door.dial()
     loop = asyncio.get_running_loop()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-    await loop.sock_sendall(raw, head % 10**15)
+    await loop.sock_sendall(raw, HEAD + b"content-length: %d\r\n\r\n" % 10**15)
     assert (await read_all(raw)).startswith(b"HTTP/1.1 413 ")
 
 
@@ -147,8 +144,7 @@ def stream_request(max_tokens: int) -> bytes:
     # Log probabilities make each event large, and so the buffers on the way full.
     fields = {"prompt": [1, 2, 3], "max_tokens": max_tokens, "stream": True, "logprobs": 20, "ignore_eos": True}
     body = json.dumps(fields).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    return head.encode() + b"\r\n\r\n" + body
+    return HEAD + b"content-length: %d\r\n\r\n" % len(body) + body
 
 
 async def test_clients_that_never_read_are_cancelled(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
