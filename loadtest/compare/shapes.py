@@ -10,7 +10,7 @@ from loadtest.compare.model import Shape
 def all_shapes(workers: int, step_tokens: Sequence[int]) -> list[Shape]:
     """All colocated, once for each step budget; and x prefill with y decode workers for every x + y = `workers`.
 
-    A prefill worker has nobody whose next token it could delay, so the split shapes take the largest budget.
+    A prefill worker delays nobody's next token, so the split shapes take the largest budget.
     """
     colocated = [Shape(colocated=workers, step_tokens=budget) for budget in step_tokens]
     split = [
