@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from model_zoo import ARCHITECTURES, save_model
-from service import Service, running_service, wait_until
+from service import Service, fresh, running_service, wait_until
 from transformers import AutoModelForCausalLM
 
 import tandem
@@ -59,7 +59,7 @@ def _hit_prefixes(service: Service) -> bool:
     return sum(worker.load.prefix_hit_tokens for worker in service.status().workers) == 32 + 192
 
 
-# Six workers and four routers start for it: half a minute on two quiet cores, more on busy ones.
+# The first one's workers compile their kernels where numba's cache is cold: a minute on two cores.
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_tokens_equal_transformers(architecture: str, tmp_path: Path) -> None:
@@ -112,13 +112,13 @@ def test_greedy_tokens_with_penalties_equal_transformers(tmp_path: Path) -> None
 
 
 def test_seeded_sampling_is_the_same_everywhere(tmp_path: Path) -> None:
-    """Alone, in a batch of 16, colocated and disaggregated; and across a router restart nothing else matters."""
+    """Alone, in a batch of 16, colocated and disaggregated; in processes that begin as a user's do, with nothing."""
     model = save_model("llama", tmp_path / "model")
     prompt = _prompts()[2]
     seeds = range(16)
     answers = {}
     for shape, counts in SHAPES.items():
-        with running_service(tmp_path / shape, model, **counts) as service:
+        with running_service(tmp_path / shape, model, launch=fresh, **counts) as service:
 
             def answer(seed: int, service: Service = service) -> list[int]:
                 params = tandem.SamplingParams(

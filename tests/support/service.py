@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from forked import Forked
+
 import tandem
 from tandem.client.status import ServiceStatus
 from tandem.config import TINY_MODEL
@@ -33,21 +35,29 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 10.0, what: str 
     return value
 
 
+def fresh(*command: str) -> subprocess.Popen[str]:
+    """What `Forked` is a quick copy of."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+Launch = Callable[..., Forked | subprocess.Popen[str]]
+
+
 class Process:
     """One child with its output kept; ready when it has printed `ready HOST:PORT`."""
 
-    def __init__(self, name: str, *command: str) -> None:
+    def __init__(self, name: str, *command: str, launch: Launch = Forked) -> None:
         self.name = name
         self.lines: list[str] = []
-        self.popen = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        self.popen = launch(*command)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -114,8 +124,9 @@ def stop_all(processes: Iterable[Process]) -> None:
 
 
 class Service:
-    def __init__(self, folder: Path, settings: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, dict[str, Any]], launch: Launch = Forked) -> None:
         self._folder = folder
+        self._launch = launch
         self._settings = settings
         self.processes: dict[str, Process] = {}
         self.router = self.start("router", "router", "--port", "0", "--http-port", "0", router={})
@@ -132,7 +143,7 @@ class Service:
         settings = {key: {**self._settings.get(key, {}), **overrides.get(key, {})} for key in self._settings}
         path = self._folder / f"{name}.json"
         path.write_text(json.dumps(settings))
-        process = Process(name, *command, "--config", str(path))
+        process = Process(name, *command, "--config", str(path), launch=self._launch)
         self.processes[name] = process
         return process
 
@@ -191,6 +202,7 @@ def running_service(
     decode: int = 1,
     colocated: int = 0,
     wait: bool = True,
+    launch: Launch = Forked,
     **settings: dict[str, Any],
 ) -> Iterator[Service]:
     """Workers named prefill-0, decode-0, colocated-0 and so on; integrity is checked at the end.
@@ -202,7 +214,7 @@ def running_service(
     for name, values in settings.items():
         sections[name].update(values)
     folder.mkdir(parents=True, exist_ok=True)
-    service = Service(folder, sections)
+    service = Service(folder, sections, launch)
     try:
         for role, count in (("prefill", prefill), ("decode", decode), ("both", colocated)):
             for index in range(count):
