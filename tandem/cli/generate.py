@@ -118,68 +118,90 @@ def parse_bias(entries: list[str]) -> dict[int, float]:
         raise InvalidRequest("--logit-bias takes ID:BIAS, such as 42:-1.5", field="logit_bias") from None
 
 
-def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    router: RouterOption = DEFAULT_ADDRESS,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    min_tokens: Annotated[int, typer.Option(help="Stop conditions are ignored for this many tokens.")] = 0,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep tokens up to this probability in all.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Keep tokens this probable relative to the best.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    logit_bias: Annotated[list[str] | None, typer.Option(metavar="ID:BIAS", help="May be repeated.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    stop_token_id: Annotated[list[int] | None, typer.Option(help="End after this token; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of sequence.")] = False,
-    keep_special_tokens: Annotated[bool, typer.Option("--keep-special-tokens", help="Show their text too.")] = False,
-    n: Annotated[int, typer.Option("--n", "-n", help="Independent answers.")] = 1,
-    model: Annotated[str, typer.Option(help="Must be the served model's name, if given.")] = "",
-    cache_salt: Annotated[str, typer.Option(help="Share cached prefixes only with the same salt.")] = "",
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="The deadline.")] = None,
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen, and which of them end an answer."""
+
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128
+    min_tokens: Annotated[int, typer.Option(help="Stop conditions are ignored for this many tokens.")] = 0
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
+    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = 0
+    top_p: Annotated[float, typer.Option(help="Keep tokens up to this probability in all.")] = 1.0
+    min_p: Annotated[float, typer.Option(help="Keep tokens this probable relative to the best.")] = 0.0
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0
+    presence_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0
+    frequency_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0
+    logit_bias: Annotated[list[str] | None, typer.Option(metavar="ID:BIAS", help="May be repeated.")] = None
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="End after this token; may be repeated.")] = None
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of sequence.")] = False
     logprobs: Annotated[
         int | None, typer.Option(metavar="K", help="Show log probabilities, and of the K best tokens, on stderr.")
-    ] = None,
+    ] = None
+
+    def fields(self) -> SamplingFields:
+        """Raises InvalidRequest."""
+        return SamplingFields(
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=parse_bias(self.logit_bias or []),
+            seed=self.seed,
+            stop_token_ids=tuple(self.stop_token_id or ()),
+            ignore_eos=self.ignore_eos,
+            logprobs=self.logprobs,
+        )
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What is asked of the service besides."""
+
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None
+    keep_special_tokens: Annotated[bool, typer.Option("--keep-special-tokens", help="Show their text too.")] = False
+    n: Annotated[int, typer.Option("--n", "-n", help="Independent answers.")] = 1
+    model: Annotated[str, typer.Option(help="Must be the served model's name, if given.")] = ""
+    cache_salt: Annotated[str, typer.Option(help="Share cached prefixes only with the same salt.")] = ""
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="The deadline.")] = None
+
+    def ask(self, client: Client, prompt: str, sampling: SamplingFields) -> Generation:
+        """Raises InvalidRequest."""
+        return client.generate(
+            prompt,
+            n=self.n,
+            stop=self.stop or (),
+            model=self.model,
+            cache_salt=self.cache_salt,
+            keep_special_tokens=self.keep_special_tokens,
+            timeout_s=self.timeout,
+            **sampling,
+        )
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    sampling: SamplingOptions,
+    options: AnswerOptions,
+    router: RouterOption = DEFAULT_ADDRESS,
     timeline: Annotated[bool, typer.Option(help="Show where the time went, on stderr.")] = False,
 ) -> None:
     """Generate from a prompt and print the text as it arrives. Ctrl-C cancels."""
     with reported(), Client(router) as client:
-        sampling = SamplingFields(
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=parse_bias(logit_bias or []),
-            seed=seed,
-            stop_token_ids=tuple(stop_token_id or ()),
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-        )
-        answer = client.generate(
-            _from_stdin() if prompt == "-" else prompt,
-            n=n,
-            stop=stop or (),
-            model=model,
-            cache_salt=cache_salt,
-            keep_special_tokens=keep_special_tokens,
-            timeout_s=timeout,
-            **sampling,
-        )
-        writer = OneChoice(sys.stdout.isatty()) if n == 1 else ManyChoices(make_console(), n)
+        fields = sampling.fields()
+        answer = options.ask(client, _from_stdin() if prompt == "-" else prompt, fields)
+        writer = OneChoice(sys.stdout.isatty()) if options.n == 1 else ManyChoices(make_console(), options.n)
         try:
             outcome = show(answer, writer)
         except KeyboardInterrupt:
             typer.echo("tandem: cancelled", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        if logprobs is not None:
+        if sampling.logprobs is not None:
             show_logprobs(make_console(stderr=True), outcome.deltas)
         if timeline:
             show_timelines(make_console(stderr=True), outcome)

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """The command with every parameter whose type is a dataclass replaced by that dataclass's fields, as Typer sees it.
 
-    All parameters have defaults, so their order is that of the help page and nothing else.
+    All are passed by name, so their order is that of the help page and nothing else.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}

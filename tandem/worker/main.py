@@ -74,8 +74,8 @@ def serve_rooms(
     check_address(config.worker)  # before the minutes that a model may take to load
     tune_process(config.engine)
     thread = EngineThread(config, kind.allocate)
-    # Torch, transformers and the model stay until the end. Looking through them for garbage stops every thread for 0.2 s,
-    # and takes a second when the process ends.
+    # Torch, transformers and the model stay until the end. To look through them for garbage stops every thread for
+    # 0.2 s, and takes a second when the process ends.
     gc.freeze()
     asyncio.run(_serve(kind, config, router, thread, started, ready))
 

@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ class Forked:
             self.returncode = self._told(timeout_s)
             self._status.close()
         return self.returncode
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, signum)
 
     def _told(self, timeout_s: float | None) -> int:
         """What the template says next: the pid, and at the end the exit code."""

@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kv_rig import FINGERPRINT, FakeLandings, Rig, config_with, serving
+from kv_landings import FakeLandings
+from kv_rig import FINGERPRINT, Rig, config_with, serving
 from ray_head import joined
 
 import kv_transfer.shm_transport

@@ -82,7 +82,8 @@ class Process:
         return code
 
     def send(self, signum: signal.Signals) -> None:
-        os.kill(self.pid, signum)
+        """To nobody if it has ended."""
+        self.popen.send_signal(signum)
 
     def terminate(self) -> None:
         """Asks it to leave."""

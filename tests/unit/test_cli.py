@@ -3,50 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import NOBODY, on_a_new_terminal, one_line, tandem
 from scripted_router import REPORT, ScriptedRouter, serving
-from typer.testing import CliRunner, Result
 
-from tandem.cli.app import app
-from tandem.cli.common import human_bytes, printable, ready_line
+from tandem.cli.common import human_bytes, printable
 from tandem.cli.serve import pool_sizes
 from tandem.cli.timeline_table import spans, transfer_line
 from tandem.cli.worker import parse_cpus
-from tandem.client.status import status_from_wire
 from tandem.errors import ConfigError, Overloaded
 from tandem.timeline import Timeline
-from tandem.types import Accepted, Completed, Delta, RequestReport, Role, Token, Usage
-from tandem.v1 import generation_pb2, registry_pb2
-from tandem.wire import roles_to_wire
-
-NOBODY = "127.0.0.1:1"
+from tandem.types import Accepted, Completed, Delta, RequestReport, Token, Usage
 
 
 @pytest.fixture
 def router() -> Iterator[ScriptedRouter]:
     with serving(ScriptedRouter()) as started:
         yield started
-
-
-def tandem(*args: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, list(args), input=stdin)
-
-
-def one_line(result: Result) -> str:
-    """What a failed command said: one line, no traceback."""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    return str(lines[0])
 
 
 def test_version() -> None:
@@ -207,56 +188,6 @@ def test_a_prompt_that_cannot_be_read_is_one_line() -> None:
     assert ran.stderr.decode() == "tandem: cannot read the prompt from standard input: it is not valid UTF-8\n"
 
 
-def worker_of(role: Role, **integrity: Any) -> generation_pb2.WorkerStatus:
-    return generation_pb2.WorkerStatus(
-        hello=registry_pb2.Hello(
-            worker_id=f"{role}-1",
-            address="127.0.0.1:9",
-            roles=roles_to_wire(frozenset([role])),
-            total_blocks=10,
-            device="cpu",
-        ),
-        load=registry_pb2.Load(free_blocks=7),
-        integrity=registry_pb2.Integrity(**integrity),
-    )
-
-
-def status_of(live: int = 0, roles: Iterable[Role] = Role, **integrity: Any) -> generation_pb2.StatusResponse:
-    """integrity: of the first worker."""
-    each = [worker_of(role, **(integrity if not place else {"ok": True})) for place, role in enumerate(roles)]
-    return generation_pb2.StatusResponse(
-        version="1", live_requests=live, workers=each, models=[registry_pb2.ModelInfo(name="tiny")]
-    )
-
-
-def test_status_shows_the_pools(router: ScriptedRouter) -> None:
-    router.status = status_of(ok=True)
-    result = tandem("status", "--router", router.address)
-    assert result.exit_code == 0
-    for words in ("model tiny", "prefill-1", "127.0.0.1:9", "7/10"):
-        assert words in result.stdout
-
-
-def on_a_new_terminal(*args: str) -> list[str]:
-    """What a command prints, by lines. A new terminal is 0 columns wide, like that of `ray exec`."""
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "tandem.cli.main", *args]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=theirs, cwd=Path(__file__).parents[2]) as ran:
-        assert ran.wait(timeout=20) == 0
-    os.close(theirs)
-    with open(ours, "rb", buffering=0) as screen:
-        return (screen.read(1 << 16) or b"").decode().splitlines()
-
-
-def test_status_keeps_a_row_on_one_line_where_nobody_knows_the_width(router: ScriptedRouter) -> None:
-    router.status = status_of(ok=True)
-    lines = on_a_new_terminal("status", "--router", router.address)
-    assert len(lines) == 2 + len(Role), "the service, the table's head, a row for each worker"
-    for role, line in zip(sorted(Role), lines[2:], strict=True):
-        assert line.startswith(f"{role}-1")
-        assert line.rstrip().endswith("ms ago")
-
-
 @pytest.mark.parametrize("choices", ["1", "2"])
 def test_no_terminal_gets_control_characters(router: ScriptedRouter, choices: str) -> None:
     async def paint(request: Any, emit: Any) -> None:
@@ -266,52 +197,6 @@ def test_no_terminal_gets_control_characters(router: ScriptedRouter, choices: st
 
     router.script = paint
     assert on_a_new_terminal("generate", "p", "-n", choices, "--router", router.address)[0].endswith("a[2Jb")
-
-
-def test_status_says_which_worker_of_a_request_is_gone(router: ScriptedRouter) -> None:
-    router.status = status_of(live=2)
-    for name, prefill in (("one", "prefill-1"), ("two", "prefill-0")):
-        router.status.requests.add(request_id=name, phase="decode_started", prefill_worker=prefill, age_ms=1000)
-    shown = tandem("status", "--router", router.address).stdout
-    assert "one  decode_started, 1.0 s old, prefill-1 → -" in shown
-    assert "two  decode_started, 1.0 s old, prefill-0 (gone) → -" in shown
-
-
-def test_status_without_workers(router: ScriptedRouter) -> None:
-    assert "no worker has joined" in tandem("status", "--router", router.address).stdout
-
-
-@pytest.mark.parametrize(
-    ("status", "code"),
-    [
-        (status_of(ok=True), 0),
-        (status_of(ok=False, problem="block 3 is lost"), 1),
-        (status_of(ok=True, referenced_blocks=2), 1),
-        (status_of(ok=True, reservations=1), 1),
-        (status_of(live=1, ok=True, referenced_blocks=2, reservations=1), 0),
-        (status_of(roles=[Role.PREFILL], ok=True), 1),
-        (status_of(roles=[]), 1),
-    ],
-)
-def test_integrity_decides_the_exit_code(router: ScriptedRouter, status: Any, code: int) -> None:
-    router.status = status
-    result = tandem("status", "--integrity", "--router", router.address)
-    assert result.exit_code == code
-    assert bool(result.stderr) == bool(code)
-
-
-def test_a_pool_that_is_missing_is_named(router: ScriptedRouter) -> None:
-    router.status = status_of(roles=[Role.PREFILL], ok=True)
-    result = tandem("status", "--integrity", "--router", router.address)
-    assert one_line(result) == "tandem: no decode worker has joined: nothing can be served"
-
-
-def test_status_as_json(router: ScriptedRouter) -> None:
-    router.status = status_of(ok=True, referenced_blocks=2)
-    result = tandem("status", "--json", "--integrity", "--router", router.address)
-    found = json.loads(result.stdout)
-    assert found["workers"][0]["roles"] == ["prefill"]
-    assert found["problems"] == ["prefill-1: 2 referenced blocks held, though no request is live"]
 
 
 @pytest.mark.parametrize("command", [["serve"], ["worker", "--role", "both", "--router", NOBODY]])
@@ -349,15 +234,6 @@ def test_serve_refuses_what_cannot_be_before_it_starts(args: list[str], words: s
 )
 def test_colocated_alone_means_no_split(flags: tuple[Any, Any, Any], sizes: tuple[Any, Any, Any]) -> None:
     assert tuple(pool_sizes(*flags).values()) == sizes
-
-
-def test_the_ready_line_names_address_model_and_pools() -> None:
-    line = ready_line("127.0.0.1:8700", status_from_wire(status_of()))
-    assert line == "ready at 127.0.0.1:8700: model tiny, 1 prefill + 1 decode"
-    with_door = status_of()
-    with_door.http_port = 8701
-    line = ready_line("[::1]:8700", status_from_wire(with_door))
-    assert line == "ready at [::1]:8700: model tiny, 1 prefill + 1 decode; OpenAI API at http://[::1]:8701/v1"
 
 
 @pytest.mark.parametrize("text", ["zero", "", "1,", "99999", "-1"])

@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_rig import FINGERPRINT, POOL_BLOCKS, FakeLanding, FakeLandings, random_pool
+from kv_landings import FakeLanding, FakeLandings
+from kv_rig import FINGERPRINT, POOL_BLOCKS, random_pool
 
 from kv_transfer.admission import Admission
 from kv_transfer.base import Counters, Target
