@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kv_peer import peer
 from kv_landings import FakeLanding
+from kv_peer import peer
 from kv_rig import FINGERPRINT, POOL_BLOCKS, Job, Rig, config_with, shm_rig, until
 
 import kv_transfer.shm_transport
