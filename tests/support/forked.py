@@ -26,7 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 _MAX_COMMAND_BYTES = 1 << 18
-_START_S = 60.0
+# Where numba's cache is cold, the kernels take most of a minute.
+_START_S = 120.0
 
 _ROUTER = ("router.app", "router.http.door")
 # The kernels' modules compile when they are imported, which is late in a worker's life.
