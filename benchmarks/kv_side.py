@@ -26,6 +26,7 @@ import kv_transfer.pool_io
 from kv_transfer.base import Source, Target, TransferSummary, Transport
 from kv_transfer.grpc_transport import GrpcTransport
 from kv_transfer.layout import KVLayout
+from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.plasma import connect
 from kv_transfer.ray_transport import RayTransport
 from kv_transfer.service import MAX_MESSAGE_BYTES, KVService
@@ -104,6 +105,8 @@ async def receive(config: TandemConfig) -> None:
 async def send(config: TandemConfig, port: int) -> None:
     plasma = connect()
     transports: dict[str, Transport] = {"grpc": GrpcTransport(config), "shm": ShmTransport(config)}
+    if config.worker.nixl_devices:
+        transports["nixl"] = NixlTransport(config)
     if plasma is not None:
         transports["ray"] = RayTransport(config, plasma)
     memory = pool()

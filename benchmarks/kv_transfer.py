@@ -45,11 +45,14 @@ class Case(NamedTuple):
     ray: bool = False
     # Of all its processes.
     environment: Mapping[str, str] = MappingProxyType({})
+    # Of the worker's configuration.
+    settings: Mapping[str, str] = MappingProxyType({})
 
 
 CASES = {
     "shm": Case("shm"),
     "shm, payloads unchecked": Case("shm", environment={"KV_SIDE_UNCHECKED": "1"}),
+    "nixl": Case("nixl", settings={"nixl_devices": "lo"}),
     "grpc": Case("grpc"),
     "ray": Case("ray", ray=True),
     "ray, memory preallocated": Case("ray", ray=True, environment={"RAY_preallocate_plasma_memory": "1"}),
@@ -61,7 +64,7 @@ class Pair:
 
     def __init__(self, stack: ExitStack, case: Case, settings: dict[str, int]) -> None:
         self._transport = case.transport
-        config = json.dumps({"worker": settings})
+        config = json.dumps({"worker": {**settings, **case.settings}})
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **case.environment}
         self._sides: list[Side] = []
         cluster = ""

@@ -7,7 +7,9 @@
 Where both ends reach one object store, `placed` stands for `data`: the payload lies there, and the frame has only its
 place; the receiver answers each with `taken` before it is done. Where the sender can write into the receiver's pool,
 `written` stands for it: the payload is in its blocks already. The receiver has said before which they are (`mapped`),
-the sender that it holds their lock (`locked`), and the receiver that it may write (`granted`).
+the sender that it holds their lock (`locked`), and the receiver that it may write (`granted`). By NIXL, the sender says
+who it is (`writer`), and the receiver which blocks it may write (`lent`). A writer by NIXL whose transfer ended
+otherwise than by a seal says in a call of its own that it writes no more (`released`).
 
 A flipped bit before the payload fails the prelude's crc32, one in the payload fails the header's. Headers are checked
 against a closed schema (every key, its type, its range); no size in them is used to allocate anything.
@@ -28,13 +30,16 @@ from kv_transfer.messages import (
     Data,
     Done,
     Granted,
+    Lent,
     Locked,
     Mapped,
     Message,
     Open,
     Placed,
+    Released,
     Seal,
     Taken,
+    Writer,
     Written,
 )
 from tandem.errors import Refused, TransferFailed
@@ -46,6 +51,8 @@ MAX_PAYLOAD_BYTES = 1 << 24
 # Fits the longest texts that the schemas allow.
 MAX_HEADER_BYTES = 4096
 MAX_PLACE_BYTES = 512
+# A host of many network cards has an address on each.
+MAX_METADATA_BYTES = 1 << 16
 BLOCK_ID_BYTES = 4
 _MAGIC = b"TKVF"
 _PRELUDE = struct.Struct(">4sHHI")
@@ -132,6 +139,18 @@ _MAPPED: _Schema = {
     "block_count": _POSITIVE,
     "checksum": _CRC,
 }
+_LENT: _Schema = {
+    "agent_id": _ID,
+    "address": _SIZE,
+    "memory": _ID,
+    "device": _COUNT,
+    "pool_blocks": _POSITIVE,
+    "metadata_bytes": _Whole(1, MAX_METADATA_BYTES),
+    "block_count": _POSITIVE,
+    "checksum": _CRC,
+}
+_WRITER: _Schema = {"writer_id": _ID}
+_RELEASED: _Schema = {"reservation_id": _ID}
 _EMPTY: _Schema = {}
 _SEAL: _Schema = {"first_token": _COUNT, "frames": _COUNT, "bytes": _SIZE, "checksum": _CRC}
 _TAKEN: _Schema = {"sequence": _COUNT}
@@ -151,6 +170,9 @@ _KINDS: dict[str, tuple[_Schema, Callable[[dict[str, Any]], Message]]] = {
     "mapped": (_MAPPED, lambda fields: Mapped(**fields)),
     "locked": (_EMPTY, lambda fields: Locked()),
     "granted": (_EMPTY, lambda fields: Granted()),
+    "writer": (_WRITER, lambda fields: Writer(**fields)),
+    "lent": (_LENT, lambda fields: Lent(**fields)),
+    "released": (_RELEASED, lambda fields: Released(**fields)),
     "seal": (_SEAL, lambda fields: Seal(**fields)),
     "abandon": (_EMPTY, lambda fields: Abandon()),
     "taken": (_TAKEN, lambda fields: Taken(**fields)),
@@ -198,7 +220,7 @@ def decode(frame: bytes) -> tuple[Message, memoryview]:
     expected = _payload_of(message)
     if len(payload) != expected:
         raise TransferFailed(f"a KV frame carries {len(payload)} bytes where its header says {expected}")
-    if isinstance(message, Mapped) and crc32(payload) != message.checksum:
+    if isinstance(message, Mapped | Lent) and crc32(payload) != message.checksum:
         raise CorruptFrame("the block ids of a KV frame fail their checksum")
     return message, payload
 
@@ -218,6 +240,8 @@ def _payload_of(message: Message) -> int:
     """Bytes that follow the header."""
     if isinstance(message, Mapped):
         return BLOCK_ID_BYTES * message.block_count
+    if isinstance(message, Lent):
+        return message.metadata_bytes + BLOCK_ID_BYTES * message.block_count
     return message.payload_bytes if type(message) is Data else 0
 
 

@@ -14,20 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import struct
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Any
 
 from kv_transfer.base import Landing
 from kv_transfer.checksum import crc32
-from kv_transfer.codec import CorruptFrame, encode
-from kv_transfer.layout import blocks_of
-from kv_transfer.messages import Data, Granted, Locked, Mapped, Open, Written
-from kv_transfer.pool_io import checksum
+from kv_transfer.codec import encode
+from kv_transfer.messages import Granted, Locked, Mapped, Open
 from kv_transfer.receiver import next_message
 from kv_transfer.shared_memory import SharedMemory
-from kv_transfer.wire_dtype import Native, WireDtype
+from kv_transfer.wire_dtype import Native
+from kv_transfer.written import WrittenIntake, block_ids
 from tandem import logs
 from tandem.errors import Refused, TransferFailed
 
@@ -65,10 +63,8 @@ async def _watch(memory: SharedMemory, key: int, request_id: str) -> None:
     log.info("its sender has let go of the blocks")
 
 
-class MappedIntake:
-    """The Intake of one transfer: payloads are in the pool before their frames come."""
-
-    kind: type[Data] = Written
+class MappedIntake(WrittenIntake):
+    """The Intake of one transfer through shared memory."""
 
     def __init__(self, memory: SharedMemory, fences: Fences, context: Any) -> None:
         self._memory = memory
@@ -100,24 +96,11 @@ class MappedIntake:
 
     def _mapped(self, landing: Landing, tokens: range) -> bytes:
         pool = landing.pool
-        blocks = [landing.blocks[entry] for entry in blocks_of(tokens, pool.shape[3])]
+        blocks, ids = block_ids(landing, tokens)
         self._key = blocks[0]
-        ids = struct.pack(f">{len(blocks)}I", *blocks)
         memory = self._memory
         mapped = Mapped(os.getpid(), memory.fd, memory.id, memory.size, pool.shape[2], len(blocks), crc32(ids))
         return encode(mapped, [memoryview(ids)])
-
-    async def fetch(self, data: Data, payload: memoryview) -> memoryview:
-        """See Intake."""
-        return payload
-
-    def land(self, landing: Landing, wire: WireDtype, data: Data, payload: memoryview) -> None:
-        """See Intake. Nothing moves."""
-        if checksum(landing.pool, landing.blocks, data.layers, data.tokens) != data.checksum:
-            raise CorruptFrame(f"the payload of KV frame {data.sequence} fails its checksum")
-
-    async def taken(self, data: Data) -> None:
-        """See Intake."""
 
     def settle(self) -> None:
         """See Intake."""

@@ -106,6 +106,40 @@ class Locked:
 
 
 @dataclass(frozen=True)
+class Writer:
+    """Which process asks for blocks to write into, by NIXL."""
+
+    # Chosen by the process.
+    writer_id: str
+
+
+@dataclass(frozen=True)
+class Lent:
+    """Blocks that the writer may write into from now on, by NIXL. The payload: an agent's metadata, then block ids."""
+
+    # The receiver's agent for this writer.
+    agent_id: str
+    # Where the pool begins, and in what: "cpu" or "cuda", the index of the device.
+    address: int
+    memory: str
+    device: int
+    # The pool has so many blocks.
+    pool_blocks: int
+    metadata_bytes: int
+    # So many block ids, big-endian, 4 bytes each: of all positions that travel.
+    block_count: int
+    # crc32 of the payload: a wrong id would have others' blocks written.
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Released:
+    """Of a transfer that was not sealed: its writer has written its last."""
+
+    reservation_id: str
+
+
+@dataclass(frozen=True)
 class Granted:
     """The blocks are the sender's to write until it lets go of their lock."""
 
@@ -142,4 +176,19 @@ class Done:
     bytes: int
 
 
-Message = Open | Data | Placed | Written | Mapped | Locked | Granted | Seal | Abandon | Taken | Done
+Message = (
+    Open
+    | Data
+    | Placed
+    | Written
+    | Mapped
+    | Locked
+    | Granted
+    | Writer
+    | Lent
+    | Released
+    | Seal
+    | Abandon
+    | Taken
+    | Done
+)

@@ -53,7 +53,10 @@ class PushTransport(ABC):
             finally:
                 self.counters.corrupt_frames += link.heard_corrupt
                 link.close()
-                await sender.close()
+                try:
+                    await sender.close()
+                finally:
+                    await link.gone()
 
     async def aclose(self) -> None:
         """See Transport. Channels and threads are gone on return."""
@@ -123,6 +126,10 @@ class PushLink(ABC):
         """Tells the receiver that no seal comes; nothing happens when the call has ended."""
         self._call.cancel()
         self._answer.cancel()
+
+    async def gone(self) -> None:
+        """After close, when no thread makes a frame any more: what must end before the transfer's context is left."""
+        return
 
     def _note(self, message: Message, payload: memoryview) -> None:
         """What the receiver said before it is done."""

@@ -12,9 +12,10 @@ import grpc
 
 from kv_transfer.admission import Admission, Claims
 from kv_transfer.base import Counters, Landings
-from kv_transfer.codec import MAX_FRAME_BYTES, encode
+from kv_transfer.codec import MAX_FRAME_BYTES, decode, encode
 from kv_transfer.mapped import Fences, MappedIntake
-from kv_transfer.messages import Data, Placed, Taken
+from kv_transfer.messages import Data, Placed, Released, Taken
+from kv_transfer.nixl_intake import Doors, NixlIntake
 from kv_transfer.plasma import Plasma
 from kv_transfer.receiver import Copied, Intake, Receiver
 from kv_transfer.shared_memory import SharedMemory
@@ -25,7 +26,9 @@ from tandem.config import TandemConfig
 SERVICE = "tandem.v1.KVTransfer"
 # The method of each transport: they differ in whether a data frame brings its payload, the payload's place, or word of
 # what its sender has written.
-METHODS = {"grpc": "Push", "ray": "PushPlaced", "shm": "PushMapped"}
+METHODS = {"grpc": "Push", "ray": "PushPlaced", "shm": "PushMapped", "nixl": "PushLent"}
+# By it a writer by NIXL says that it writes no more.
+RELEASE = "Release"
 # What a server that hosts the service must accept.
 MAX_MESSAGE_BYTES = MAX_FRAME_BYTES
 # A thread that waits for an object costs nothing, and those of a sender that is gone wait on for a while.
@@ -63,6 +66,12 @@ class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ig
             self._memory = memory
             self.counters["shm"] = Counters()
             methods[METHODS["shm"]] = grpc.stream_stream_rpc_method_handler(self._push_mapped)
+        self._doors: Doors | None = None
+        if config.worker.nixl_devices:
+            self._doors = Doors(config.worker.nixl_devices)
+            self.counters["nixl"] = Counters()
+            methods[METHODS["nixl"]] = grpc.stream_stream_rpc_method_handler(self._push_lent)
+            methods[RELEASE] = grpc.unary_unary_rpc_method_handler(self._release)
         self._handler = grpc.method_handlers_generic_handler(SERVICE, methods)
 
     def service(self, handler_call_details: Any) -> Any:
@@ -72,6 +81,8 @@ class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ig
     def close(self) -> None:
         """Ends the threads. Transfers must have ended before: stop the server first."""
         self._fences.close()
+        if self._doors is not None:
+            self._doors.close()
         self._threads.shutdown()
         self._take_threads.shutdown()
 
@@ -83,6 +94,18 @@ class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ig
 
     async def _push_mapped(self, requests: AsyncIterator[bytes], context: Any) -> None:
         await self._receive("shm", MappedIntake(self._memory, self._fences, context), requests, context)
+
+    async def _push_lent(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        assert self._doors is not None
+        await self._receive("nixl", NixlIntake(self._doors, context), requests, context)
+
+    async def _release(self, request: bytes, _context: Any) -> bytes:
+        assert self._doors is not None
+        message, _ = decode(request)
+        if not isinstance(message, Released):
+            raise errors.TransferFailed("a release is a frame of kind released")
+        self._doors.release(message.reservation_id)
+        return b""
 
     async def _receive(self, transport: str, intake: Intake, requests: AsyncIterator[bytes], context: Any) -> None:
         def lost() -> errors.TandemError:

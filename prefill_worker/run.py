@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from kv_transfer.base import Transport
 from kv_transfer.grpc_transport import GrpcTransport
+from kv_transfer.nixl_agent import announcement as nixl_announcement
+from kv_transfer.nixl_agent import check_devices
+from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.service import MAX_MESSAGE_BYTES
 from kv_transfer.shared_memory import announcement, shared_memory
 from kv_transfer.shm_transport import ShmTransport
@@ -16,7 +19,8 @@ from tandem.worker.main import WorkerKind, run_rooms
 
 def run(config: TandemConfig, router: str) -> int:
     """Until SIGTERM; returns the exit code."""
-    return run_rooms(WorkerKind(frozenset({Role.PREFILL}), _rooms, MAX_MESSAGE_BYTES), config, router)
+    kind = WorkerKind(frozenset({Role.PREFILL}), _rooms, MAX_MESSAGE_BYTES, check_devices=check_devices)
+    return run_rooms(kind, config, router)
 
 
 def _rooms(host: WorkerHost) -> list[Room]:
@@ -24,4 +28,7 @@ def _rooms(host: WorkerHost) -> list[Room]:
     if shared_memory() is not None:
         transports["shm"] = ShmTransport(host.config)
         host.transports.append(announcement())
+    if devices := host.config.worker.nixl_devices:
+        transports["nixl"] = NixlTransport(host.config)
+        host.transports.append(nixl_announcement(devices, host.engine.cache.pool.device.type))
     return [PrefillRoom(host, transports)]

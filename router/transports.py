@@ -11,6 +11,7 @@ LOCAL = "local"
 GRPC = "grpc"
 RAY = "ray"
 SHM = "shm"
+NIXL = "nixl"
 # On one node, and from this much KV on, Ray's object store is faster than gRPC (docs/kv_transfer.md has the figures).
 RAY_WINS_BYTES = 16 << 20
 _Announced = Iterable[registry_pb2.Transport]
@@ -31,6 +32,8 @@ def pick(order: str, source: _Announced, target: _Announced, kv_bytes: int) -> s
 def _best(shared: Mapping[str, bool], kv_bytes: int) -> str:
     if shared.get(SHM):
         return SHM
+    if shared.get(NIXL):  # from GPU to GPU
+        return NIXL
     return RAY if shared.get(RAY) and kv_bytes >= RAY_WINS_BYTES else GRPC
 
 

@@ -88,6 +88,10 @@ class WorkerConfig(Section):
     # In which numbers this worker sends KV over grpc and ray; it receives any. int8 is lossy: fewer bytes, and tokens
     # may differ from those of one worker alone.
     wire_dtype: Literal["native", "int8"] = "native"
+    # Network devices that NIXL may use to write KV into other workers' pools and have it written into this one's, with
+    # commas between: "eth0", "mlx5_0:1". Empty: not by NIXL. Whoever reaches its ports on them can write this process's
+    # memory: only of networks that workers alone can reach.
+    nixl_devices: str = Field("", pattern=r"^([A-Za-z0-9_.:-]+(,[A-Za-z0-9_.:-]+)*)?$", max_length=256)
     # Frames that a receiver takes in before the sender must wait, per transfer.
     frames_in_flight: int = Field(8, ge=1, le=256)
     # A stopping worker waits this long for live requests.
@@ -121,7 +125,7 @@ class RouterConfig(Section):
     heartbeat_timeout_s: float = Field(4.0, gt=0)
     # How KV goes between two workers. "auto": the best that both share, as docs/kv_transfer.md says; any other name: by
     # that one, or not at all. Either way the second attempt after a failed transfer goes by grpc.
-    transport: Literal["auto", "shm", "grpc", "ray"] = "auto"
+    transport: Literal["auto", "shm", "grpc", "ray", "nixl"] = "auto"
     # A request message, the body of an HTTP request, or the vectors of an Embed call may be this large; workers, who
     # get requests next, take no more than 16 MiB.
     max_message_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 24)

@@ -19,6 +19,12 @@ settings.register_profile("tandem", deadline=None)
 settings.load_profile("tandem")
 
 
+@pytest.fixture
+def nixl() -> None:
+    """Skips where the optional NIXL is not installed."""
+    pytest.importorskip("nixl_cu12._bindings", reason="NIXL is not installed: pip install 'tandem[nixl]'")
+
+
 @pytest.fixture(scope="session")
 def ray_node() -> Iterator[str]:
     """Its address. This process is part of a private Ray cluster of one node until the last test is over."""

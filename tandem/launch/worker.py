@@ -9,6 +9,9 @@ from kv_transfer.admission import Claims
 from kv_transfer.base import Transport
 from kv_transfer.grpc_transport import GrpcTransport
 from kv_transfer.local import LocalTransport
+from kv_transfer.nixl_agent import announcement as nixl_announcement
+from kv_transfer.nixl_agent import check_devices
+from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.plasma import connect
 from kv_transfer.ray_transport import RayTransport
 from kv_transfer.service import MAX_MESSAGE_BYTES
@@ -23,7 +26,8 @@ from tandem.worker.main import WorkerKind
 
 def worker_kind(roles: frozenset[Role]) -> WorkerKind:
     memory = shared_memory()
-    return WorkerKind(roles, partial(_rooms, memory), MAX_MESSAGE_BYTES, memory.allocate if memory else None)
+    allocate = memory.allocate if memory else None
+    return WorkerKind(roles, partial(_rooms, memory), MAX_MESSAGE_BYTES, allocate, check_devices)
 
 
 def _rooms(memory: SharedMemory | None, host: WorkerHost) -> list[Room]:
@@ -36,6 +40,9 @@ def _rooms(memory: SharedMemory | None, host: WorkerHost) -> list[Room]:
     if shared is not None:
         transports["shm"] = ShmTransport(host.config)
         host.transports.append(announcement())
+    if devices := host.config.worker.nixl_devices:
+        transports["nixl"] = NixlTransport(host.config)
+        host.transports.append(nixl_announcement(devices, host.engine.cache.pool.device.type))
     if plasma is not None:
         transports["ray"] = RayTransport(host.config, plasma)
         host.transports.append(registry_pb2.Transport(name="ray", domain=plasma.domain, node=plasma.node))

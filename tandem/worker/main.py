@@ -41,6 +41,8 @@ class WorkerKind:
     max_message_bytes: int
     # Gives the memory of its KV pool; None: torch does.
     allocate: Allocate | None = None
+    # Raises ConfigError for a worker.nixl_devices that its rooms cannot use.
+    check_devices: Callable[[str], None] = lambda devices: None
 
 
 def run_rooms(kind: WorkerKind, config: TandemConfig, router: str) -> int:
@@ -71,7 +73,9 @@ def serve_rooms(
     Both callbacks run in that loop: `started` gets the host, to drain it by, before anything is served; `ready` is
     called once a router has taken the worker in. Raises TandemError when trying again would not help.
     """
-    check_address(config.worker)  # before the minutes that a model may take to load
+    # Before the minutes that a model may take to load.
+    check_address(config.worker)
+    kind.check_devices(config.worker.nixl_devices)
     tune_process(config.engine)
     thread = EngineThread(config, kind.allocate)
     # Torch, transformers and the model stay until the end. To look through them for garbage stops every thread for

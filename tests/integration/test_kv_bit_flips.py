@@ -25,10 +25,11 @@ LARGE = replace(FINGERPRINT, num_layers=16, num_kv_heads=8, head_dim=256)
 PROMPT = 9
 KINDS = {
     "grpc": ["open", "data", "seal", "abandon", "done"],
+    "nixl": ["open", "writer", "lent", "written", "seal", "abandon", "done"],
     "shm": ["open", "mapped", "locked", "granted", "written", "seal", "abandon", "done"],
 }
 EACH = [(transport, kind) for transport, kinds in KINDS.items() for kind in kinds]
-FROM_RECEIVER = ("mapped", "granted", "taken", "done")
+FROM_RECEIVER = ("mapped", "granted", "lent", "taken", "done")
 
 
 @pytest.fixture
@@ -94,6 +95,7 @@ async def fail_by(rig: Rig, link: FlippingLink, kind: str, bit: int) -> None:
         receiver += 1
         assert kind == "open" or len(job.landing.errors) == 1
     assert (rig.received.corrupt_frames, rig.transport.counters.corrupt_frames) == (receiver, sender)
+    await until(lambda: job.landing.writers == 0)
     rig.forget(job)
 
 
@@ -113,7 +115,11 @@ async def test_every_bit_of_a_data_frame(link: FlippingLink) -> None:
 
 
 @pytest.mark.parametrize(("transport", "kind"), EACH)
-async def test_a_bit_of_every_byte_of_every_frame(link: FlippingLink, transport: str, kind: str) -> None:
+async def test_a_bit_of_every_byte_of_every_frame(
+    request: pytest.FixtureRequest, link: FlippingLink, transport: str, kind: str
+) -> None:
+    if transport == "nixl":
+        request.getfixturevalue("nixl")
     dice = random.Random(kind)
     async with open_rig(link, transport) as rig:
         for byte in range((await sizes(rig, link))[kind] // 8):

@@ -6,75 +6,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from kv_landings import FakeLanding
+from kv_house import House, said_next, stop, wake
 from kv_peer import peer
-from kv_rig import FINGERPRINT, POOL_BLOCKS, Job, Rig, config_with, shm_rig, until
+from kv_rig import FINGERPRINT, POOL_BLOCKS, Rig, config_with, shm_rig, until
 
 import kv_transfer.shm_transport
-from kv_transfer.base import Target
 from kv_transfer.pool_io import Rows
 from kv_transfer.shared_memory import PeerMemory, SharedMemory
-from tandem.engine.block_pool import BlockPool, BlockTable
 from tandem.errors import TransferFailed
-
-
-class PooledLanding(FakeLanding):
-    """Its blocks are of a real pool, and go back as a reservation's do."""
-
-    def __init__(self, rig: Rig, table: BlockTable, target: Target) -> None:
-        super().__init__(rig.receiving_pool, table.blocks, target)
-        self.one_sided = True
-        self.table = table
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        with super().writing(), self.table.in_use():
-            yield
-
-    def break_lease(self) -> None:
-        self.broken = True
-        self.table.release()
-
-    def failed(self, error: Exception) -> None:
-        super().failed(error)  # type: ignore[arg-type]
-        self.table.release()
-
-
-class House:
-    """A receiver whose landings get their blocks from one pool."""
-
-    def __init__(self, rig: Rig) -> None:
-        self.rig = rig
-        self.pool = BlockPool(POOL_BLOCKS, FINGERPRINT.block_size, prefix_cache=False)
-
-    def job(self, name: str, prompt_tokens: int = 21) -> tuple[Job, PooledLanding]:
-        job = self.rig.job(prompt_tokens, name=name)
-        table = self.pool.acquire(self.pool.blocks_for(prompt_tokens))
-        assert table is not None, "the pool is full"
-        landing = PooledLanding(self.rig, table, job.target)
-        self.rig.landings.by_id[job.target.reservation_id] = job.landing = landing
-        return job, landing
-
-    def take_all(self) -> BlockTable:
-        """A request that needs every block that may be had."""
-        table = self.pool.acquire(self.pool.num_free)
-        assert table is not None
-        return table
-
-    def state(self, table: BlockTable) -> torch.Tensor:
-        return self.rig.receiving_pool[:, :, list(table.blocks)].clone()
-
-    @property
-    def at_rest(self) -> bool:
-        report = self.pool.check_integrity()
-        assert report.problem == ""
-        return (report.free, report.referenced, report.quarantined) == (POOL_BLOCKS, 0, 0)
 
 
 @pytest.fixture
@@ -90,24 +35,6 @@ async def waiting_sender(house: House, where: str) -> AsyncIterator[asyncio.subp
     async with peer("send", house.rig.address, "--wait-in", where) as (process, said):
         assert said == "waiting"
         yield process
-
-
-def stop(process: asyncio.subprocess.Process) -> None:
-    process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
-
-
-def wake(process: asyncio.subprocess.Process) -> None:
-    """To go on with what it waited in."""
-    assert process.stdin is not None
-    process.stdin.write(b"\n")
-    process.send_signal(signal.SIGCONT)
-
-
-async def said_next(process: asyncio.subprocess.Process) -> str:
-    assert process.stdout is not None
-    async with asyncio.timeout(20):
-        return (await process.stdout.readline()).decode().strip()
 
 
 async def test_blocks_of_a_writer_that_was_stopped_wait_for_its_last_write(house: House) -> None:

@@ -14,11 +14,14 @@ from kv_rig import FINGERPRINT, RIGS, MakeRig, Rig, config_with, shaped, until
 from kv_transfer.base import Source
 from tandem.errors import DeadlineExceeded, Refused, TransferFailed
 
+# The fixtures that make a transport possible.
+NEEDS = {"ray": "ray_node", "nixl": "nixl"}
+
 
 @pytest.fixture(params=RIGS)
 def make_rig(request: pytest.FixtureRequest) -> MakeRig:
-    if request.param == "ray":
-        request.getfixturevalue("ray_node")
+    if request.param in NEEDS:
+        request.getfixturevalue(NEEDS[request.param])
     return RIGS[request.param]
 
 

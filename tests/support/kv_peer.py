@@ -1,12 +1,13 @@
 """One end of a KV transfer in a process of its own, to be killed or not; ends never.
 
-    kv_peer.py send ADDRESS [--deadline S] [--whole | --lose | --wait-in copy|lock] [--ray CLUSTER | --shm]
-    kv_peer.py receive [--ray CLUSTER | --shm]
+    kv_peer.py send ADDRESS [--deadline S] [--whole | --lose | --wait-in copy|lock|write] [BY]
+    kv_peer.py receive [BY]
 
-By gRPC, through the object store of a Ray cluster, or through shared memory. Says one line on stdout: the sender "half"
-in mid-transfer, or "whole" after it, "lost: ..." and the error when it drops each object before it can be read; the
-receiver its port. With --wait-in the sender says "waiting" in the midst of its first copy, or before it takes the lock,
-goes on when it reads a line, and says "failed: ..." when its transfer has.
+By gRPC, or as BY says: --ray CLUSTER, through its object store; --shm, through shared memory; --nixl. Says one line on
+stdout: the sender "half" in mid-transfer, or "whole" after it, "lost: ..." and the error when it drops each object
+before it can be read; the receiver its port. With --wait-in the sender says "waiting" in the midst of its first copy,
+before it takes the lock, or (by NIXL) after its first write, which it then does again; it goes on when it reads a line,
+and says "failed: ..." when its transfer has.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ import kv_transfer.shm_transport
 from kv_transfer.base import Transport
 from kv_transfer.grpc_transport import GrpcTransport
 from kv_transfer.messages import Place
+from kv_transfer.nixl_agent import Agent, Write
+from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.plasma import Plasma, connect
 from kv_transfer.pool_io import Rows
 from kv_transfer.ray_transport import RayTransport
@@ -38,15 +41,17 @@ from kv_transfer.shm_transport import ShmTransport
 from tandem.errors import TandemError
 
 
-def transport(shm: bool = False) -> Transport:
+def transport(shm: bool = False, nixl: bool = False) -> Transport:
     if shm:
         return ShmTransport(config_with())
+    if nixl:
+        return NixlTransport(config_with(nixl_devices="lo"))
     plasma = connect()
     return GrpcTransport(config_with()) if plasma is None else RayTransport(config_with(), plasma)
 
 
-async def send(address: str, deadline_s: float | None, whole: bool, shm: bool) -> None:
-    rig = Rig(FINGERPRINT, transport(shm), address, shared_pool=False)
+async def send(address: str, deadline_s: float | None, whole: bool, carrier: Transport) -> None:
+    rig = Rig(FINGERPRINT, carrier, address, shared_pool=False)
     job = rig.job()
     if whole:
         await rig.transfer(job)
@@ -74,7 +79,7 @@ async def lose(address: str) -> None:
 
 
 async def wait_in(address: str, where: str) -> None:
-    copy, lock = kv_transfer.shm_transport.copy_parts, PeerMemory.lock
+    copy, lock, begin = kv_transfer.shm_transport.copy_parts, PeerMemory.lock, Agent.write
     first = threading.Semaphore()
 
     def wait() -> None:
@@ -92,11 +97,21 @@ async def wait_in(address: str, where: str) -> None:
         wait()
         lock(self, key)
 
+    def write_twice(self: Agent, *rest: Any) -> Write:
+        """What comes second is a late write."""
+        write = begin(self, *rest)
+        while not write.ended():
+            pass
+        wait()
+        return begin(self, *rest)
+
     if where == "copy":
         kv_transfer.shm_transport.copy_parts = copy_slowly
-    else:
+    elif where == "lock":
         PeerMemory.lock = lock_late  # type: ignore[method-assign]
-    rig = Rig(FINGERPRINT, transport(shm=True), address, shared_pool=False)
+    else:
+        Agent.write = write_twice  # type: ignore[method-assign]
+    rig = Rig(FINGERPRINT, transport(shm=where != "write", nixl=where == "write"), address, shared_pool=False)
     try:
         await rig.transfer(rig.job())
     except TandemError as error:
@@ -104,9 +119,10 @@ async def wait_in(address: str, where: str) -> None:
     await asyncio.Event().wait()
 
 
-async def receive(memory: SharedMemory | None) -> None:
+async def receive(memory: SharedMemory | None, nixl: bool) -> None:
     landings = FakeLandings(FINGERPRINT)
-    async with serving(landings, config_with(), connect(), memory) as (_, port, _):
+    config = config_with(nixl_devices="lo") if nixl else config_with()
+    async with serving(landings, config, connect(), memory) as (_, port, _):
         rig = Rig(FINGERPRINT, GrpcTransport(config_with()), "", shared_pool=False, memory=memory)
         rig.job()
         landings.by_id.update(rig.landings.by_id)
@@ -148,21 +164,22 @@ def main() -> None:
     parser.add_argument("--deadline", type=float)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--lose", action="store_true")
-    parser.add_argument("--wait-in", choices=["copy", "lock"])
+    parser.add_argument("--wait-in", choices=["copy", "lock", "write"])
     parser.add_argument("--ray")
     parser.add_argument("--shm", action="store_true")
+    parser.add_argument("--nixl", action="store_true")
     given = parser.parse_args()
     with ExitStack() as stack:
         if given.ray:
             stack.enter_context(joined(given.ray, os.environ["RAY_AUTH_TOKEN"]))
         if given.end == "receive":
-            asyncio.run(receive(SharedMemory() if given.shm else None))
+            asyncio.run(receive(SharedMemory() if given.shm else None, given.nixl))
         elif given.wait_in:
             asyncio.run(wait_in(given.address, given.wait_in))
         elif given.lose:
             asyncio.run(lose(given.address))
         else:
-            asyncio.run(send(given.address, given.deadline, given.whole, given.shm))
+            asyncio.run(send(given.address, given.deadline, given.whole, transport(given.shm, given.nixl)))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from kv_transfer.grpc_transport import GrpcTransport
 from kv_transfer.int8 import Int8
 from kv_transfer.layout import KVLayout
 from kv_transfer.local import LocalTransport
+from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.plasma import Plasma, connect
 from kv_transfer.ray_transport import RayTransport
 from kv_transfer.service import MAX_MESSAGE_BYTES, KVService
@@ -45,7 +46,7 @@ FINGERPRINT = Fingerprint(
 POOL_BLOCKS = 64
 
 
-def config_with(**worker: int) -> TandemConfig:
+def config_with(**worker: int | str) -> TandemConfig:
     return parse_config({"worker": {"frame_bytes": 4096, "object_bytes": 4096, "frames_in_flight": 4, **worker}})
 
 
@@ -264,6 +265,13 @@ async def shm_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterat
 
 
 @asynccontextmanager
+async def nixl_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
+    config = config.model_copy(update={"worker": config.worker.model_copy(update={"nixl_devices": "lo"})})
+    async with _push_rig(fingerprint, config, NixlTransport(config), one_sided=True) as rig:
+        yield rig
+
+
+@asynccontextmanager
 async def _push_rig(
     fingerprint: Fingerprint,
     config: TandemConfig,
@@ -271,10 +279,12 @@ async def _push_rig(
     plasma: Plasma | None = None,
     memory: SharedMemory | None = None,
     wire: type[Native | Int8] = Native,
+    one_sided: bool = False,
 ) -> AsyncIterator[Rig]:
     landings = FakeLandings(fingerprint)
     async with serving(landings, config, plasma, memory) as (service, port, stop):
         rig = Rig(fingerprint, transport, f"127.0.0.1:{port}", shared_pool=False, memory=memory, wire=wire)
+        rig.one_sided = rig.one_sided or one_sided
         rig.landings, rig.service, rig.stop = landings, service, stop
         yield rig
         await transport.aclose()
@@ -303,6 +313,7 @@ RIGS: dict[str, MakeRig] = {
     "grpc, int8": int8_rig,
     "ray": ray_rig,
     "shm": shm_rig,
+    "nixl": nixl_rig,
 }
 
 

@@ -13,7 +13,22 @@ from kv_frames import OPEN, accept, data_frame, raw_frame
 
 from kv_transfer.checksum import crc32
 from kv_transfer.codec import MAX_HEADER_BYTES, encode
-from kv_transfer.messages import Abandon, Data, Done, Granted, Locked, Mapped, Place, Placed, Seal, Taken, Written
+from kv_transfer.messages import (
+    Abandon,
+    Data,
+    Done,
+    Granted,
+    Lent,
+    Locked,
+    Mapped,
+    Place,
+    Placed,
+    Released,
+    Seal,
+    Taken,
+    Writer,
+    Written,
+)
 from tandem.errors import Refused, TransferFailed
 
 MALFORMED = 10_000
@@ -28,6 +43,11 @@ GOOD = {
     "mapped": encode(Mapped(7, 8, "m" * 32, 1 << 30, 64, 2, crc32(BLOCK_IDS)), [memoryview(BLOCK_IDS)]),
     "locked": encode(Locked()),
     "granted": encode(Granted()),
+    "writer": encode(Writer("w" * 32)),
+    "lent": encode(
+        Lent("a" * 32, 1 << 46, "cpu", 0, 64, 5, 2, crc32(b"agent" + BLOCK_IDS)), [memoryview(b"agent" + BLOCK_IDS)]
+    ),
+    "released": encode(Released("r" * 32)),
     "seal": encode(Seal(1, 2, 3, 4)),
     "abandon": encode(Abandon()),
     "taken": encode(Taken(7)),

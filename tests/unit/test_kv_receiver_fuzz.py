@@ -21,7 +21,7 @@ from kv_transfer.admission import Admission
 from kv_transfer.base import Counters, Target
 from kv_transfer.codec import chain_checksum, describe, encode
 from kv_transfer.layout import KVLayout
-from kv_transfer.messages import Abandon, Granted, Locked, Message, Seal, Taken
+from kv_transfer.messages import Abandon, Granted, Locked, Message, Seal, Taken, Writer
 from kv_transfer.receiver import Copied, Receiver
 from kv_transfer.sender import opening_of
 from kv_transfer.wire_dtype import WIRE_DTYPES, wire_dtype
@@ -79,7 +79,7 @@ def edited(frames: list[Frame], edits: list[tuple[str, int, int, int]]) -> list[
         elif kind == "field":
             frames[at] = (with_field(frames[at][0], other, number), frames[at][1])
         elif kind == "kind":
-            others: list[Message] = [Abandon(), Locked(), Granted(), Taken(number % 9)]
+            others: list[Message] = [Abandon(), Locked(), Granted(), Taken(number % 9), Writer("w")]
             frames[at] = (others[other % len(others)], b"")
         else:
             frames[at] = (opening_of(replace(TARGET, request_id="r2")), b"")

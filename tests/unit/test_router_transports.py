@@ -11,6 +11,7 @@ from tandem.v1.registry_pb2 import Transport
 GRPC = Transport(name="grpc")
 HERE, THERE = (Transport(name="ray", domain="cluster", node=node) for node in ("n1", "n2"))
 SHM = Transport(name="shm", domain="host", node="host")
+NIXL, NIXL_OF_GPUS = (Transport(name="nixl", domain="version", node=node) for node in ("", "cuda"))
 ELSEWHERE = Transport(name="ray", domain="another", node="n1")
 
 
@@ -18,6 +19,10 @@ ELSEWHERE = Transport(name="ray", domain="another", node="n1")
     ("source", "target", "auto"),
     [
         ([GRPC], [GRPC], "grpc"),
+        ([GRPC, NIXL], [GRPC, NIXL], "grpc"),
+        ([GRPC, NIXL_OF_GPUS], [GRPC, NIXL], "grpc"),
+        ([GRPC, NIXL_OF_GPUS], [GRPC, NIXL_OF_GPUS], "nixl"),
+        ([GRPC, SHM, NIXL_OF_GPUS], [GRPC, SHM, NIXL_OF_GPUS], "shm"),
         ([GRPC, HERE], [GRPC], "grpc"),
         ([GRPC], [HERE, GRPC], "grpc"),
         ([GRPC, HERE], [HERE, GRPC], "ray"),
@@ -29,6 +34,10 @@ ELSEWHERE = Transport(name="ray", domain="another", node="n1")
     ],
     ids=[
         "alone",
+        "nixl over TCP",
+        "one GPU",
+        "GPU to GPU",
+        "one host with NIXL",
         "not the target",
         "not the source",
         "one node",

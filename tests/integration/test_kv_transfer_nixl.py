@@ -1,0 +1,242 @@
+"""Law 5 where the sender writes by NIXL, and what else is nixl's alone. Senders are processes that are stopped, killed
+and woken; receivers too."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kv_house import House, said_next, stop, wake
+from kv_peer import peer
+from kv_rig import FINGERPRINT, Job, Rig, config_with, nixl_rig, until
+
+import kv_transfer.nixl_intake
+import kv_transfer.nixl_transport
+from kv_transfer.messages import Data, Lent
+from kv_transfer.nixl_agent import Agent, Pieces, announcement, check_devices
+from kv_transfer.nixl_transport import NixlTransport
+from kv_transfer.nixl_writer import NixlWriter
+from tandem.errors import ConfigError, DeadlineExceeded, TransferFailed, WorkerLost
+
+pytestmark = pytest.mark.usefixtures("nixl")
+
+
+@pytest.fixture
+async def house(nixl: None) -> AsyncIterator[House]:
+    async with nixl_rig(FINGERPRINT, config_with(frame_bytes=1 << 20, object_bytes=1 << 20)) as rig:
+        house = House(rig)
+        yield house
+        await until(lambda: house.at_rest)
+
+
+@asynccontextmanager
+async def waiting_sender(house: House) -> AsyncIterator[asyncio.subprocess.Process]:
+    """It has written its first frame, and will write it again."""
+    async with peer("send", house.rig.address, "--wait-in", "write") as (process, said):
+        assert said == "waiting"
+        yield process
+
+
+def doors(rig: Rig) -> int:
+    """Open ones."""
+    assert rig.service is not None
+    assert rig.service._doors is not None
+    return len(rig.service._doors._doors)
+
+
+async def test_a_writer_that_was_stopped_is_shut_out_of_its_blocks(house: House) -> None:
+    _, late = house.job("r1")
+    async with waiting_sender(house) as process:
+        stop(process)
+        assert house.rig.receiving_pool[:, :, list(late.blocks)].any(), "it wrote"
+        late.break_lease()
+        assert house.pool.num_quarantined == len(late.blocks)
+        job, landing = house.job("another")
+        await house.rig.transfer(job)
+        assert doors(house.rig) == 2
+
+        # Its call is open still; when the door is closed, others get the blocks.
+        await house.rig.stop()
+        await until(lambda: house.pool.num_quarantined == 0)
+        assert doors(house.rig) == 1
+        rest = house.take_all()
+        assert {*late.blocks} <= {*rest.blocks}
+        house.rig.receiving_pool[:, :, list(rest.blocks)] = 7
+
+        wake(process)
+        assert (await said_next(process)).startswith("failed: ")
+        assert (house.state(rest) == 7).all(), "the late write landed nowhere"
+        job.assert_arrived()
+        for table in (landing.table, rest):
+            table.release()
+        assert [type(error) for error in late.errors] == [TransferFailed]
+
+
+async def test_a_killed_writer_frees_its_blocks(house: House) -> None:
+    house.job("r1")
+    async with waiting_sender(house) as process:
+        process.send_signal(signal.SIGKILL)
+        assert await process.wait() == -signal.SIGKILL
+        await until(lambda: house.pool.num_quarantined > 0)
+        await until(lambda: house.at_rest, seconds=5)
+        assert doors(house.rig) == 0
+
+
+async def test_a_writer_that_leaves_says_so_and_keeps_its_door(house: House) -> None:
+    job, landing = house.job("r1")
+    task = asyncio.create_task(house.rig.transfer_in_halves(job, between=asyncio.Event().wait))
+    await until(lambda: landing.touches > 0)
+    started = time.monotonic()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: house.at_rest)
+    assert time.monotonic() - started < kv_transfer.nixl_intake._PATIENCE_S
+    assert doors(house.rig) == 1
+
+
+async def test_the_service_closes_while_a_writer_is_waited_for(house: House) -> None:
+    _, late = house.job("r1")
+    async with waiting_sender(house) as process:
+        stop(process)
+        await house.rig.stop()
+        await until(lambda: late.ended)
+        assert house.rig.service is not None
+        house.rig.service.close()
+        await until(lambda: house.at_rest, seconds=2)
+
+
+async def test_what_was_written_is_verified_where_it_lies(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe = kv_transfer.nixl_transport.describe
+
+    def misjudge(*frame: Any) -> Data:
+        data = describe(*frame)
+        return replace(data, checksum=data.checksum ^ 1)
+
+    monkeypatch.setattr(kv_transfer.nixl_transport, "describe", misjudge)
+    job, landing = house.job("r1")
+    with pytest.raises(TransferFailed, match="payload of KV frame 0 fails its checksum"):
+        await house.rig.transfer(job)
+    assert landing.first_token is None
+    assert house.rig.received.corrupt_frames == 1
+
+
+async def test_nothing_is_written_outside_of_what_was_registered(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NIXL's own check, behind ours."""
+    pieces_of = kv_transfer.nixl_transport.pieces_of
+    end = house.rig.receiving_pool.data_ptr() + house.rig.receiving_pool.nbytes
+
+    def beyond(address: int, *rest: Any) -> Pieces:
+        pieces = pieces_of(address, *rest)
+        if address == house.rig.receiving_pool.data_ptr():
+            pieces[-1, 0] = np.uint64(end - 1)
+        return pieces
+
+    monkeypatch.setattr(kv_transfer.nixl_transport, "pieces_of", beyond)
+    before = house.rig.receiving_pool.clone()
+    job, _ = house.job("r1")
+    with pytest.raises(TransferFailed, match="cannot write there"):
+        await house.rig.transfer(job)
+    assert torch.equal(house.rig.receiving_pool, before)
+
+
+async def send_in_halves(rig: Rig, job: Job, between: Callable[[], Awaitable[None]]) -> None:
+    async with rig.transport.open(job.source, job.target) as sender:
+        await sender.send(rig.layers, range(10))
+        await between()
+        await sender.send(rig.layers, range(10, 21))
+        await sender.seal(7)
+
+
+async def test_a_receiver_that_dies_is_lost() -> None:
+    transport = NixlTransport(config_with(nixl_devices="lo"))
+    async with peer("receive", "--nixl") as (process, port):
+        rig = Rig(FINGERPRINT, transport, f"127.0.0.1:{port}", shared_pool=False)
+        job = rig.job()
+
+        async def kill() -> None:
+            process.send_signal(signal.SIGKILL)
+            assert await process.wait() == -signal.SIGKILL
+
+        with pytest.raises(WorkerLost):
+            await send_in_halves(rig, job, kill)
+    await transport.aclose()
+
+
+async def test_a_receiver_that_stops_holds_a_transfer_until_its_deadline() -> None:
+    """No thread of the sender waits for it, and no write is under way when the transfer is over."""
+    transport = NixlTransport(config_with(nixl_devices="lo"))
+    async with peer("receive", "--nixl") as (process, port):
+        rig = Rig(FINGERPRINT, transport, f"127.0.0.1:{port}", shared_pool=False)
+        job = rig.job()
+
+        async def fall_silent() -> None:
+            stop(process)
+
+        with pytest.raises(DeadlineExceeded):
+            await send_in_halves(rig, replace(job, target=replace(job.target, deadline_s=1.0)), fall_silent)
+        assert transport._writer._under_way == []
+        process.send_signal(signal.SIGCONT)
+    await transport.aclose()
+
+
+async def test_metadata_of_another_agent_or_none_is_refused() -> None:
+    writer, other = NixlWriter("lo"), Agent("lo")
+    pool = torch.zeros(1 << 16, dtype=torch.uint8)
+    other.register(pool)
+    lent = Lent("a" * 32, pool.data_ptr(), "cpu", 0, 1, 1, 1, 0)
+    try:
+        for metadata, why in ((other.metadata(), "is another agent's"), (b"noise", "does not understand its peer")):
+            with pytest.raises(TransferFailed, match=why):
+                await writer.meet(object(), pool, lent, metadata)
+        await writer.meet(object(), pool, replace(lent, agent_id=other.id), other.metadata())
+    finally:
+        writer.close()
+        other.close()
+
+
+def test_an_agent_listens_where_it_may_and_not_after_its_end() -> None:
+    def listening() -> set[str]:
+        lines = Path("/proc/self/net/tcp").read_text().splitlines()[1:]
+        return {line.split()[1] for line in lines if line.split()[3] == "0A"}
+
+    before = listening()
+    agent = Agent("lo")
+    added = listening() - before
+    assert added
+    assert all(address.startswith("0100007F:") for address in added), "loopback alone"
+    agent.close()
+    assert not listening() & added
+
+
+def test_devices_are_checked() -> None:
+    check_devices("")
+    check_devices("lo")
+    with pytest.raises(ConfigError, match=r"worker\.nixl_devices: this machine has no network device 'nonesuch'"):
+        check_devices("lo,nonesuch")
+
+
+def test_without_nixl_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kv_transfer.nixl_agent.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"NIXL is not installed; pip install 'tandem\[nixl\]'"):
+        check_devices("lo")
+
+
+def test_loopback_reaches_nobody_elsewhere() -> None:
+    here = announcement("lo", "cpu")
+    assert here.node == ""
+    assert announcement("lo", "cuda").node == "cuda"
+    code = "from kv_transfer.nixl_agent import announcement; print(announcement('lo', 'cpu').domain)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == here.domain

@@ -1,0 +1,87 @@
+"""A receiver whose landings get their blocks from a real pool, and senders that are stopped and woken."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from kv_landings import FakeLanding
+from kv_rig import FINGERPRINT, POOL_BLOCKS, Job, Rig
+
+from kv_transfer.base import Target
+from tandem.engine.block_pool import BlockPool, BlockTable
+
+
+class PooledLanding(FakeLanding):
+    """Its blocks are of a real pool, and go back as a reservation's do."""
+
+    def __init__(self, rig: Rig, table: BlockTable, target: Target) -> None:
+        super().__init__(rig.receiving_pool, table.blocks, target)
+        self.one_sided = True
+        self.table = table
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        with super().writing(), self.table.in_use():
+            yield
+
+    def break_lease(self) -> None:
+        self.broken = True
+        self.table.release()
+
+    def failed(self, error: Exception) -> None:
+        super().failed(error)  # type: ignore[arg-type]
+        self.table.release()
+
+
+class House:
+    """A receiver whose landings get their blocks from one pool."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.pool = BlockPool(POOL_BLOCKS, FINGERPRINT.block_size, prefix_cache=False)
+
+    def job(self, name: str, prompt_tokens: int = 21) -> tuple[Job, PooledLanding]:
+        job = self.rig.job(prompt_tokens, name=name)
+        table = self.pool.acquire(self.pool.blocks_for(prompt_tokens))
+        assert table is not None, "the pool is full"
+        landing = PooledLanding(self.rig, table, job.target)
+        self.rig.landings.by_id[job.target.reservation_id] = job.landing = landing
+        return job, landing
+
+    def take_all(self) -> BlockTable:
+        """A request that needs every block that may be had."""
+        table = self.pool.acquire(self.pool.num_free)
+        assert table is not None
+        return table
+
+    def state(self, table: BlockTable) -> torch.Tensor:
+        return self.rig.receiving_pool[:, :, list(table.blocks)].clone()
+
+    @property
+    def at_rest(self) -> bool:
+        report = self.pool.check_integrity()
+        assert report.problem == ""
+        return (report.free, report.referenced, report.quarantined) == (POOL_BLOCKS, 0, 0)
+
+
+def stop(process: asyncio.subprocess.Process) -> None:
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
+def wake(process: asyncio.subprocess.Process) -> None:
+    """To go on with what it waited in."""
+    assert process.stdin is not None
+    process.stdin.write(b"\n")
+    process.send_signal(signal.SIGCONT)
+
+
+async def said_next(process: asyncio.subprocess.Process) -> str:
+    assert process.stdout is not None
+    async with asyncio.timeout(20):
+        return (await process.stdout.readline()).decode().strip()
