@@ -167,7 +167,10 @@ class Agent:
     def close(self) -> None:
         """Nobody writes into the registered pools by this agent any more."""
         for registered in self._registered.values():
-            self._agent.deregister_memory(registered)
+            try:
+                self._agent.deregister_memory(registered)
+            except Exception as error:
+                log.warning("NIXL keeps a pool of an agent that ends: %s", error)
         self._registered.clear()
         # Its destructor closes its sockets and queue pairs.
         del self._agent

@@ -46,6 +46,7 @@ class Door:
     agent: Agent
     # The transfers that may come through it.
     users: set[object] = field(default_factory=set)
+    # Nothing comes through it any more.
     closed: bool = False
 
 
@@ -142,9 +143,9 @@ class Doors:
 
     def _shut(self, door: Door) -> None:
         if not door.closed:
-            door.closed = True
             self._doors = OrderedDict((writer, each) for writer, each in self._doors.items() if each is not door)
             door.agent.close()
+            door.closed = True
 
     def _close(self) -> None:
         for door in list(self._doors.values()):

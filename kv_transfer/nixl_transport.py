@@ -87,7 +87,9 @@ class _NixlLink(WritingLink):
         super().__init__(call, source, target)
 
     async def write(self, frame: bytes) -> None:
-        """See Link. The opening is followed by who writes."""
+        """See Link. The opening is followed by who writes; a seal or an abandon follows the last write."""
+        for write in list(self._writes.values()):
+            await self._end_of(write)
         await super().write(frame)
         if self._access is not None and not self._asked:
             self._asked = True
@@ -121,17 +123,24 @@ class _NixlLink(WritingLink):
 
     async def carry(self, data: Data, packed: bytes) -> None:
         """See Link. The frame leaves when the payload is in the receiver's blocks."""
-        write = asyncio.wrap_future(self._writes[data.sequence])
-        write.add_done_callback(_see)
-        ends: set[asyncio.Future[Any]] = {write, self._answer}
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if not write.done() or write.exception() is not None:
-            await asyncio.wait({self._answer}, timeout=_WORD_S)
-            if self._answer.done():
-                await self.write(packed)  # raises what the receiver said
-            await write
+        await self._end_of(self._writes[data.sequence])
         del self._writes[data.sequence]
-        await self.write(packed)
+        await super().write(packed)
+
+    async def _end_of(self, write: Future[None]) -> None:
+        """Raises what the receiver ended the call with, or else why the write failed."""
+        ended = asyncio.wrap_future(write)
+        ended.add_done_callback(_see)
+        either: set[asyncio.Future[Any]] = {ended, self._answer}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done() and ended.exception() is None:
+            return
+        await asyncio.wait({self._answer}, timeout=_WORD_S)
+        if self._answer.done():
+            with self._own_cancels_only():
+                await self._answer
+            raise TransferFailed(f"the worker at {self._peer} ended the transfer early")
+        await ended
 
     async def finish(self) -> Done:
         """See Link."""

@@ -7,6 +7,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -19,12 +20,12 @@ import pytest
 import torch
 from kv_house import House, said_next, stop, wake
 from kv_peer import peer
-from kv_rig import FINGERPRINT, Job, Rig, config_with, nixl_rig, until
+from kv_rig import FINGERPRINT, POOL_BLOCKS, Job, Rig, config_with, nixl_rig, until
 
 import kv_transfer.nixl_intake
 import kv_transfer.nixl_transport
 from kv_transfer.messages import Data, Lent
-from kv_transfer.nixl_agent import Agent, Pieces, announcement, check_devices
+from kv_transfer.nixl_agent import Agent, Pieces, Write, announcement, check_devices
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.nixl_writer import NixlWriter
 from tandem.errors import ConfigError, DeadlineExceeded, TransferFailed, WorkerLost
@@ -149,6 +150,29 @@ async def test_nothing_is_written_outside_of_what_was_registered(house: House, m
     with pytest.raises(TransferFailed, match="cannot write there"):
         await house.rig.transfer(job)
     assert torch.equal(house.rig.receiving_pool, before)
+
+
+async def test_blocks_are_not_given_back_under_the_last_write_of_an_abandoned_transfer(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_ended, asked, ends = Write.ended, threading.Event(), threading.Event()
+
+    def ended(self: Write) -> bool:
+        asked.set()
+        return ends.is_set() and has_ended(self)
+
+    monkeypatch.setattr(Write, "ended", ended)
+    job, landing = house.job("r1")
+    async with house.rig.transport.open(job.source, job.target) as sender:
+        sending = asyncio.create_task(sender.send(house.rig.layers, range(21)))
+        await until(asked.is_set)
+        abandoning = asyncio.create_task(sender.abandon())
+        await asyncio.wait([abandoning], timeout=0.2)
+        assert not landing.given_up
+        assert house.pool.acquire(POOL_BLOCKS) is None
+        ends.set()
+        await asyncio.gather(sending, abandoning)
+        assert landing.given_up
 
 
 async def send_in_halves(rig: Rig, job: Job, between: Callable[[], Awaitable[None]]) -> None:

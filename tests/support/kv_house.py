@@ -33,6 +33,10 @@ class PooledLanding(FakeLanding):
         self.broken = True
         self.table.release()
 
+    def abandoned(self) -> None:
+        super().abandoned()
+        self.table.release()
+
     def failed(self, error: Exception) -> None:
         super().failed(error)  # type: ignore[arg-type]
         self.table.release()
