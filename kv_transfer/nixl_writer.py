@@ -68,7 +68,7 @@ class NixlWriter:
         await self._driver.call(self._cut_off, peer)
 
     def close(self) -> None:
-        """Transfers must have ended before."""
+        """Transfers still open fail."""
         self._driver.close(self._close)
 
     def _meet(self, user: object, pool: Tensor, peer: str, metadata: bytes) -> None:
@@ -114,12 +114,15 @@ class NixlWriter:
             return
         assert self._agent is not None, "it has met peers"
         self._agent.leave(peer)
-        self._look()
+        # Whatever NIXL says of them now: that nothing more can arrive is for the receiver to see to.
         for _, _, ended in (each for each in self._under_way if each[0] == peer):
             ended.set_exception(TransferFailed("the connection by NIXL was cut off"))
         self._under_way = [each for each in self._under_way if each[0] != peer]
 
     def _close(self) -> None:
+        for _, _, ended in self._under_way:
+            ended.set_exception(TransferFailed("the transport was closed in mid-transfer"))
+        self._under_way.clear()
         if self._agent is not None:
             self._agent.close()
 
