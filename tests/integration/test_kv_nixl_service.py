@@ -1,4 +1,4 @@
-"""Transport `nixl` between real workers: by order, exact, shown by `status`; a prefill worker that stops is shut out."""
+"""Transport `nixl` between real workers: by order, exact, told by `status`; a prefill worker that stops is shut out."""
 
 from __future__ import annotations
 
