@@ -4,7 +4,7 @@
     kv_side.py receive CONFIG CLUSTER             says its port, likewise
     kv_side.py send CONFIG CLUSTER PORT           answers {"transport": ..., "tokens": ...} with {"seconds": ...}
 
-Payloads through shared memory have no checksum where KV_SIDE_UNCHECKED is set.
+Payloads have no checksum where KV_SIDE_UNCHECKED is set.
 CLUSTER: empty for a process outside Ray. CONFIG: settings of Tandem, JSON.
 """
 
@@ -22,17 +22,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-import kv_transfer.pool_io
+import kv_transfer.receiver
 from kv_transfer.base import Source, Target, TransferSummary, Transport
 from kv_transfer.grpc_transport import GrpcTransport
 from kv_transfer.layout import KVLayout
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.plasma import connect
 from kv_transfer.ray_transport import RayTransport
+from kv_transfer.runs import Runs
 from kv_transfer.service import MAX_MESSAGE_BYTES, KVService
 from kv_transfer.shared_memory import SharedMemory
 from kv_transfer.shm_transport import ShmTransport
 from tandem.config import TandemConfig, parse_config
+from tandem.engine.cpu_memory import use_huge_pages
 from tandem.engine.kv_cache import Allocate, KVCache
 from tandem.engine.process import tune_process
 from tandem.errors import TandemError
@@ -52,8 +54,9 @@ def say(**fact: object) -> None:
 
 def pool(allocate: Allocate | None = None) -> Tensor:
     """As the engine of a worker has it."""
-    memory = KVCache(FINGERPRINT, MAX_TOKENS // FINGERPRINT.block_size, "cpu", allocate).pool
-    return memory.uniform_()
+    memory = KVCache(FINGERPRINT, MAX_TOKENS // FINGERPRINT.block_size, "cpu", allocate).pool.uniform_()
+    use_huge_pages()
+    return memory
 
 
 class Landing:
@@ -146,8 +149,13 @@ def in_ray(**arguments: object) -> Iterator[str]:
 
 
 def leave_payloads_unchecked() -> None:
-    kv_transfer.pool_io.crc32 = lambda data, start=0: 0
-    kv_transfer.pool_io.crc32_of_parts = lambda parts: 0
+    def copy(payload: Runs, target: Runs) -> int:
+        payload.copy_to(target)
+        return 0
+
+    Runs.checksum = lambda payload: 0  # type: ignore[method-assign]
+    Runs.copy_checked = copy  # type: ignore[method-assign]
+    kv_transfer.receiver.check_payload = lambda data, payload: None
 
 
 def main() -> None:

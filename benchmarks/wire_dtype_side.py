@@ -50,11 +50,11 @@ def _copies(dtype: str, heads: int, head_dim: int) -> dict[str, Any]:
     target, blocks = torch.zeros_like(pool), torch.randperm(pool.shape[2]).tolist()
     native, int8 = wire_dtype("native", layout), wire_dtype("int8", layout)
     cells = frames(int8, 12, POOL_TOKENS)
-    payloads = [b"".join(int8.pieces(pool, blocks, *frame)) for frame in cells]
+    payloads = [int8.pieces(pool, blocks, *frame).after(b"") for frame in cells]
 
     def gather(wire: WireDtype) -> None:
         for frame in cells:
-            b"".join(wire.pieces(pool, blocks, *frame))
+            wire.pieces(pool, blocks, *frame).after(b"")
 
     def write() -> None:
         for frame, payload in zip(cells, payloads, strict=True):
@@ -152,7 +152,7 @@ def _through_int8(rows: Tensor) -> tuple[Tensor, int]:
     pool.flatten(2, 3)[:, :, :tokens] = rows
     target, wire, sent = torch.zeros_like(pool), wire_dtype("int8", layout), 0
     for frame in frames(wire, layers, tokens):
-        payload = b"".join(wire.pieces(pool, range(count), *frame))
+        payload = wire.pieces(pool, range(count), *frame).after(b"")
         wire.scatter(target, range(count), *frame, payload)
         sent += len(payload)
     return target.flatten(2, 3)[:, :, :tokens], sent

@@ -59,7 +59,7 @@ class TransferSummary:
     # Of payload, in the wire dtype and without headers; 0 when nothing had to be copied.
     bytes: int
     frames: int
-    # At the sender the time inside `send` and `seal`, at the receiver from the opening to the seal.
+    # At the sender the time in which something was under way, at the receiver from the opening to the seal.
     seconds: float
     # Of the sender's, what lay before the end of prefill: hidden under compute.
     hidden_seconds: float = 0.0
@@ -100,8 +100,9 @@ class Sender(Protocol):
 
         Those that the receiver has cached are skipped.
 
-        Waits while the receiver is slow. Raises TransferFailed, WorkerLost, DeadlineExceeded or Refused, whatever the
-        receiver said, as soon as it is known.
+        Returns when there is room for more: it waits while the receiver is slow, and the last frames may still be under
+        way. Raises TransferFailed, WorkerLost, DeadlineExceeded or Refused, whatever the receiver said, as soon as it
+        is known; what is known later is raised by the next call.
         """
 
     async def seal(self, first_token: int, prefilled_s: float | None = None) -> TransferSummary:

@@ -18,13 +18,13 @@ against a closed schema (every key, its type, its range); no size in them is use
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgpack
 
-from kv_transfer.checksum import crc32, crc32_of_parts
+from kv_transfer.checksum import crc32
 from kv_transfer.messages import (
     Abandon,
     Data,
@@ -42,6 +42,7 @@ from kv_transfer.messages import (
     Writer,
     Written,
 )
+from kv_transfer.runs import Runs
 from tandem.errors import Refused, TransferFailed
 from tandem.types import Fingerprint
 
@@ -180,21 +181,21 @@ _KINDS: dict[str, tuple[_Schema, Callable[[dict[str, Any]], Message]]] = {
 }
 
 
-def encode(message: Message, payload: Sequence[memoryview] = ()) -> bytes:
-    """One frame; the payload's parts are copied once. Raises TransferFailed for a field that decode would refuse."""
+def encode(message: Message, payload: Runs | None = None) -> bytes:
+    """One frame; the payload is copied once. Raises TransferFailed for a field that decode would refuse."""
     kind, fields = type(message).__name__.lower(), asdict(message)
     if isinstance(message, Open):
         fields.update(fields.pop("fingerprint"))
     _check(kind, fields)
     header: bytes = msgpack.packb({"kind": kind, **fields})
     guard = crc32(header, crc32(_UNGUARDED.pack(_MAGIC, VERSION, len(header))))
-    return b"".join((_PRELUDE.pack(_MAGIC, VERSION, len(header), guard), header, *payload))
+    head = _PRELUDE.pack(_MAGIC, VERSION, len(header), guard) + header
+    return head if payload is None else payload.after(head)
 
 
-def describe(sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> Data:
-    """The header of a data frame, with the size and the checksum of the payload's parts."""
-    size = sum(part.nbytes for part in payload)
-    return Data(sequence, layers.start, len(layers), tokens.start, len(tokens), size, crc32_of_parts(payload))
+def describe(sequence: int, layers: range, tokens: range, payload: Runs) -> Data:
+    """The header of a data frame, with the size and the checksum of the payload."""
+    return Data(sequence, layers.start, len(layers), tokens.start, len(tokens), payload.nbytes, payload.checksum())
 
 
 def decode(frame: bytes) -> tuple[Message, memoryview]:

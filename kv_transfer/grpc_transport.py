@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from kv_transfer.base import Source, Target
 from kv_transfer.codec import describe, encode
 from kv_transfer.messages import Data
 from kv_transfer.push import PushLink, PushTransport
+from kv_transfer.runs import Runs
 from tandem.config import TandemConfig
 
 
@@ -23,7 +23,7 @@ class GrpcTransport(PushTransport):
 
 
 class _GrpcLink(PushLink):
-    def pack(self, sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> tuple[Data, bytes]:
+    def pack(self, sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
         """See Link."""
         data = describe(sequence, layers, tokens, payload)
         return data, encode(data, payload)

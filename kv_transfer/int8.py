@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kv_transfer.layout import KVLayout, blocks_of
 from kv_transfer.pool_io import gather_slots, runs, write_slots
+from kv_transfer.runs import Runs
 from tandem.errors import Refused, TransferFailed
 
 _MOST = 127
@@ -55,10 +56,10 @@ class Int8:
             layers * 2 * (self._shares(tokens) * self._layout.num_kv_heads * _SCALE_BYTES + len(tokens) * self._width)
         )
 
-    def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Sequence[memoryview]:
+    def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Runs:
         """See WireDtype."""
         quantize = self.quantize_on_host if pool.device.type == "cpu" else self.quantize_on_device
-        return [part.reshape(-1).view(np.uint8).data for part in quantize(pool, blocks, layers, tokens)]
+        return Runs.of(*quantize(pool, blocks, layers, tokens))
 
     def scatter(
         self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, payload: bytes | memoryview

@@ -70,16 +70,21 @@ class KVLayout:
 def cut(layers: range, tokens: range, cells: int) -> Iterator[tuple[range, range]]:
     """(layers, tokens) of frames of up to `cells` layers x tokens: whole layers if they fit, else tokens of one layer.
 
-    One token of one layer is never cut. Every layer's tokens come in ascending order.
+    They are about equal. One token of one layer is never cut. Every layer's tokens come in ascending order.
     """
-    whole = max(1, cells // max(1, len(tokens)))
-    count = max(1, min(len(tokens), cells))
+    whole = _share(len(layers), cells // max(1, len(tokens)))
+    count = _share(len(tokens), cells)
     for layer in range(layers.start, layers.stop, whole):
         for token in range(tokens.start, tokens.stop, count):
             yield (
                 range(layer, min(layer + whole, layers.stop)),
                 range(token, min(token + count, tokens.stop)),
             )
+
+
+def _share(whole: int, most: int) -> int:
+    """The size of equal shares, as few as are no larger than `most` (if that is 1 or more)."""
+    return max(1, -(-whole // max(1, -(-whole // max(1, most)))))
 
 
 def blocks_of(tokens: range, block_size: int) -> range:

@@ -20,9 +20,9 @@ from typing import Any
 
 from kv_transfer.base import Landing
 from kv_transfer.checksum import crc32
-from kv_transfer.codec import encode
 from kv_transfer.messages import Granted, Locked, Mapped, Open
-from kv_transfer.receiver import next_message
+from kv_transfer.receiver import next_message, tell
+from kv_transfer.runs import Runs
 from kv_transfer.shared_memory import SharedMemory
 from kv_transfer.wire_dtype import Native
 from kv_transfer.written import WrittenIntake, block_ids
@@ -84,7 +84,7 @@ class MappedIntake(WrittenIntake):
         if not opening.tokens:
             return
         assert self._memory.is_at(landing.pool.data_ptr()), "the worker's pool is its shared memory"
-        await self._context.write(self._mapped(landing, opening.tokens))
+        await tell(self._context, *self._mapped(landing, opening.tokens))
         if not isinstance(await next_message(frames), Locked):
             raise TransferFailed("the sender left before it held the lock of the blocks")
         if not self._memory.locked(self._key):
@@ -92,15 +92,15 @@ class MappedIntake(WrittenIntake):
         self._request_id = landing.request_id
         self._blocks.enter_context(landing.writing())
         self._granted = True
-        await self._context.write(encode(Granted()))
+        await tell(self._context, Granted())
 
-    def _mapped(self, landing: Landing, tokens: range) -> bytes:
+    def _mapped(self, landing: Landing, tokens: range) -> tuple[Mapped, Runs]:
         pool = landing.pool
         blocks, ids = block_ids(landing, tokens)
         self._key = blocks[0]
         memory = self._memory
         mapped = Mapped(os.getpid(), memory.fd, memory.id, memory.size, pool.shape[2], len(blocks), crc32(ids))
-        return encode(mapped, [memoryview(ids)])
+        return mapped, Runs.of(ids)
 
     def settle(self) -> None:
         """See Intake."""

@@ -29,6 +29,7 @@ from kv_transfer.messages import Lent, Open, Writer
 from kv_transfer.nixl_agent import Agent
 from kv_transfer.nixl_driver import Driver
 from kv_transfer.receiver import next_message
+from kv_transfer.runs import Runs
 from kv_transfer.wire_dtype import Native
 from kv_transfer.written import WrittenIntake, block_ids
 from tandem import logs
@@ -210,4 +211,4 @@ def _lent(agent_id: str, metadata: bytes, landing: Landing, tokens: range) -> by
         block_count=len(blocks),
         checksum=crc32(metadata + ids),
     )
-    return encode(lent, [memoryview(metadata), memoryview(ids)])
+    return encode(lent, Runs.of(metadata, ids))

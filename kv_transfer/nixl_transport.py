@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -23,6 +23,7 @@ from kv_transfer.nixl_agent import KINDS, pieces_of
 from kv_transfer.nixl_writer import NixlWriter, Order
 from kv_transfer.pool_io import runs
 from kv_transfer.push import PushLink, PushTransport
+from kv_transfer.runs import Runs
 from kv_transfer.service import RELEASE, SERVICE
 from kv_transfer.threads import finish
 from kv_transfer.wire_dtype import Native
@@ -103,7 +104,7 @@ class _NixlLink(WritingLink):
         self._lent = lent
         await self._writer.meet(self, self._source.pool, lent, bytes(payload[: lent.metadata_bytes]))
 
-    def pack(self, sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> tuple[Data, bytes]:
+    def pack(self, sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
         """See Link. The payload is on its way while its checksum is taken."""
         self._writes[sequence] = self._writer.write(self._order(layers, tokens))
         data = Written.of(describe(sequence, layers, tokens, payload))

@@ -1,21 +1,20 @@
 """Between a KV pool and payload bytes. Everything here copies, so it runs in a thread, never in the event loop.
 
-On cpu the copies are numpy's and never torch's: torch would wake its OpenMP threads, which fight the engine's for the
-cores. A block of one layer is contiguous memory, so a payload is a list of views that is joined once (1 MiB: 35 µs;
-an index_select over slots and a copy to bytes: 500 µs).
+On cpu the copies are those of kv_transfer/runs.py and never torch's: torch would wake its OpenMP threads, which fight
+the engine's for the cores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kv_transfer.checksum import crc32, crc32_of_parts
+from kv_transfer.layout import blocks_of
+from kv_transfer.runs import Runs
 
 # A pool's bytes: uint8 [L, 2, N * P, K * D * itemsize].
 Rows = NDArray[np.uint8]
@@ -23,16 +22,14 @@ Rows = NDArray[np.uint8]
 
 def gather(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> bytes:
     """The payload [layers, 2, tokens, K, D] of sequence positions `tokens`; `blocks` is the sequence's block table."""
-    return b"".join(pieces(pool, blocks, layers, tokens))
+    return pieces(pool, blocks, layers, tokens).after(b"")
 
 
-def pieces(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> list[memoryview]:
-    """The payload as contiguous parts in order; on cpu views of the pool, so they must be used before it changes."""
+def pieces(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Runs:
+    """The payload where it lies; on cpu that is the pool itself, so it must be used before that changes."""
     if pool.device.type != "cpu":
-        return [_bytes_of(gather_slots(pool, blocks, layers, tokens).cpu()).data]
-    rows = _rows(pool)
-    spans = list(runs(blocks, tokens, pool.shape[3]))
-    return [rows[layer, side, slot : slot + count].data for layer in layers for side in (0, 1) for slot, count in spans]
+        return Runs.of(_bytes_of(gather_slots(pool, blocks, layers, tokens).cpu()))
+    return places(_rows(pool), blocks, pool.shape[3], layers, tokens)
 
 
 def scatter(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, payload: bytes | memoryview) -> None:
@@ -41,35 +38,35 @@ def scatter(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, p
         scatter_slots(pool, blocks, layers, tokens, payload)
         torch.cuda.current_stream(pool.device).synchronize()
         return
-    rows = _rows(pool)[layers.start : layers.stop]
-    parts = np.frombuffer(payload, dtype=np.uint8).reshape(len(layers), 2, len(tokens), -1)
-    done = 0
-    for slot, count in runs(blocks, tokens, pool.shape[3]):
-        rows[:, :, slot : slot + count] = parts[:, :, done : done + count]
-        done += count
+    Runs.of(payload).copy_to(places(_rows(pool), blocks, pool.shape[3], layers, tokens))
 
 
 def checksum(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> int:
     """crc32 of the payload that lies in these cells, without a copy on cpu."""
-    return crc32_of_parts(pieces(pool, blocks, layers, tokens))
+    return pieces(pool, blocks, layers, tokens).checksum()
 
 
-def copy_parts(
-    parts: Sequence[memoryview], rows: Rows, blocks: Sequence[int], block_size: int, layers: range, tokens: range
-) -> int:
-    """Copies the parts of a payload (see pieces) to their places in another pool; returns the payload's crc32.
+def copy_parts(payload: Runs, rows: Rows, blocks: Sequence[int], block_size: int, layers: range, tokens: range) -> int:
+    """Copies a payload (see pieces) to its places in another pool; returns its crc32."""
+    return payload.copy_checked(places(rows, blocks, block_size, layers, tokens))
 
-    One after the other, so that each is in the processor's cache when its checksum is taken.
+
+def places(rows: Rows, blocks: Sequence[int], block_size: int, layers: range, tokens: range) -> Runs:
+    """Where a payload has its cells: a piece for each layer, K or V, and block.
+
+    Raises IndexError for cells outside the pool: what is done to them is not checked again.
     """
-    spans = list(runs(blocks, tokens, block_size))
-    places = [rows[layer, side, slot : slot + count] for layer in layers for side in (0, 1) for slot, count in spans]
-    if len(parts) < len(places):  # a device gathers all of it into one
-        parts = _divide(parts[0], [place.nbytes for place in places])
-    crc = 0
-    for part, place in zip(parts, places, strict=True):
-        np.copyto(place, np.frombuffer(part, dtype=np.uint8).reshape(place.shape))
-        crc = crc32(part, crc)
-    return crc
+    num_layers, _, num_slots, width = rows.shape
+    named = blocks_of(tokens, block_size)
+    slots = np.array(blocks[named.start : named.stop], np.int64) * block_size
+    counts = np.full(len(named), block_size, np.int64)
+    before = tokens.start - named.start * block_size
+    slots[0], counts[0] = slots[0] + before, counts[0] - before
+    counts[-1] -= named.stop * block_size - tokens.stop
+    if not (0 <= layers.start < layers.stop <= num_layers and slots.min() >= 0 and (slots + counts).max() <= num_slots):
+        raise IndexError("KV cells outside of the pool")
+    planes = np.arange(2 * layers.start, 2 * layers.stop) * (num_slots * width) + rows.ctypes.data
+    return Runs(rows, np.add.outer(planes, slots * width).ravel(), np.tile(counts * width, len(planes)))
 
 
 def gather_slots(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Tensor:
@@ -104,12 +101,6 @@ def _slots(pool: Tensor, blocks: Sequence[int], tokens: range) -> Tensor:
 def _rows(pool: Tensor) -> Rows:
     """bfloat16, which numpy does not know, is bytes like the rest."""
     return _bytes_of(pool).reshape(pool.shape[0], 2, pool.shape[2] * pool.shape[3], -1)
-
-
-def _divide(whole: memoryview, sizes: Sequence[int]) -> list[memoryview]:
-    flat = whole.cast("B")
-    ends = list(accumulate(sizes))
-    return [flat[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:

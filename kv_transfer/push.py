@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from kv_transfer.base import Counters, Sender, Source, Target
 from kv_transfer.channels import Channels
 from kv_transfer.codec import CorruptFrame, decode
 from kv_transfer.messages import Data, Done, Message
+from kv_transfer.runs import Runs
 from kv_transfer.sender import FrameSender, check_source
 from kv_transfer.service import MAX_MESSAGE_BYTES, METHODS, SERVICE
 from kv_transfer.threads import copy_threads
@@ -73,7 +74,8 @@ class PushTransport(ABC):
 class PushLink(ABC):
     """The Link of one call. A task reads the receiver's messages until it is done."""
 
-    makers = 1
+    # Bounds what a transfer has in memory.
+    ahead = 1
 
     def __init__(self, call: Any, peer: str) -> None:
         self._call = call
@@ -88,7 +90,7 @@ class PushLink(ABC):
         return
 
     @abstractmethod
-    def pack(self, sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> tuple[Data, bytes]:
+    def pack(self, sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
         """See Link."""
 
     @abstractmethod

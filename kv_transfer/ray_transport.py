@@ -7,7 +7,7 @@ use it; on one node the receiver reads the memory that the sender wrote.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +17,7 @@ from kv_transfer.codec import describe, encode
 from kv_transfer.messages import Data, Done, Message, Place, Placed, Taken
 from kv_transfer.plasma import Plasma
 from kv_transfer.push import PushLink, PushTransport
+from kv_transfer.runs import Runs
 from kv_transfer.wire_dtype import wire_dtype
 from tandem.config import TandemConfig
 from tandem.errors import TransferFailed
@@ -84,9 +85,9 @@ class _RayLink(PushLink):
         self._fewer = asyncio.Event()
         super().__init__(call, peer)
 
-    def pack(self, sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> tuple[Data, bytes]:
+    def pack(self, sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
         """See Link."""
-        return describe(sequence, layers, tokens, payload), b"".join(payload)
+        return describe(sequence, layers, tokens, payload), payload.after(b"")
 
     async def carry(self, data: Data, packed: bytes) -> None:
         """See Link."""

@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
-from typing import Protocol
+from typing import Any, Protocol
 
 from kv_transfer.admission import Admission
 from kv_transfer.base import Counters, Landing, TransferSummary
-from kv_transfer.codec import CorruptFrame, chain_checksum, check_payload, decode
+from kv_transfer.codec import CorruptFrame, chain_checksum, check_payload, decode, encode
 from kv_transfer.coverage import Coverage
 from kv_transfer.messages import Abandon, Data, Done, Message, Open, Seal
+from kv_transfer.runs import Runs
 from kv_transfer.threads import finish
 from kv_transfer.wire_dtype import WireDtype, wire_dtype
 from tandem import logs
@@ -218,6 +219,14 @@ async def next_message(frames: AsyncIterator[bytes]) -> Message | None:
     async for frame in frames:
         return decode(frame)[0]
     return None
+
+
+async def tell(context: Any, message: Message, payload: Runs | None = None) -> None:
+    """To the sender, in mid-transfer. Raises TransferFailed when it has left."""
+    try:
+        await context.write(encode(message, payload))
+    except Exception as failure:  # of gRPC's own, private kinds
+        raise TransferFailed(f"the sender left before the seal: {type(failure).__name__}") from None
 
 
 async def _opening(frames: AsyncIterator[bytes]) -> Open:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from kv_transfer.codec import chain_checksum, encode
 from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout, cut
 from kv_transfer.messages import Abandon, Data, Done, Open, Seal
+from kv_transfer.runs import Runs
 from kv_transfer.threads import finish
 from kv_transfer.wire_dtype import Native, WireDtype
 from kv_transfer.worktime import WorkTime
@@ -23,14 +23,14 @@ class Link(Protocol):
     """Carries the frames of one transfer. Raises the receiver's error, or WorkerLost, DeadlineExceeded."""
 
     @property
-    def makers(self) -> int:
-        """How many threads make frames at once; each has one in memory, and one more leaves."""
+    def ahead(self) -> int:
+        """So many frames are made, or in the making, while one leaves."""
 
     async def ready(self) -> None:
         """Returns when frames may be made: before the first, and at once ever after."""
 
-    def pack(self, sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> tuple[Data, bytes]:
-        """In a thread: makes a frame, copying a payload's parts into what `carry` takes."""
+    def pack(self, sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
+        """In a thread: makes a frame, copying a payload into what `carry` takes."""
 
     async def carry(self, data: Data, packed: bytes) -> None:
         """Sends a data frame. Returns when there is room for the next one."""
@@ -65,7 +65,12 @@ def check_source(source: Source, target: Target) -> None:
 
 
 class FrameSender:
-    """A Sender that cuts, gathers and numbers frames: one leaves while the next ones are made (`Link.makers`)."""
+    """A Sender that cuts, gathers and numbers frames.
+
+    Threads make them, and go from one to the next by themselves; a task carries what is made, in order, until nothing
+    is under way. `send` waits for neither while there is room for more (`Link.ahead`): the frames of one call are made
+    while those of the last one leave.
+    """
 
     def __init__(
         self,
@@ -87,8 +92,12 @@ class FrameSender:
         self._coverage = Coverage(source.layout.num_layers, target.travelling)
         self._cut_frames = self._bytes = self._frames = self._checksum = 0
         self._work = WorkTime()
-        # Frames that threads make while the one before them leaves.
+        # Frames under way: made, in the making, or (the first) leaving.
         self._made: deque[asyncio.Future[tuple[Data, bytes]]] = deque()
+        # Carries them; its failure is raised by whoever calls next.
+        self._carrying: asyncio.Task[None] | None = None
+        # Set when one has left, and when the carrying ends.
+        self._progress = asyncio.Event()
         # Sealed, or abandoned with the receiver's knowledge.
         self._over = False
         self._abandoned = False
@@ -107,22 +116,18 @@ class FrameSender:
         self._coverage.add(layers, fresh)
         async with self._busy:
             with self._work.measure():
-                await self._send(layers, fresh)
-
-    async def _send(self, layers: range, tokens: range) -> None:
-        await self._link.ready()
-        for part_layers, part_tokens in cut(layers, tokens, self._frame_cells):
-            if self._abandoned:
-                return
-            self._made.append(self._make(part_layers, part_tokens))
-            if len(self._made) > self._link.makers:
-                await self._carry_next()
-        while self._made:
-            await self._carry_next()
+                await self._link.ready()
+            for part_layers, part_tokens in cut(layers, fresh, self._frame_cells):
+                await self._until_under_way(self._link.ahead)
+                if self._abandoned:
+                    return
+                self._made.append(self._make(part_layers, part_tokens))
+                self._carry()
 
     async def seal(self, first_token: int, prefilled_s: float | None = None) -> TransferSummary:
         """See Sender."""
         self._coverage.check_complete()
+        await self._until_under_way(0)
         with self._work.measure():
             self._link.rest()
             await self._link.write(encode(Seal(first_token, self._frames, self._bytes, self._checksum)))
@@ -139,6 +144,8 @@ class FrameSender:
         self._abandoned = True
         async with self._busy:
             await self._link.ready()
+            if self._carrying is not None:
+                await self._carrying
             await self._stop_making()
             await self._link.write(encode(Abandon()))
             await self._link.finish()
@@ -148,6 +155,9 @@ class FrameSender:
         """Returns when no thread reads the source any more."""
         if not self._over:
             self._counters.failures += 1
+        if self._carrying is not None:
+            self._carrying.cancel()
+            await finish(asyncio.gather(self._carrying, return_exceptions=True))
         await self._stop_making()
 
     async def _stop_making(self) -> None:
@@ -167,11 +177,36 @@ class FrameSender:
         except RuntimeError:  # no thread takes work any more
             raise TransferFailed("the transport was closed in mid-transfer") from None
 
+    async def _until_under_way(self, most: int) -> None:
+        """Returns when no more frames than that are under way, or nobody wants them. Raises why they go no further."""
+        while True:
+            if self._carrying is not None and self._carrying.done():
+                self._carrying.result()
+            if len(self._made) <= most or self._abandoned:
+                return
+            self._progress.clear()
+            await self._progress.wait()
+
+    def _carry(self) -> None:
+        if self._carrying is None or self._carrying.done():
+            self._carrying = asyncio.create_task(self._carry_all())
+            self._carrying.add_done_callback(self._on_carried)
+
+    def _on_carried(self, carrying: asyncio.Task[None]) -> None:
+        if not carrying.cancelled():
+            carrying.exception()  # seen: whoever calls next gets it raised, and perhaps nobody does
+        self._progress.set()
+
+    async def _carry_all(self) -> None:
+        with self._work.measure():
+            while self._made and not self._abandoned:
+                await self._carry_next()
+                self._progress.set()
+
     async def _carry_next(self) -> None:
-        """Sends the frame made first, while others are made."""
         data, packed = await finish(self._made[0])
-        del self._made[0]
         await self._link.carry(data, packed)
+        del self._made[0]
         self._frames += 1
         self._bytes += data.payload_bytes
         self._checksum = chain_checksum(self._checksum, data)
@@ -179,5 +214,5 @@ class FrameSender:
 
     def _gather(self, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
         """In a thread."""
-        parts = self._wire.pieces(self._source.pool, self._source.blocks, layers, tokens)
-        return self._link.pack(sequence, layers, tokens, parts)
+        payload = self._wire.pieces(self._source.pool, self._source.blocks, layers, tokens)
+        return self._link.pack(sequence, layers, tokens, payload)

@@ -17,7 +17,7 @@ from kv_transfer.mapped import Fences, MappedIntake
 from kv_transfer.messages import Data, Placed, Released, Taken
 from kv_transfer.nixl_intake import Doors, NixlIntake
 from kv_transfer.plasma import Plasma
-from kv_transfer.receiver import Copied, Intake, Receiver
+from kv_transfer.receiver import Copied, Intake, Receiver, tell
 from kv_transfer.shared_memory import SharedMemory
 from kv_transfer.threads import copy_threads
 from tandem import errors
@@ -145,4 +145,4 @@ class _FromPlasma(Copied):
     async def taken(self, data: Data) -> None:
         """See Intake."""
         async with self._writing:
-            await self._context.write(encode(Taken(data.sequence)))
+            await tell(self._context, Taken(data.sequence))

@@ -6,7 +6,6 @@ Everything else is as in `grpc`: the order of frames, every check, deadline, can
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,21 +15,19 @@ from kv_transfer.messages import Data, Granted, Locked, Mapped, Written
 from kv_transfer.peers import Peers
 from kv_transfer.pool_io import Rows, copy_parts
 from kv_transfer.push import PushLink, PushTransport
+from kv_transfer.runs import Runs
 from kv_transfer.shared_memory import PeerMemory
 from kv_transfer.wire_dtype import Native
 from kv_transfer.writing import WritingLink
 from tandem.config import TandemConfig
 from tandem.errors import TransferFailed
 
-# More is out of the cache when the receiver looks at it, and leaves one of the copy threads idle for longer.
-FRAME_BYTES = 4 << 20
-
 
 class ShmTransport(PushTransport):
     name = "shm"
 
     def __init__(self, config: TandemConfig) -> None:
-        super().__init__(min(config.worker.object_bytes, FRAME_BYTES), Native.name)
+        super().__init__(config.worker.object_bytes, Native.name)
         self._peers = Peers()
 
     async def aclose(self) -> None:
@@ -45,6 +42,9 @@ class ShmTransport(PushTransport):
 class _ShmLink(WritingLink):
     """The lock of the reservation's blocks is held from before the grant until no thread writes any more."""
 
+    # What is made is where it belongs: nothing of it is held here.
+    ahead = 8
+
     def __init__(self, call: Any, source: Source, target: Target, peers: Peers) -> None:
         self._peers = peers
         # Holds the peer's memory and the lock.
@@ -52,12 +52,11 @@ class _ShmLink(WritingLink):
         self._rows: Rows | None = None
         super().__init__(call, source, target)
 
-    def pack(self, sequence: int, layers: range, tokens: range, payload: Sequence[memoryview]) -> tuple[Data, bytes]:
+    def pack(self, sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
         """See Link. The payload is where it belongs on return."""
         assert self._rows is not None, "the blocks were granted before"
         crc = copy_parts(payload, self._rows, self._blocks, self._source.layout.block_size, layers, tokens)
-        size = sum(part.nbytes for part in payload)
-        data = Written(sequence, layers.start, len(layers), tokens.start, len(tokens), size, crc)
+        data = Written(sequence, layers.start, len(layers), tokens.start, len(tokens), payload.nbytes, crc)
         return data, encode(data)
 
     def rest(self) -> None:

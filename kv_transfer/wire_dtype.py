@@ -17,6 +17,7 @@ from torch import Tensor
 from kv_transfer.int8 import Int8
 from kv_transfer.layout import KVLayout
 from kv_transfer.pool_io import pieces, scatter
+from kv_transfer.runs import Runs
 from tandem.errors import Refused
 
 
@@ -33,8 +34,8 @@ class WireDtype(Protocol):
     def payload_bytes(self, layers: int, tokens: range) -> int:
         """Exactly. `tokens` are sequence positions: where blocks begin may matter."""
 
-    def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Sequence[memoryview]:
-        """The payload as contiguous parts in order, to be used before the pool changes.
+    def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Runs:
+        """The payload where it lies, to be used before the pool changes.
 
         Raises Refused for KV that these numbers cannot hold.
         """
@@ -65,7 +66,7 @@ class Native:
         """See WireDtype."""
         return self._layout.payload_bytes(layers, len(tokens))
 
-    def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Sequence[memoryview]:
+    def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Runs:
         """See WireDtype."""
         return pieces(pool, blocks, layers, tokens)
 

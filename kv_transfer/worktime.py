@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class WorkTime:
-    """Spans of one task's work, one after another, on time.monotonic's clock."""
+    """Spans of work, one after another, on time.monotonic's clock."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[float, float]] = []

@@ -22,7 +22,7 @@ class WritingLink(PushLink):
     """Asks for the blocks as soon as the transfer opens, while prefill computes."""
 
     # Writes keep two threads busy.
-    makers = 2
+    ahead = 2
 
     def __init__(self, call: Any, source: Source, target: Target) -> None:
         self._source = source

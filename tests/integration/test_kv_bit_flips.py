@@ -15,6 +15,7 @@ from links import FlippingLink
 
 import kv_transfer.shm_transport
 from kv_transfer.pool_io import Rows, copy_parts
+from kv_transfer.runs import Runs
 from tandem.errors import TransferFailed
 from tandem.types import Fingerprint
 
@@ -172,8 +173,8 @@ async def test_a_bit_of_the_shared_memory(link: FlippingLink, monkeypatch: pytes
     """Transport shm: flipped after the sender took the checksum, before the receiver looks."""
     spoiled: list[int] = []
 
-    def spoil(parts: Sequence[memoryview], rows: Rows, blocks: Sequence[int], size: int, *cells: range) -> int:
-        crc = copy_parts(parts, rows, blocks, size, *cells)
+    def spoil(payload: Runs, rows: Rows, blocks: Sequence[int], size: int, *cells: range) -> int:
+        crc = copy_parts(payload, rows, blocks, size, *cells)
         if not spoiled:
             layers, tokens = cells
             slot = blocks[tokens.start // size] * size + tokens.start % size

@@ -18,6 +18,7 @@ from kv_rig import FINGERPRINT, POOL_BLOCKS, Rig, config_with, shm_rig, until
 
 import kv_transfer.shm_transport
 from kv_transfer.pool_io import Rows
+from kv_transfer.runs import Runs
 from kv_transfer.shared_memory import PeerMemory, SharedMemory
 from tandem.errors import TransferFailed
 
@@ -143,8 +144,8 @@ async def test_nothing_is_granted_without_the_lock(house: House, monkeypatch: py
 async def test_what_was_written_is_verified_where_it_lies(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = kv_transfer.shm_transport.copy_parts
 
-    def spoil(parts: list[memoryview], rows: Rows, blocks: list[int], size: int, layers: range, tokens: range) -> int:
-        crc = copy(parts, rows, blocks, size, layers, tokens)
+    def spoil(payload: Runs, rows: Rows, blocks: list[int], size: int, layers: range, tokens: range) -> int:
+        crc = copy(payload, rows, blocks, size, layers, tokens)
         if tokens.start == 0:
             rows[2, 1, blocks[0] * size + 3, 5] ^= 1
         return crc

@@ -18,6 +18,7 @@ import kv_transfer.sender
 from kv_transfer.codec import MAX_FRAME_BYTES, decode, describe, encode
 from kv_transfer.messages import Data, Done, Seal
 from kv_transfer.pool_io import gather
+from kv_transfer.runs import Runs
 from kv_transfer.sender import opening_of
 from kv_transfer.service import MAX_MESSAGE_BYTES
 from tandem.errors import Refused, TransferFailed
@@ -48,8 +49,8 @@ async def status_of_push(rig: Rig, frames: list[bytes]) -> grpc.aio.AioRpcError:
 
 def data_frame(job: Job, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
     payload = gather(job.source.pool, job.source.blocks, layers, tokens)
-    data = describe(sequence, layers, tokens, [memoryview(payload)])
-    return data, encode(data, [memoryview(payload)])
+    data = describe(sequence, layers, tokens, Runs.of(payload))
+    return data, encode(data, Runs.of(payload))
 
 
 def good_frames(job: Job) -> list[bytes]:
@@ -128,8 +129,8 @@ async def test_garbage_instead_of_an_opening_touches_no_landing(rig: Rig, frames
 async def test_a_frame_of_the_wrong_size_for_its_cells_is_refused(rig: Rig) -> None:
     job = rig.job()
     payload = gather(job.source.pool, job.source.blocks, range(1), range(20))
-    parts = [memoryview(payload)]
-    frame = encode(describe(0, range(1), range(21), parts), parts)
+    runs = Runs.of(payload)
+    frame = encode(describe(0, range(1), range(21), runs), runs)
     failure = await status_of_push(rig, [good_frames(job)[0], frame])
     assert "its cells take" in str(failure.details())
     assert len(job.landing.errors) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from service import running_service
 import kv_transfer.grpc_transport
 from kv_transfer.codec import describe, encode
 from kv_transfer.messages import Data
+from kv_transfer.runs import Runs
 from kv_transfer.sender import opening_of
 from kv_transfer.service import MAX_MESSAGE_BYTES, METHODS, SERVICE
 from tandem.errors import Refused, TransferFailed
@@ -60,12 +62,12 @@ async def test_a_flipped_bit_of_a_scale_or_a_value_fails_the_checksum(
 ) -> None:
     flipped: list[int] = []
 
-    def spoiled(sequence: int, layers: range, tokens: range, payload: list[memoryview]) -> Data:
+    def spoiled(sequence: int, layers: range, tokens: range, payload: Runs) -> Data:
         """Its second frame's payload changes after its checksum was taken."""
         data = describe(sequence, layers, tokens, payload)
         if sequence == 1:
-            scales, values = payload
-            (scales if part == "scales" else values)[3] ^= 0x40
+            address = int(payload.addresses[0 if part == "scales" else 1]) + 3
+            ctypes.c_uint8.from_address(address).value ^= 0x40
             flipped.append(sequence)
         return data
 

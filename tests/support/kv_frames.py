@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kv_transfer.codec import VERSION, check_payload, decode, describe, encode
 from kv_transfer.messages import Abandon, Data, Done, Message, Open, Placed, Seal, Taken
+from kv_transfer.runs import Runs
 from tandem.types import Fingerprint
 
 FINGERPRINT = Fingerprint("c" * 64, "w" * 64, "bfloat16", 16, 32, 8, 128, 1)
@@ -40,8 +41,8 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
 
 
 def data_frame(payload: bytes = b"kvkvkvkv") -> bytes:
-    parts = [memoryview(payload)]
-    return encode(describe(3, range(2, 4), range(10, 14), parts), parts)
+    runs = Runs.of(payload)
+    return encode(describe(3, range(2, 4), range(10, 14), runs), runs)
 
 
 def accept(frame: bytes) -> Message:

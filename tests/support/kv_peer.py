@@ -17,7 +17,7 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.plasma import Plasma, connect
 from kv_transfer.pool_io import Rows
 from kv_transfer.ray_transport import RayTransport
+from kv_transfer.runs import Runs
 from kv_transfer.shared_memory import PeerMemory, SharedMemory
 from kv_transfer.shm_transport import ShmTransport
 from tandem.errors import TandemError
@@ -87,11 +88,11 @@ async def wait_in(address: str, where: str) -> None:
             print("waiting", flush=True)
             sys.stdin.readline()
 
-    def copy_slowly(parts: Sequence[memoryview], rows: Rows, *rest: Any) -> int:
+    def copy_slowly(payload: Runs, rows: Rows, *rest: Any) -> int:
         """Everything twice: what comes second is a late write."""
-        copy(parts, rows, *rest)
+        copy(payload, rows, *rest)
         wait()
-        return copy(parts, rows, *rest)
+        return copy(payload, rows, *rest)
 
     def lock_late(self: PeerMemory, key: int) -> None:
         wait()

@@ -23,6 +23,7 @@ from kv_transfer.codec import (
     encode,
 )
 from kv_transfer.messages import Done, Message, Seal
+from kv_transfer.runs import Runs
 from tandem import rpc
 from tandem.config import parse_config
 from tandem.errors import ConfigError, Refused, TransferFailed
@@ -36,9 +37,9 @@ def test_messages_come_back(message: Message) -> None:
 @given(COUNTS, st.integers(0, 1000), st.integers(1, 99), st.lists(st.binary(min_size=1, max_size=300), min_size=1))
 def test_data_comes_back(sequence: int, start: int, count: int, parts: list[bytes]) -> None:
     cells = range(start, start + count)
-    views = [memoryview(part) for part in parts]
-    data = describe(sequence, cells, cells, views)
-    message, payload = decode(encode(data, views))
+    runs = Runs.of(*parts)
+    data = describe(sequence, cells, cells, runs)
+    message, payload = decode(encode(data, runs))
     check_payload(data, payload)
     assert message == data
     assert (data.layers, data.tokens, data.sequence) == (cells, cells, sequence)
@@ -148,7 +149,7 @@ def test_a_sender_cannot_make_what_a_receiver_would_refuse() -> None:
 
 
 def test_the_chain_depends_on_order() -> None:
-    one, other = (describe(0, range(1), range(1), [memoryview(part)]) for part in (b"a", b"b"))
+    one, other = (describe(0, range(1), range(1), Runs.of(part)) for part in (b"a", b"b"))
     assert chain_checksum(chain_checksum(0, one), other) != chain_checksum(chain_checksum(0, other), one)
 
 

@@ -43,7 +43,7 @@ def pool_of(layout: KVLayout, seed: int = 1) -> Tensor:
 
 
 def payload_of(wire: Int8, pool: Tensor, tokens: range) -> bytes:
-    return b"".join(wire.pieces(pool, BLOCKS, LAYERS, tokens))
+    return wire.pieces(pool, BLOCKS, LAYERS, tokens).after(b"")
 
 
 def travelled(wire: Int8, pool: Tensor, tokens: range) -> Tensor:

@@ -23,6 +23,7 @@ from kv_transfer.codec import chain_checksum, describe, encode
 from kv_transfer.layout import KVLayout
 from kv_transfer.messages import Abandon, Granted, Locked, Message, Seal, Taken, Writer
 from kv_transfer.receiver import Copied, Receiver
+from kv_transfer.runs import Runs
 from kv_transfer.sender import opening_of
 from kv_transfer.wire_dtype import WIRE_DTYPES, wire_dtype
 from tandem.errors import Refused, TandemError, TransferFailed
@@ -55,8 +56,8 @@ def good_frames(wire: str) -> list[Frame]:
     dtype = wire_dtype(wire, KVLayout.of(FINGERPRINT))
     frames: list[Frame] = [(opening_of(TARGET, wire), b"")]
     for sequence, (layer, tokens) in enumerate(product(range(3), (range(7), range(7, PROMPT)))):
-        payload = b"".join(dtype.pieces(pool, BLOCKS, range(layer, layer + 1), tokens))
-        data = describe(sequence, range(layer, layer + 1), tokens, [memoryview(payload)])
+        payload = dtype.pieces(pool, BLOCKS, range(layer, layer + 1), tokens).after(b"")
+        data = describe(sequence, range(layer, layer + 1), tokens, Runs.of(payload))
         checksum, size = chain_checksum(checksum, data), size + data.payload_bytes
         frames.append((data, payload))
     return [*frames, (Seal(9, 6, size, checksum), b"")]
@@ -97,7 +98,7 @@ async def stream(frames: list[Frame]) -> AsyncIterator[bytes]:
     for message, payload in frames:
         await asyncio.sleep(0)
         try:
-            yield encode(message, [memoryview(payload)])
+            yield encode(message, Runs.of(payload))
         except TransferFailed:  # a sender of ours cannot even make it
             yield b"TKVF" + payload
 

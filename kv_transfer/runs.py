@@ -1,0 +1,159 @@
+"""Copies and checksums over memory that lies in pieces: one call for a whole payload, without the interpreter's lock.
+
+A payload of a few MiB is a hundred pieces of a pool, each of which is copied in microseconds. Done piece by piece from
+Python, threads spend more time on handing the lock to each other, to the event loop and to the engine than on copying.
+
+Importing this module compiles the two loops, or loads them from numba's cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
+import numpy as np
+from isal import isal_zlib
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_Numbers = NDArray[np.int64]
+
+# Of ISA-L, which isal_zlib is made of: the crc32 of kv_transfer/checksum.py.
+_CRC32 = "crc32_gzip_refl"
+llvm.add_symbol(_CRC32, ctypes.cast(getattr(ctypes.CDLL(isal_zlib.__file__), _CRC32), ctypes.c_void_p).value)
+_crc32 = types.ExternalFunction(_CRC32, types.uint32(types.uint32, types.intp, types.uint64))
+_memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.uint64))
+# Of a processor's cache.
+_LINE = 64
+# What is copied and then checked fits into the cache next to the core.
+_STEP = 64 << 10
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t]
+
+
+def _compiled(signature: str) -> Callable[[_F], _F]:
+    def compile_now(function: _F) -> _F:
+        try:
+            return njit(signature, nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+        except RuntimeError:  # read-only install and no home to write in: "no locator available"
+            return njit(signature, nogil=True)(function)  # type: ignore[no-any-return]
+
+    return compile_now
+
+
+@_compiled("uint32(int64[::1], int64[::1])")
+def _checksum(addresses: _Numbers, sizes: _Numbers) -> Any:
+    crc = np.uint32(0)
+    for piece in range(len(sizes)):
+        crc = _crc32(crc, addresses[piece], sizes[piece])
+    return crc
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _stream_line(_context: Any, target: Any, source: Any) -> Any:
+    """Copies 64 bytes past the caches; the target's address is a multiple of 64."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        line = ir.VectorType(ir.IntType(64), 8)
+        to, of = (builder.inttoptr(address, line.as_pointer()) for address in values)
+        store = builder.store(builder.load(of, align=1), to, align=_LINE)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _fence(_context: Any) -> Any:
+    """What was streamed is seen by others before whatever is written after."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, _values: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@njit  # type: ignore[untyped-decorator]
+def _stream(target: int, source: int, size: int) -> None:
+    before = min(-target % _LINE, size)
+    _memcpy(target, source, before)
+    end = size - (size - before) % (4 * _LINE)
+    for at in range(before, end, 4 * _LINE):
+        for line in range(at, at + 4 * _LINE, _LINE):
+            _stream_line(target + line, source + line)
+    _memcpy(target + end, source + end, size - end)
+
+
+@_compiled("uint32(int64[::1], int64[::1], int64[::1], int64[::1], boolean, boolean)")
+def _copy(sources: _Numbers, sizes: _Numbers, targets: _Numbers, rooms: _Numbers, checked: bool, streamed: bool) -> Any:
+    """Pieces of one division to those of another, of as many bytes in all; returns their crc32, or 0."""
+    crc, into, taken = np.uint32(0), 0, 0
+    for piece in range(len(sizes)):
+        source, left = sources[piece], sizes[piece]
+        while left > 0:
+            count = min(left, rooms[into] - taken, _STEP)
+            if streamed:
+                _stream(targets[into] + taken, source, count)
+            else:
+                _memcpy(targets[into] + taken, source, count)
+            if checked:  # while it is in the processor's cache
+                crc = _crc32(crc, source, count)
+            source, left, taken = source + count, left - count, taken + count
+            if taken == rooms[into]:
+                into, taken = into + 1, 0
+    _fence()
+    return crc
+
+
+class Runs:
+    """Where a payload lies: contiguous pieces, in its order. The memory lives as long as this does.
+
+    Its methods take long, and run beside others' Python.
+    """
+
+    def __init__(self, owner: object, addresses: _Numbers, sizes: _Numbers) -> None:
+        """owner: keeps all of the memory."""
+        self._owner = owner
+        self.addresses = addresses
+        self.sizes = sizes
+        self.nbytes = int(sizes.sum())
+
+    @classmethod
+    def of(cls, *parts: bytes | memoryview | NDArray[Any]) -> Runs:
+        """Each part is contiguous."""
+        arrays = [np.frombuffer(part, dtype=np.uint8) for part in parts if len(part)]
+        addresses = np.array([array.ctypes.data for array in arrays], np.int64)
+        return cls(arrays, addresses, np.array([array.nbytes for array in arrays], np.int64))
+
+    def checksum(self) -> int:
+        """crc32 of the payload."""
+        return int(_checksum(self.addresses, self.sizes))
+
+    def copy_to(self, target: Runs) -> None:
+        """Into memory that nobody reads soon, a pool: past the caches, for they would read it before it is written."""
+        self._copy_to(target, streamed=True)
+
+    def copy_checked(self, target: Runs) -> int:
+        """As copy_to; returns the crc32 of what was copied."""
+        return self._copy_to(target, checked=True, streamed=True)
+
+    def after(self, head: bytes) -> bytes:
+        """The head and the payload in one piece."""
+        whole: bytes = _new_bytes(None, len(head) + self.nbytes)  # not filled yet, and nobody else's
+        Runs.of(head)._append(self)._copy_to(Runs.of(whole))
+        return whole
+
+    def _append(self, other: Runs) -> Runs:
+        addresses = np.concatenate((self.addresses, other.addresses))
+        return Runs((self, other), addresses, np.concatenate((self.sizes, other.sizes)))
+
+    def _copy_to(self, target: Runs, checked: bool = False, streamed: bool = False) -> int:
+        if self.nbytes != target.nbytes:
+            raise ValueError(f"{self.nbytes} bytes do not fill {target.nbytes}")
+        return int(_copy(self.addresses, self.sizes, target.addresses, target.sizes, checked, streamed))

@@ -1,0 +1,69 @@
+"""Payloads in pieces: copies and checksums against those of plain bytes."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kv_rig import FINGERPRINT, random_pool
+
+from kv_transfer.pool_io import pieces, places
+from kv_transfer.runs import Runs
+
+PARTS = st.lists(st.binary(max_size=90), max_size=9)
+
+
+@given(PARTS)
+def test_the_checksum_is_crc32_of_the_pieces_in_order(parts: list[bytes]) -> None:
+    assert Runs.of(*parts).checksum() == zlib.crc32(b"".join(parts))
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, 300)), st.lists(st.integers(0, 300)), st.booleans())
+def test_a_copy_may_be_divided_otherwise(payload: bytes, cuts: list[int], others: list[int], checked: bool) -> None:
+    """And reaches no byte beside its target."""
+    source = [bytes(part) for part in np.split(np.frombuffer(payload, np.uint8), sorted(cuts))]
+    room = np.full(len(payload) + 16, 7, np.uint8)
+    target = np.split(room[8:-8], sorted(others))
+    if checked:
+        assert Runs.of(*source).copy_checked(Runs.of(*target)) == zlib.crc32(payload)
+    else:
+        Runs.of(*source).copy_to(Runs.of(*target))
+    assert room.tobytes() == b"\x07" * 8 + payload + b"\x07" * 8
+
+
+@given(st.binary(max_size=50), PARTS)
+def test_a_frame_is_its_head_and_its_payload(head: bytes, parts: list[bytes]) -> None:
+    assert Runs.of(*parts).after(head) == head + b"".join(parts)
+
+
+def test_a_copy_of_another_size_is_none() -> None:
+    room = np.zeros(3, np.uint8)
+    with pytest.raises(ValueError, match="2 bytes do not fill 3"):
+        Runs.of(b"ab").copy_to(Runs.of(room))
+    assert not room.any()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "layers", "tokens"),
+    [
+        ((0, 12), range(3), range(16)),
+        ((0, -1), range(3), range(16)),
+        ((0, 1), range(2, 4), range(16)),
+        ((0, 1), range(1, 1), range(16)),
+        ((0, 1), range(-1, 2), range(16)),
+    ],
+)
+def test_cells_outside_of_the_pool_have_no_address(blocks: tuple[int, ...], layers: range, tokens: range) -> None:
+    pool = random_pool(FINGERPRINT, 1, blocks=12)
+    with pytest.raises(IndexError):
+        pieces(pool, blocks, layers, tokens)
+
+
+def test_a_table_that_is_too_short_has_no_address() -> None:
+    rows = torch.zeros(3, 2, 96, 16).view(torch.uint8).numpy()
+    with pytest.raises((IndexError, ValueError)):
+        places(rows, (0, 1), 8, range(3), range(17))
