@@ -48,7 +48,7 @@ def check_devices(devices: str) -> None:
         return
     if _package() is None:
         raise ConfigError(
-            "config key worker.nixl_devices: NIXL is not installed; pip install 'tandem[nixl]' brings it",
+            "config key worker.nixl_devices: NIXL is not installed; pip install '.[nixl]' in a checkout brings it",
             field="worker.nixl_devices",
         )
     for device in devices.split(","):

@@ -6,6 +6,7 @@ Read from YAML (or JSON, its subset) with `load_config`; every process gets the 
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ from tandem.addresses import dialable
 from tandem.errors import ConfigError
 
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
+_DEVICE = re.compile(r"[A-Za-z0-9_.:-]+")
+# By pydantic's name of the error, where its own words speak of Python.
+_IN_WORDS = {"model_type": "must hold keys with values", "tuple_type": "must be a list"}
 
 
 class Section(BaseModel):
@@ -91,11 +95,18 @@ class WorkerConfig(Section):
     # Network devices that NIXL may use to write KV into other workers' pools and have it written into this one's, with
     # commas between: "eth0", "mlx5_0:1". Empty: not by NIXL. Whoever reaches its ports on them can write this process's
     # memory: only of networks that workers alone can reach.
-    nixl_devices: str = Field("", pattern=r"^([A-Za-z0-9_.:-]+(,[A-Za-z0-9_.:-]+)*)?$", max_length=256)
+    nixl_devices: str = Field("", max_length=256)
     # Frames that a receiver takes in before the sender must wait, per transfer.
     frames_in_flight: int = Field(8, ge=1, le=256)
     # A stopping worker waits this long for live requests.
     drain_timeout_s: float = Field(30.0, ge=0)
+
+    @field_validator("nixl_devices")
+    @classmethod
+    def _device_names(cls, devices: str) -> str:
+        if devices and not all(_DEVICE.fullmatch(device) for device in devices.split(",")):
+            raise ValueError(f"names of devices with commas between, such as eth0,mlx5_0:1, not {devices!r}")
+        return devices
 
     @field_validator("advertise")
     @classmethod
@@ -192,7 +203,8 @@ def _explain(error: ValidationError) -> ConfigError:
         return ConfigError(f"unknown config key {key}; did you mean {nearest[0]}?", field=key)
     if first["type"] == "value_error":
         return ConfigError(f"config key {key}: {first['ctx']['error']}", field=key)
-    return ConfigError(f"config key {key}: {first['msg'].lower()}, not {first['input']!r}", field=key)
+    words = _IN_WORDS.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
+    return ConfigError(f"config key {key}: {words}, not {first['input']!r}", field=key)
 
 
 def _known_keys() -> list[str]:

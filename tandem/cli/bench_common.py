@@ -26,7 +26,7 @@ def need_extra(*more: str) -> None:
         try:
             import_module(module)
         except ImportError as error:
-            raise ConfigError(f"load tests need {error.name}: pip install 'tandem[bench]'") from None
+            raise ConfigError(f"load tests need {error.name}: pip install '.[bench]' in a checkout") from None
 
 
 def check_writable(path: Path) -> None:

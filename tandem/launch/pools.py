@@ -1,4 +1,4 @@
-"""Which numbers of workers make a service."""
+"""Which numbers of workers make a service, and which KV transports they can have between them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from tandem.config import TandemConfig
 from tandem.errors import ConfigError
 
 
-def check_pools(config: TandemConfig) -> None:
-    """Raises ConfigError unless somebody plays each role, and for settings that two workers cannot share."""
+def check_pools(config: TandemConfig, on_ray: bool) -> None:
+    """Raises ConfigError unless somebody plays each role, and for settings that these workers cannot share."""
     serve = config.serve
     workers = serve.prefill + serve.decode + serve.colocated
     if workers == 0:
@@ -20,3 +20,16 @@ def check_pools(config: TandemConfig) -> None:
             raise ConfigError(
                 f"worker.{key} can belong to one worker only, and this starts more", field=f"worker.{key}"
             )
+    if serve.prefill and serve.decode:
+        _check_transport(config, on_ray)
+
+
+def _check_transport(config: TandemConfig, on_ray: bool) -> None:
+    """One that no two of these workers would share: the service would come up, and refuse every request."""
+    lacks = {
+        "nixl": "" if config.worker.nixl_devices else "worker.nixl_devices, which names no device",
+        "ray": "" if on_ray else "workers on a Ray cluster: tandem serve --ray",
+        "shm": "" if config.engine.device == "cpu" else "KV pools in the memory of the cpu",
+    }.get(config.router.transport)
+    if lacks:
+        raise ConfigError(f"router.transport {config.router.transport} needs {lacks}", field="router.transport")

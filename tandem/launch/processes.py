@@ -51,7 +51,7 @@ class Supervisor:
         worker_module: str = "tandem.cli.main",
     ) -> None:
         """`output` receives (child's name, line) for what children print; with None, errors quote their last lines."""
-        check_pools(config)
+        check_pools(config, on_ray=False)
         self._config = config
         self._output = output
         self._start_timeout_s = start_timeout_s

@@ -110,7 +110,7 @@ def counts_of(names: Iterable[str]) -> dict[str, int]:
 
 def wanted_specs(config: TandemConfig, head: str) -> dict[str, str]:
     """Spec texts by member name. head: the head node's address. Raises ConfigError for what cannot serve."""
-    check_pools(config)
+    check_pools(config, on_ray=True)
     router, model = config.router, config.model
     for key in ("port", "http_port"):
         if getattr(router, key) == 0:

@@ -319,6 +319,21 @@ def test_pools_that_cannot_serve_are_refused(serve: dict[str, int], words: str) 
         Service(serve=serve)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"router": {"transport": "nixl"}}, "router.transport nixl needs worker.nixl_devices"),
+        ({"router": {"transport": "ray"}}, "router.transport ray needs .* tandem serve --ray"),
+        ({"router": {"transport": "shm"}, "engine": {"device": "cuda"}}, "router.transport shm needs KV pools in"),
+    ],
+)
+def test_a_transport_that_these_workers_cannot_have_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Supervisor(load_config(overrides=settings), output=None)
+    alone = {"serve": {"prefill": 0, "decode": 0, "colocated": 1}}  # has no KV to send
+    Supervisor(load_config(overrides=settings | alone), output=None)
+
+
 @pytest.mark.parametrize("worker", [{"port": 9000}, {"advertise": "10.0.0.1:9000"}])
 def test_an_address_for_one_worker_is_refused_for_two(worker: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"worker.{min(worker)} can belong to one worker only"):

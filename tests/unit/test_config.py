@@ -77,7 +77,10 @@ def test_an_unknown_key_gets_the_nearest_right_one(settings: dict[str, Any], key
         ({"engine": {"device": "tpu"}}, ["engine.device", "'cpu'", "'cuda'", "not 'tpu'"]),
         ({"router": {"lease_s": 0}}, ["router.lease_s", "greater than 0"]),
         ({"serve": {"prefill": "many"}}, ["serve.prefill", "not 'many'"]),
-        ({"engine": 3}, ["engine", "not 3"]),
+        ({"engine": 3}, ["config key engine: must hold keys with values, not 3"]),
+        ({"router": {"http_names": "a"}}, ["config key router.http_names: must be a list, not 'a'"]),
+        ({"worker": {"nixl_devices": "eth0, lo"}}, ["config key worker.nixl_devices: names of", "not 'eth0, lo'"]),
+        ({"worker": {"nixl_devices": ","}}, ["worker.nixl_devices", "not ','"]),
     ],
 )
 def test_a_bad_value_names_key_limit_and_value(settings: dict[str, Any], words: list[str]) -> None:

@@ -127,6 +127,7 @@ def test_workers_dial_where_the_router_listens(host: str, address: str) -> None:
         ({"router": {"http_port": 0}}, "router.http_port must be fixed"),
         ({"serve": {"prefill": 0}}, "nobody would play prefill"),
         ({"worker": {"port": 9000}}, "worker.port can belong to one worker only"),
+        ({"router": {"transport": "nixl"}}, "router.transport nixl needs worker.nixl_devices"),
     ],
 )
 def test_what_cannot_serve_is_refused(settings: dict[str, Any], words: str) -> None:
