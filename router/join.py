@@ -30,7 +30,7 @@ class JoinService(registry_pb2_grpc.RegistryServicer):
             await first_of(
                 self._hear(worker, context), self._direct(worker, context), worker.serve(), worker.wait_lost()
             )
-            cause = Unavailable("it left")
+            cause = Unavailable("it left" if worker.draining else "its connection ended")
         except TandemError as error:
             cause = error
             raise

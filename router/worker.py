@@ -147,7 +147,7 @@ class Worker:
         if Role.DECODE not in self.roles:
             self._become_routable()
         await self._decode_wanted.wait()
-        with self.calling(Role.DECODE):
+        with self._streaming():
             try:
                 await self.subscription.open(self._decode, self._config.heartbeat_timeout_s)
             except TimeoutError:
@@ -230,6 +230,17 @@ class Worker:
                 # Nobody cancelled this task: the call was ended by the closing of the lost worker's channel.
                 raise self._lost_as(role) from None
             raise
+
+    @contextlib.contextmanager
+    def _streaming(self) -> Iterator[None]:
+        """Around the calls of `serve`, which belong to no request: what they raise is why the worker is lost."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            if rpc.said_by_tandem(error):
+                raise rpc.error_from_rpc(error) from None
+            log.info("worker %s: its token stream broke: %s", self.id, rpc.error_from_rpc(error))
+            raise errors.Unavailable("its token stream broke") from None
 
     def _explain(self, error: grpc.RpcError, role: Role) -> errors.TandemError:
         call: Any = error
