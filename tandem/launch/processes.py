@@ -96,7 +96,7 @@ class Supervisor:
 
     async def _start_router(self) -> None:
         router = await self._launch(ProcessSpec("router", self._modules[0], []))
-        listening = await router.ready
+        listening = await asyncio.shield(router.ready)  # a cancel of ours is none of what `stop` asks for
         if not listening:
             await router.wait()
             raise _early_exit(router)

@@ -102,7 +102,7 @@ async def test_the_end_of_the_token_stream_alone_loses_the_worker(house: House) 
     call = house.call()
     await house.cluster.saw("decode")
     decode.end_subscriptions()
-    with pytest.raises(errors.WorkerLost, match="^decode worker d1 was lost: it ended its token stream$"):
+    with pytest.raises(errors.WorkerLost, match=r"^decode worker d1 was lost: it ended its token stream$"):
         await asyncio.wait_for(collect(call), 3)
     await eventually(lambda: decode.join_error)
 

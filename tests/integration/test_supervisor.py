@@ -229,14 +229,16 @@ async def test_a_deaf_child_is_killed() -> None:
     assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
 
 
-async def test_cancelling_the_start_leaves_nothing() -> None:
+@pytest.mark.parametrize("children", [1, 3], ids=["the router starts", "workers start"])
+async def test_cancelling_the_start_leaves_nothing(children: int) -> None:
     service = Service(model={"name": "never-join"})
     starting = asyncio.create_task(service.supervisor.start())
-    await eventually(lambda: len(service.supervisor.pids()) == 3)
+    await eventually(lambda: len(service.supervisor.pids()) == children)
     pids = service.supervisor.pids()
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
+    await service.supervisor.stop()  # as `tandem serve` does after a Ctrl-C
     assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
 
 
