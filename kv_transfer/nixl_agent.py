@@ -161,8 +161,11 @@ class Agent:
         return write
 
     def progress(self) -> None:
-        """Moves what waits to be moved."""
-        self._agent.get_new_notifs()
+        """Moves what waits to be moved. Raises TransferFailed."""
+        try:
+            self._agent.get_new_notifs()
+        except Exception as error:
+            raise _failed("does not go on", error) from None
 
     def close(self) -> None:
         """Nobody writes into the registered pools by this agent any more."""

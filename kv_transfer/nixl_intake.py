@@ -24,11 +24,10 @@ from torch import Tensor
 
 from kv_transfer.base import Landing
 from kv_transfer.checksum import crc32
-from kv_transfer.codec import encode
 from kv_transfer.messages import Lent, Open, Writer
 from kv_transfer.nixl_agent import Agent
 from kv_transfer.nixl_driver import Driver
-from kv_transfer.receiver import next_message
+from kv_transfer.receiver import next_message, tell
 from kv_transfer.runs import Runs
 from kv_transfer.wire_dtype import Native
 from kv_transfer.written import WrittenIntake, block_ids
@@ -139,7 +138,10 @@ class Doors:
     def _look(self) -> bool:
         busy = [door for door in self._doors.values() if door.users]
         for door in busy:
-            door.agent.progress()
+            try:
+                door.agent.progress()
+            except TransferFailed:  # others go on through theirs
+                self._shut(door)
         return bool(busy)
 
     def _shut(self, door: Door) -> None:
@@ -179,7 +181,7 @@ class NixlIntake(WrittenIntake):
         self._blocks.enter_context(landing.writing())
         self._doors.lend(self._reservation_id)
         self._door = door
-        await self._context.write(_lent(door.agent.id, metadata, landing, opening.tokens))
+        await tell(self._context, *_lent(door.agent.id, metadata, landing, opening.tokens))
 
     def settle(self) -> None:
         """See Intake. Whoever seals or abandons has written its last."""
@@ -198,7 +200,7 @@ class NixlIntake(WrittenIntake):
         self._doors.fence(self._blocks.pop_all(), self._door, self._reservation_id, self._request_id)
 
 
-def _lent(agent_id: str, metadata: bytes, landing: Landing, tokens: range) -> bytes:
+def _lent(agent_id: str, metadata: bytes, landing: Landing, tokens: range) -> tuple[Lent, Runs]:
     pool = landing.pool
     blocks, ids = block_ids(landing, tokens)
     lent = Lent(
@@ -211,4 +213,4 @@ def _lent(agent_id: str, metadata: bytes, landing: Landing, tokens: range) -> by
         block_count=len(blocks),
         checksum=crc32(metadata + ids),
     )
-    return encode(lent, Runs.of(metadata, ids))
+    return lent, Runs.of(metadata, ids)

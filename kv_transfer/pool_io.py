@@ -54,11 +54,13 @@ def copy_parts(payload: Runs, rows: Rows, blocks: Sequence[int], block_size: int
 def places(rows: Rows, blocks: Sequence[int], block_size: int, layers: range, tokens: range) -> Runs:
     """Where a payload has its cells: a piece for each layer, K or V, and block.
 
-    Raises IndexError for cells outside the pool: what is done to them is not checked again.
+    Raises IndexError for cells outside the pool or the table: what is done to them is not checked again.
     """
     num_layers, _, num_slots, width = rows.shape
     named = blocks_of(tokens, block_size)
     slots = np.array(blocks[named.start : named.stop], np.int64) * block_size
+    if len(slots) < len(named):
+        raise IndexError("KV cells outside of the block table")
     counts = np.full(len(named), block_size, np.int64)
     before = tokens.start - named.start * block_size
     slots[0], counts[0] = slots[0] + before, counts[0] - before

@@ -45,8 +45,8 @@ class PushTransport(ABC):
         """See Transport."""
         check_source(source, target)
         async with self._channels.use(target.address) as channel:
-            link = self._link(self._call(channel, target.deadline_s), source, target)
             wire = wire_dtype(self._wire_dtype, source.layout)
+            link = self._link(self._call(channel, target.deadline_s), source, target)
             sender = FrameSender(source, target, link, wire, self._frame_bytes, self._threads, self.counters)
             try:
                 await sender.open()

@@ -222,11 +222,11 @@ async def next_message(frames: AsyncIterator[bytes]) -> Message | None:
 
 
 async def tell(context: Any, message: Message, payload: Runs | None = None) -> None:
-    """To the sender, in mid-transfer. Raises TransferFailed when it has left."""
+    """To the sender. Raises TransferFailed when it has left."""
     try:
         await context.write(encode(message, payload))
     except Exception as failure:  # of gRPC's own, private kinds
-        raise TransferFailed(f"the sender left before the seal: {type(failure).__name__}") from None
+        raise TransferFailed(f"the sender left in mid-transfer: {type(failure).__name__}") from None
 
 
 async def _opening(frames: AsyncIterator[bytes]) -> Open:

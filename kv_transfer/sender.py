@@ -101,6 +101,8 @@ class FrameSender:
         # Sealed, or abandoned with the receiver's knowledge.
         self._over = False
         self._abandoned = False
+        # A frame that no thread has begun is not made any more.
+        self._unwanted = False
         # Held by the call under way.
         self._busy = asyncio.Lock()
 
@@ -146,6 +148,7 @@ class FrameSender:
             await self._link.ready()
             if self._carrying is not None:
                 await self._carrying
+            self._unwanted = True
             await self._stop_making()
             await self._link.write(encode(Abandon()))
             await self._link.finish()
@@ -153,12 +156,15 @@ class FrameSender:
 
     async def close(self) -> None:
         """Returns when no thread reads the source any more."""
+        self._unwanted = True
         if not self._over:
             self._counters.failures += 1
-        if self._carrying is not None:
-            self._carrying.cancel()
-            await finish(asyncio.gather(self._carrying, return_exceptions=True))
-        await self._stop_making()
+        try:
+            if self._carrying is not None:
+                self._carrying.cancel()
+                await finish(asyncio.gather(self._carrying, return_exceptions=True))
+        finally:  # a cancel waits too
+            await self._stop_making()
 
     async def _stop_making(self) -> None:
         """Whatever frames under way would have been, nobody wants them."""
@@ -214,5 +220,7 @@ class FrameSender:
 
     def _gather(self, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
         """In a thread."""
+        if self._unwanted:
+            raise TransferFailed("the transfer is over")
         payload = self._wire.pieces(self._source.pool, self._source.blocks, layers, tokens)
         return self._link.pack(sequence, layers, tokens, payload)

@@ -12,7 +12,7 @@ import grpc
 
 from kv_transfer.admission import Admission, Claims
 from kv_transfer.base import Counters, Landings
-from kv_transfer.codec import MAX_FRAME_BYTES, decode, encode
+from kv_transfer.codec import MAX_FRAME_BYTES, decode
 from kv_transfer.mapped import Fences, MappedIntake
 from kv_transfer.messages import Data, Placed, Released, Taken
 from kv_transfer.nixl_intake import Doors, NixlIntake
@@ -116,7 +116,7 @@ class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ig
 
         counters = self.counters[transport]
         receiver = Receiver(self._admission, self._threads, self._frames_in_flight, counters, intake)
-        await context.write(encode(await receiver.receive(aiter(requests), lost)))
+        await tell(context, await receiver.receive(aiter(requests), lost))
 
 
 class _FromPlasma(Copied):

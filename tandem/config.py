@@ -87,7 +87,8 @@ class WorkerConfig(Section):
     max_waiting_reservations: int = Field(256, ge=0)
     # KV frames are cut to about this many bytes.
     frame_bytes: int = Field(2 << 20, ge=1 << 12, le=1 << 24)
-    # And those whose payload goes another way, through Ray's object store or shared memory, to about this many.
+    # And those whose payload goes another way, through Ray's object store, shared memory or (at most 4 MiB) NIXL, to
+    # about this many.
     object_bytes: int = Field(16 << 20, ge=1 << 12, le=1 << 24)
     # In which numbers this worker sends KV over grpc and ray; it receives any. int8 is lossy: fewer bytes, and tokens
     # may differ from those of one worker alone.

@@ -6,9 +6,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from kv_peer import peer
 from kv_rig import FINGERPRINT, POOL_BLOCKS, Rig, config_with, shm_rig, until
 
 import kv_transfer.shm_transport
+from kv_transfer.messages import Data
 from kv_transfer.pool_io import Rows
 from kv_transfer.runs import Runs
 from kv_transfer.shared_memory import PeerMemory, SharedMemory
@@ -130,6 +133,42 @@ async def test_a_seal_over_blocks_that_are_still_locked_is_refused(
     assert landing.first_token is None
     assert house.pool.num_quarantined == len(landing.blocks)
     rest(held[0])
+
+
+async def test_a_cancel_while_a_transfer_ends_waits_for_the_last_copy(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure is on its way out when the cancel comes: copies still go on, and the lock is still to be given up."""
+    gates, begun = [threading.Event(), threading.Event()], []
+    pack = kv_transfer.shm_transport._ShmLink.pack
+
+    def held(self: kv_transfer.shm_transport._ShmLink, sequence: int, *frame: Any) -> tuple[Data, bytes]:
+        begun.append(sequence)
+        assert gates[sequence].wait(30)
+        return pack(self, sequence, *frame)
+
+    monkeypatch.setattr(kv_transfer.shm_transport._ShmLink, "pack", held)
+    job, landing = house.job("r1")
+
+    async def fail_in_mid_copy() -> None:
+        async with house.rig.transport.open(job.source, job.target) as sender:
+            for start in (0, 7, 14):
+                await sender.send(house.rig.layers, range(start, start + 7))
+            raise ZeroDivisionError
+
+    sending = asyncio.create_task(fail_in_mid_copy())
+    await until(lambda: len(begun) == 2)
+    await until(lambda: landing.ended)
+    sending.cancel()
+    gates[0].set()
+    await asyncio.wait([sending], timeout=0.2)
+    assert not sending.done()
+    assert house.pool.num_quarantined == len(landing.blocks)
+    gates[1].set()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    assert sorted(begun) == [0, 1], "what no thread had begun is not made"
+    await until(lambda: house.at_rest)
 
 
 async def test_nothing_is_granted_without_the_lock(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

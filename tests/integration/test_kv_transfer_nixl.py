@@ -118,6 +118,35 @@ async def test_the_service_closes_while_a_writer_is_waited_for(house: House) -> 
         await until(lambda: house.at_rest, seconds=2)
 
 
+async def test_a_door_that_nixl_fails_at_is_shut_and_the_next_one_works(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nixl_cu12._api import nixl_agent
+
+    look, armed, failed = nixl_agent.get_new_notifs, threading.Event(), threading.Event()
+
+    def fail_once(self: Any) -> Any:
+        if armed.is_set() and not failed.is_set():
+            failed.set()
+            raise RuntimeError("of NIXL's own")
+        return look(self)
+
+    async def fail() -> None:
+        armed.set()
+        await until(failed.is_set)
+
+    monkeypatch.setattr(nixl_agent, "get_new_notifs", fail_once)
+    job, landing = house.job("r1")
+    with pytest.raises(TransferFailed):
+        await house.rig.transfer_in_halves(replace(job, target=replace(job.target, deadline_s=10)), between=fail)
+    assert landing.first_token is None
+    await until(lambda: house.at_rest)
+    job, landing = house.job("another")
+    await house.rig.transfer(job)
+    job.assert_arrived()
+    landing.table.release()
+
+
 async def test_what_was_written_is_verified_where_it_lies(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     describe = kv_transfer.nixl_transport.describe
 

@@ -8,7 +8,21 @@ import zlib
 from hypothesis import strategies as st
 
 from kv_transfer.codec import VERSION, check_payload, decode, describe, encode
-from kv_transfer.messages import Abandon, Data, Done, Message, Open, Placed, Seal, Taken
+from kv_transfer.messages import (
+    Abandon,
+    Data,
+    Done,
+    Granted,
+    Locked,
+    Message,
+    Open,
+    Placed,
+    Released,
+    Seal,
+    Taken,
+    Writer,
+    Written,
+)
 from kv_transfer.runs import Runs
 from tandem.types import Fingerprint
 
@@ -19,21 +33,18 @@ POSITIVES = st.integers(1, 2**31 - 1)
 IDS = st.text(min_size=1, max_size=128)
 FINGERPRINTS = st.builds(Fingerprint, IDS, IDS, IDS, POSITIVES, POSITIVES, POSITIVES, POSITIVES, COUNTS)
 PLACES = st.binary(min_size=1, max_size=512)
+# Fields of a data frame's header.
+CELLS = (COUNTS, COUNTS, POSITIVES, COUNTS, POSITIVES, st.integers(1, 2**24), st.integers(0, 2**32 - 1))
+# All that may stand without a payload.
 MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Open, IDS, IDS, COUNTS, FINGERPRINTS, COUNTS, POSITIVES, IDS),
     st.builds(Seal, COUNTS, COUNTS, st.integers(0, 2**53), st.integers(0, 2**32 - 1)),
-    st.builds(
-        Placed,
-        COUNTS,
-        COUNTS,
-        POSITIVES,
-        COUNTS,
-        POSITIVES,
-        st.integers(1, 2**24),
-        st.integers(0, 2**32 - 1),
-        PLACES,
-        PLACES,
-    ),
+    st.builds(Placed, *CELLS, PLACES, PLACES),
+    st.builds(Written, *CELLS),
+    st.builds(Locked),
+    st.builds(Granted),
+    st.builds(Writer, IDS),
+    st.builds(Released, IDS),
     st.builds(Taken, COUNTS),
     st.builds(Abandon),
     st.builds(Done, COUNTS, st.integers(0, 2**53)),

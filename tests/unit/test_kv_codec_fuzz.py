@@ -106,7 +106,7 @@ def guarded(header: bytes, payload: bytes) -> bytes:
 
 
 NOISE = st.builds(
-    bytes.__add__, st.sampled_from([b"", b"TKVF", b"TKVF\0\1", b"TKVF\0\1\x10\0"]), st.binary(max_size=300)
+    bytes.__add__, st.sampled_from([b"", b"TKVF", b"TKVF\0\2", b"TKVF\0\2\x10\0"]), st.binary(max_size=300)
 )
 SPOILED = st.builds(changed, st.sampled_from(list(GOOD.values())), EDITS)
 SPOILED_HEADER = st.one_of(

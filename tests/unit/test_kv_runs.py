@@ -63,7 +63,8 @@ def test_cells_outside_of_the_pool_have_no_address(blocks: tuple[int, ...], laye
         pieces(pool, blocks, layers, tokens)
 
 
-def test_a_table_that_is_too_short_has_no_address() -> None:
+@pytest.mark.parametrize("blocks", [(), (0,), (0, 1)])
+def test_a_table_that_is_too_short_has_no_address(blocks: tuple[int, ...]) -> None:
     rows = torch.zeros(3, 2, 96, 16).view(torch.uint8).numpy()
-    with pytest.raises((IndexError, ValueError)):
-        places(rows, (0, 1), 8, range(3), range(17))
+    with pytest.raises(IndexError, match="block table"):
+        places(rows, blocks, 8, range(3), range(17))
