@@ -43,7 +43,10 @@ _DEVICE_FOLDERS = (Path("/sys/class/net"), Path("/sys/class/infiniband"))
 
 
 def check_devices(devices: str) -> None:
-    """Of worker.nixl_devices. Raises ConfigError when NIXL is not installed, or there is no such device."""
+    """Of worker.nixl_devices, before threads begin: holds UCX to them.
+
+    Raises ConfigError when NIXL is not installed, or there is no such device.
+    """
     if not devices:
         return
     if _package() is None:
@@ -58,6 +61,7 @@ def check_devices(devices: str) -> None:
                 f"config key worker.nixl_devices: this machine has no network device {device!r}",
                 field="worker.nixl_devices",
             )
+    _confine(devices)
 
 
 def announcement(devices: str, memory: str) -> registry_pb2.Transport:
@@ -106,11 +110,12 @@ class Agent:
     def __init__(self, devices: str) -> None:
         """devices: see worker.nixl_devices. Raises TransferFailed."""
         api = _load()
+        _confine(devices)
         self.id = secrets.token_hex(16)
         # What NIXL raises are many classes without a common one of its own.
         try:
             self._agent = api.nixl_agent(self.id, api.nixl_agent_config(enable_prog_thread=False, backends=[]))
-            self._agent.create_backend("UCX", {"engine_config": _engine_config(devices)})
+            self._agent.create_backend("UCX")
         except Exception as error:
             raise _failed("cannot be started", error) from None
         # By address.
@@ -217,8 +222,11 @@ class Write:
             log.warning("NIXL keeps a write that has ended: %s", error)
 
 
-def _engine_config(devices: str) -> str:
-    return f"NET_DEVICES={devices},TLS=^{','.join(_NO_WAYS)}"
+def _confine(devices: str) -> None:
+    """By UCX's environment, whatever it was: NIXL cuts a list at its first comma, and gives way to the environment."""
+    for name, wanted in (("UCX_NET_DEVICES", devices), ("UCX_TLS", f"^{','.join(_NO_WAYS)}")):
+        if os.environ.get(name) != wanted:
+            os.environ[name] = wanted
 
 
 def _failed(what: str, error: Exception) -> TransferFailed:

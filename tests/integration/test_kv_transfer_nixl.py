@@ -22,6 +22,7 @@ from kv_house import House, said_next, stop, wake
 from kv_peer import peer
 from kv_rig import FINGERPRINT, POOL_BLOCKS, Job, Rig, config_with, nixl_rig, until
 
+import kv_transfer.nixl_agent
 import kv_transfer.nixl_intake
 import kv_transfer.nixl_transport
 from kv_transfer.messages import Data, Lent
@@ -259,7 +260,20 @@ async def test_metadata_of_another_agent_or_none_is_refused() -> None:
         other.close()
 
 
-def test_an_agent_listens_where_it_may_and_not_after_its_end() -> None:
+def test_no_way_to_write_past_the_receiver_is_open_whatever_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last way on the list is closed too: nothing is left but tcp."""
+    monkeypatch.setenv("UCX_TLS", "all")
+    Agent("lo").close()
+    monkeypatch.setattr(kv_transfer.nixl_agent, "_NO_WAYS", (*kv_transfer.nixl_agent._NO_WAYS, "tcp"))
+    with pytest.raises(TransferFailed, match="cannot be started"):
+        Agent("lo")
+
+
+def test_an_agent_listens_where_it_may_and_not_after_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_NET_DEVICES", "all")
+
     def listening() -> set[str]:
         lines = Path("/proc/self/net/tcp").read_text().splitlines()[1:]
         return {line.split()[1] for line in lines if line.split()[3] == "0A"}
@@ -282,7 +296,7 @@ def test_devices_are_checked() -> None:
 
 def test_without_nixl_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kv_transfer.nixl_agent.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"NIXL is not installed; pip install 'tandem\[nixl\]'"):
+    with pytest.raises(ConfigError, match=r"NIXL is not installed; pip install '\.\[nixl\]'"):
         check_devices("lo")
 
 
