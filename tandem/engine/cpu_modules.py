@@ -95,6 +95,6 @@ def fused_rotary(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...
 
 
 def _rotary_applies(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    whole = cos.shape == sin.shape == (1, *q.shape[2:]) == (1, *k.shape[2:])
+    whole = q.shape[0] == 1 and cos.shape == sin.shape == (1, *q.shape[2:]) == (1, *k.shape[2:])
     dense = q.stride(3) == k.stride(3) == 1 and cos.is_contiguous() and sin.is_contiguous()
     return whole and dense and all(t.dtype == torch.float32 for t in (q, k, cos, sin))

@@ -94,6 +94,14 @@ def test_a_fused_model_computes_the_same(name: str) -> None:
         torch.testing.assert_close(logits(model, ids), want, rtol=2e-5, atol=2e-5 * want.abs().max().item())
 
 
+def test_two_sequences_side_by_side_are_both_computed() -> None:
+    model = make_model(LlamaConfig(**SMALL))
+    ids = torch.randint(1, 101, (2, 9))
+    want = logits(model, ids)
+    fuse_for_cpu(model)
+    torch.testing.assert_close(logits(model, ids), want, rtol=2e-5, atol=2e-5 * want.abs().max().item())
+
+
 def test_fused_tokens_are_those_of_generate() -> None:
     model = make_model(LlamaConfig(**SMALL))
     ids = torch.randint(1, 101, (1, 9))
