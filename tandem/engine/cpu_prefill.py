@@ -27,28 +27,35 @@ _LOG2E, _LN2 = np.float32(np.log2(np.e)), np.float32(np.log(2.0))
 # Of each row: the largest score so far (times scale, in powers of two), the sum of weights, that of the last block.
 _STATS_BYTES = 12
 
-_TILE_1, _TILE_2, _TILE_3, _TILE_4, _TILE_5, _TILE_6 = (register_tile(rows, 0) for rows in range(1, 7))
+
+def _product_on(fresh: bool) -> Any:
+    """A numba function for products of any number of rows: with sums so far, or fresh ones."""
+    tile_1, tile_2, tile_3, tile_4, tile_5, tile_6 = (register_tile(rows, 0, fresh) for rows in range(1, 7))
+
+    @njit(error_model="numpy")  # type: ignore[untyped-decorator]
+    def product(rows: int, x: int, stride: int, weights: int, depth: int, sums: int, reach: int) -> None:
+        """sums[rows, 64] (+)= x[rows, depth] @ weights[depth, 64]; x is 0 from input `reach + i` of row i on."""
+        row = 0
+        while row + TILE_ROWS <= rows:
+            inputs = min(depth, reach + row + TILE_ROWS - 1)
+            tile_6(x + stride * row, stride, weights, inputs, sums + 4 * COLUMNS * row, 0)
+            row += TILE_ROWS
+        x, sums, rest = x + stride * row, sums + 4 * COLUMNS * row, rows - row
+        if rest == 1:
+            tile_1(x, stride, weights, depth, sums, 0)
+        elif rest == 2:
+            tile_2(x, stride, weights, depth, sums, 0)
+        elif rest == 3:
+            tile_3(x, stride, weights, depth, sums, 0)
+        elif rest == 4:
+            tile_4(x, stride, weights, depth, sums, 0)
+        elif rest == 5:
+            tile_5(x, stride, weights, depth, sums, 0)
+
+    return product
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _add_product(rows: int, x: int, stride: int, weights: int, depth: int, sums: int, reach: int) -> None:
-    """sums[rows, 64] += x[rows, depth] @ weights[depth, 64]; x is 0 from input `reach + i` of row i on."""
-    row = 0
-    while row + TILE_ROWS <= rows:
-        inputs = min(depth, reach + row + TILE_ROWS - 1)
-        _TILE_6(x + stride * row, stride, weights, inputs, sums + 4 * COLUMNS * row, 0)
-        row += TILE_ROWS
-    x, sums, rest = x + stride * row, sums + 4 * COLUMNS * row, rows - row
-    if rest == 1:
-        _TILE_1(x, stride, weights, depth, sums, 0)
-    elif rest == 2:
-        _TILE_2(x, stride, weights, depth, sums, 0)
-    elif rest == 3:
-        _TILE_3(x, stride, weights, depth, sums, 0)
-    elif rest == 4:
-        _TILE_4(x, stride, weights, depth, sums, 0)
-    elif rest == 5:
-        _TILE_5(x, stride, weights, depth, sums, 0)
+_write_product, _add_product = _product_on(fresh=True), _product_on(fresh=False)
 
 
 @njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -114,8 +121,8 @@ def _attend(words: Any, head: int, first_row: int, rows: int, scratch: int) -> N
         # Rows before the block's first key see none of it.
         skip = max(block * COLUMNS - position, 0)
         count, offset = rows - skip, 4 * COLUMNS * skip
-        floats(scores, count * COLUMNS)[:] = np.float32(0.0)
-        _add_product(count, query + words[16] * skip, words[16], words[3] + 4 * COLUMNS * dim * place, dim, scores, dim)
+        keys = words[3] + 4 * COLUMNS * dim * place
+        _write_product(count, query + words[16] * skip, words[16], keys, dim, scores, dim)
         ahead = position + skip - block * COLUMNS
         _softmax_block(words, count, ahead, scores, stats + _STATS_BYTES * skip, out + offset)
         for part in range(parts):

@@ -29,16 +29,17 @@ def registers_suffice() -> bool:
     return bool(binding.get_host_cpu_features().get("avx512f", False))
 
 
-def register_tile(rows: int, lines: int) -> Any:
+def register_tile(rows: int, lines: int, fresh: bool = False) -> Any:
     """A numba intrinsic tile(x, x_stride, weights, depth, sums, ahead), all int64: addresses, and bytes for the stride.
 
     With each of the `depth` inputs it also fetches `lines` cache lines into the second-level cache, from `ahead` on.
+    fresh: sums begin at zero, whatever is in memory.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(_context: Any, x: Any, x_stride: Any, weights: Any, depth: Any, sums: Any, ahead: Any) -> Any:
         def codegen(_ctx: Any, builder: Any, _signature: Any, values: Any) -> Any:
-            _Tile(builder, rows, lines, *values).emit()
+            _Tile(builder, rows, lines, *values).emit(fresh)
             return ir.Constant(_WORD, 0)
 
         return types.int64(*[types.int64] * 6), codegen
@@ -99,9 +100,10 @@ class _Tile(Vectors):
         self.x, self.stride, self.weights, self.depth, self.ahead = x, stride, weights, depth, ahead
         self.places = [self.at(sums, 4 * _VECTOR * i) for i in range(rows * _PARTS)]
 
-    def emit(self) -> None:
+    def emit(self, fresh: bool) -> None:
         builder = self.builder
-        initial = [builder.load(place, align=4) for place in self.places]
+        zeros = [self.constant(0.0)] * len(self.places)
+        initial = zeros if fresh else [builder.load(place, align=4) for place in self.places]
         before, loop, after = builder.block, builder.append_basic_block("inputs"), builder.append_basic_block("done")
         builder.branch(loop)
         builder.position_at_end(loop)
