@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.engine.kv_cache import KVCache
 from tandem.errors import ModelRefused
 
 NAME = "tandem_paged"
@@ -74,7 +73,8 @@ class Step:
     """What one step's attention calls need; travels through the forward as the keyword argument `paged`."""
 
     batch: PagedBatch
-    cache: KVCache
+    # K and V of a layer, each [N, P, K, D].
+    pools: Callable[[int], tuple[Tensor, Tensor]]
     options: dict[int, AttentionOptions]
     attention: PagedAttention
     write: Callable[[Tensor, Tensor, Tensor, Tensor, PagedBatch], None]
@@ -84,7 +84,7 @@ class Step:
     tail: Tail | None
 
     def run(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        k_pool, v_pool = self.cache.layer(module.layer_idx)
+        k_pool, v_pool = self.pools(module.layer_idx)
         query_TxHxD, key_TxKxD, value_TxKxD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         self.write(key_TxKxD, value_TxKxD, k_pool, v_pool, self.batch)
         self.layer_written(module.layer_idx)

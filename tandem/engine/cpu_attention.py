@@ -62,22 +62,34 @@ def paged_attention_cpu(
     Returns [T, H, D], contiguous, in the query's dtype. Tensors elsewhere than on CPU take the paths that use torch
     alone.
     """
+    if _tiles_take(query_TxHxD, k_pool_NxPxKxD, v_pool_NxPxKxD):
+        return pool_attention(query_TxHxD, k_pool_NxPxKxD, v_pool_NxPxKxD, batch, options)
     out_TxHxD = torch.empty(query_TxHxD.shape, dtype=query_TxHxD.dtype, device=query_TxHxD.device)
     if batch.num_decodes:
         _decode_rows(query_TxHxD, k_pool_NxPxKxD, v_pool_NxPxKxD, batch, options, out_TxHxD)
-    tiles = _tiles_take(query_TxHxD, k_pool_NxPxKxD, v_pool_NxPxKxD)
     for sequence in range(batch.num_decodes, len(batch.context_lens)):
         rows = slice(batch.query_starts[sequence], batch.query_starts[sequence + 1])
         query, out = query_TxHxD[rows], out_TxHxD[rows]
-        if tiles:
-            from tandem.engine.cpu_prefill import chunk_attention
-
-            chunk_attention(query, k_pool_NxPxKxD, v_pool_NxPxKxD, batch, sequence, options, out)
-        elif batch.context_lens[sequence] == len(query):
+        if batch.context_lens[sequence] == len(query):
             _chunk(query, key_TxKxD[rows], value_TxKxD[rows], options, out)
         else:
             keys, values = (_gather(pool, batch, sequence) for pool in (k_pool_NxPxKxD, v_pool_NxPxKxD))
             _chunk(query, keys, values, options, out)
+    return out_TxHxD
+
+
+def pool_attention(
+    query_TxHxD: Tensor, k_pool: Tensor, v_pool: Tensor, batch: PagedBatch, options: AttentionOptions
+) -> Tensor:
+    """The same by kernels alone, which read keys and values in the pool: fp32 on CPU, where there is AVX-512."""
+    from tandem.engine.cpu_prefill import chunk_attention
+
+    out_TxHxD = torch.empty(query_TxHxD.shape)
+    if batch.num_decodes:
+        _decode_rows(query_TxHxD, k_pool, v_pool, batch, options, out_TxHxD)
+    for sequence in range(batch.num_decodes, len(batch.context_lens)):
+        rows = slice(batch.query_starts[sequence], batch.query_starts[sequence + 1])
+        chunk_attention(query_TxHxD[rows], k_pool, v_pool, batch, sequence, options, out_TxHxD[rows])
     return out_TxHxD
 
 

@@ -17,21 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tandem.engine.cpu_layer import fused_layer, is_layer
 from tandem.engine.cpu_modules import FusedRMSNorm, PackedGatedMLP, PackedLinear, fused_rotary
+from tandem.engine.cpu_probe import REPEATS, TOLERANCE, RefusedError, random_rows, require_same
 
 logger = logging.getLogger(__name__)
 
-# Largest difference that we accept, as a share of the largest value of the same row of the original's output.
-TOLERANCE = 1e-5
 # A weight that an embedding shares must stay plain for the look-up, so packing it makes a second copy. That doubles
 # the speed of the output matrix at small batches, which is worth this much memory and no more.
 MAX_TIED_COPY_BYTES = 1 << 30
 
 _ROTARY = "apply_rotary_pos_emb"
-# One scale for each row of a random input: the small ones show a wrong epsilon, the large ones a wrong activation.
-_PROBE_SCALES = (1.0, 10.0, 0.1, 0.01, 0.001)
-# The random input is taken once, and so many times over: few rows and many go different ways.
-_PROBE_REPEATS = (1, 12)
 # oneDNN's name of an activation and of its algorithm, with what it must equal.
 _ACTIVATIONS: tuple[tuple[tuple[str, str], Callable[[Tensor], Tensor]], ...] = (
     (("swish", ""), F.silu),
@@ -45,16 +41,12 @@ _ACTIVATIONS: tuple[tuple[tuple[str, str], Callable[[Tensor], Tensor]], ...] = (
 class FusionReport:
     """What `fuse_for_cpu` did: modules replaced, and modules of a kind it knows that it left alone."""
 
-    # How many of each kind: linear, gated_mlp, rms_norm, rotary.
+    # How many of each kind: linear, gated_mlp, rms_norm, rotary, layer.
     fused: dict[str, int]
     # Why not, by the module's name.
     left_alone: dict[str, str]
     # Memory of the second copies that tied weights needed.
     copied_bytes: int
-
-
-class _RefusedError(Exception):
-    """The module has the looks of a known kind, but must stay as it is."""
 
 
 def fuse_for_cpu(model: nn.Module) -> FusionReport:
@@ -72,6 +64,7 @@ def fuse_for_cpu(model: nn.Module) -> FusionReport:
         fusion.replace("linear", _is_linear, _linear)
         fusion.replace("rms_norm", _is_rms_norm, _rms_norm)
         fusion.replace_rotary()
+        fusion.replace_layers()
     reasons = Counter(fusion.left_alone.values())
     logger.info("fused for CPU: %s; left alone: %s", dict(fusion.fused), dict(reasons))
     return FusionReport(dict(fusion.fused), fusion.left_alone, fusion.copied_bytes)
@@ -99,7 +92,7 @@ class _Fusion:
                     copied_bytes = self._check_replaceable(child)
                     replacement = build(child).eval()
                     _check_same(child, replacement, _probe(child))
-                except _RefusedError as refused:
+                except RefusedError as refused:
                     self.left_alone[name] = str(refused)
                     continue
                 setattr(parent, child_name, replacement)
@@ -109,14 +102,14 @@ class _Fusion:
     def _check_replaceable(self, module: nn.Module) -> int:
         """Bytes of the module's weights that something else holds too; refuses what must stay."""
         if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules()):
-            raise _RefusedError("has hooks")
+            raise RefusedError("has hooks")
         copied_bytes = 0
         for parameter in module.parameters():
             if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-                raise _RefusedError(f"is {parameter.dtype} on {parameter.device.type}, not float32 on cpu")
+                raise RefusedError(f"is {parameter.dtype} on {parameter.device.type}, not float32 on cpu")
             copied_bytes += parameter.nbytes if self._uses[id(parameter)] > 1 else 0
         if copied_bytes > MAX_TIED_COPY_BYTES:
-            raise _RefusedError("is tied, and a copy would be too large")
+            raise RefusedError("is tied, and a copy would be too large")
         return copied_bytes
 
     def replace_rotary(self) -> None:
@@ -140,12 +133,24 @@ class _Fusion:
             module.forward = types.MethodType(_with_globals(forward, namespace), module)
             self.fused["rotary"] += 1
 
+    def replace_layers(self) -> None:
+        """Give every decoder layer whose parts are fused, and of the usual form, a `forward` of our own."""
+        for name, module in self.model.named_modules():
+            if not is_layer(module):
+                continue
+            try:
+                module.forward = fused_layer(module)
+            except RefusedError as refused:
+                self.left_alone[name] = str(refused)
+                continue
+            self.fused["layer"] += 1
+
 
 def _probe(module: nn.Module) -> Tensor:
     """Random rows of the width that the module takes."""
     first = next(module.modules())
     width = next(_in_features(m) for m in first.modules() if _is_linear(m) or _is_rms_norm(m))
-    return torch.randn(len(_PROBE_SCALES), width) * torch.tensor(_PROBE_SCALES).unsqueeze(1)
+    return random_rows(width)
 
 
 def _in_features(module: Any) -> int:
@@ -154,14 +159,9 @@ def _in_features(module: Any) -> int:
 
 
 def _check_same(original: nn.Module, replacement: nn.Module, probe: Tensor) -> None:
-    for repeats in _PROBE_REPEATS:
+    for repeats in REPEATS:
         x = probe.repeat(repeats, 1)
-        want, got = original(x), replacement(x)
-        if not isinstance(want, Tensor) or want.shape != got.shape:
-            raise _RefusedError("returns something else")
-        scale = want.abs().amax(dim=-1, keepdim=True)
-        if not bool(((got - want).abs() <= TOLERANCE * scale).all()):
-            raise _RefusedError("computes something else")
+        require_same(original(x), replacement(x))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -197,7 +197,7 @@ def _activation_name(activation: nn.Module) -> tuple[str, str]:
     for name, function in _ACTIVATIONS:
         if torch.allclose(activation(x), function(x), rtol=1e-6, atol=1e-7):
             return name
-    raise _RefusedError("has an activation that oneDNN does not know")
+    raise RefusedError("has an activation that oneDNN does not know")
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -209,11 +209,11 @@ def _rms_norm(module: Any) -> FusedRMSNorm:
     """Of the forms in use (weight, and Gemma's 1 + weight) the one that computes what the module computes."""
     epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
     if not isinstance(epsilon, float):
-        raise _RefusedError("has no epsilon")
+        raise RefusedError("has no epsilon")
     plain = FusedRMSNorm(module.weight, epsilon)
     try:
         _check_same(module, plain, _probe(module))
-    except _RefusedError:
+    except RefusedError:
         return FusedRMSNorm(1.0 + module.weight, epsilon)
     return plain
 

@@ -81,7 +81,7 @@ def _many_pass(rows: int, x: int, stride: int, weights: int, depth: int, sums: i
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _block(x: int, stride: int, rows: int, weights: int, inputs: int, sums: int) -> None:
+def block_sums(x: int, stride: int, rows: int, weights: int, inputs: int, sums: int) -> None:
     """sums[rows, 64] = x[rows, inputs] @ weights[inputs, 64]."""
     floats(sums, rows * COLUMNS)[:] = np.float32(0.0)
     passes, few = (rows + TILE_ROWS - 1) // TILE_ROWS, rows <= _FEW_ROWS
@@ -104,7 +104,7 @@ def _block(x: int, stride: int, rows: int, weights: int, inputs: int, sums: int)
 
 
 @njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def _add_bias(sums: int, rows: int, bias: int) -> None:
+def add_bias(sums: int, rows: int, bias: int) -> None:
     if bias != 0:
         b = floats(bias, COLUMNS)
         for row in range(rows):
@@ -113,28 +113,39 @@ def _add_bias(sums: int, rows: int, bias: int) -> None:
                 y[i] += b[i]
 
 
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+def _write_row(sums: int, residual: int, out: int) -> None:
+    total, y = floats(sums, COLUMNS), floats(out, COLUMNS)
+    if residual == 0:
+        y[:] = total
+    else:
+        before = floats(residual, COLUMNS)
+        for i in range(COLUMNS):
+            y[i] = before[i] + total[i]
+
+
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _columns(words: Any, block: int, first_row: int, rows: int, sums: int) -> None:
     """Outputs 64 * block to 64 * block + 63 of some rows."""
-    x, stride, inputs, bias_offset = words[2] + words[3] * first_row, words[3], words[5], 4 * COLUMNS * block
-    _block(x, stride, rows, words[6] + bias_offset * inputs, inputs, sums)
-    _add_bias(sums, rows, words[7] + bias_offset if words[7] != 0 else 0)
+    x, stride, inputs, offset = words[2] + words[3] * first_row, words[3], words[5], 4 * COLUMNS * block
+    block_sums(x, stride, rows, words[6] + offset * inputs, inputs, sums)
+    add_bias(sums, rows, words[7] + offset if words[7] != 0 else 0)
     if words[13] != 0:
         second = sums + 4 * COLUMNS * rows
-        _block(x, stride, rows, words[13] + bias_offset * inputs, inputs, second)
-        _add_bias(second, rows, words[14] + bias_offset if words[14] != 0 else 0)
+        block_sums(x, stride, rows, words[13] + offset * inputs, inputs, second)
+        add_bias(second, rows, words[14] + offset if words[14] != 0 else 0)
         silu_multiply(sums, second, rows * COLUMNS)
     for row in range(rows):
-        out = floats(words[9] + words[10] * (first_row + row) + bias_offset, COLUMNS)
-        out[:] = floats(sums + 4 * COLUMNS * row, COLUMNS)
+        at = words[10] * (first_row + row) + offset
+        _write_row(sums + 4 * COLUMNS * row, words[17] + at if words[17] != 0 else 0, words[9] + at)
 
 
 def _product(words_pointer: Any) -> None:
     """words: 0 ticket, 2 x, 3 its row stride, 4 rows, 5 inputs, 6 weights, 7 bias, 8 column blocks, 9 out,
     10 its row stride, 11 scratch, 12 its bytes for a thread, 13 weights of a second factor or 0, 14 its bias,
-    15 shares of the columns, 16 row blocks; strides in bytes.
+    15 shares of the columns, 16 row blocks, 17 what to add, with the strides of out, or 0; strides in bytes.
     """
-    words = carray(words_pointer, (17,))
+    words = carray(words_pointer, (18,))
     rows, blocks, shares, row_blocks = words[4], words[8], words[15], words[16]
     sums = words[11] + words[12] * atomic_add(np.int64(words.ctypes.data) + 8, 1)
     while True:
@@ -169,33 +180,49 @@ def weights_address(packed_NxK: Tensor, weight_NxK: Tensor) -> int:
     return address
 
 
-def product(x: Tensor, weights: int, bias_N: Tensor | None, outputs: int) -> Tensor:
-    """x @ weight.T + bias; `weights` is a `weights_address`. Any leading dimensions."""
-    return _run(x, weights, bias_N, 0, None, outputs)
+def product(
+    x: Tensor,
+    weights: int,
+    bias_N: Tensor | None,
+    outputs: int,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x @ weight.T + bias; `weights` is a `weights_address`. Any leading dimensions.
+
+    residual: contiguous, added to that. out: contiguous, where the result goes; it may be the residual.
+    """
+    return _run(x, (weights, address(bias_N)), (0, 0), outputs, address(residual), out)
 
 
 def gated_product(
     x: Tensor, gate: int, gate_bias_N: Tensor | None, up: int, up_bias_N: Tensor | None, n: int
 ) -> Tensor:
     """silu(x @ gate.T + bias) * (x @ up.T + bias) with n outputs."""
-    return _run(x, gate, gate_bias_N, up, up_bias_N, n)
+    return _run(x, (gate, address(gate_bias_N)), (up, address(up_bias_N)), n, 0, None)
 
 
-def _run(x: Tensor, weights: int, bias: Tensor | None, second: int, second_bias: Tensor | None, outputs: int) -> Tensor:
+def _run(
+    x: Tensor, first: tuple[int, int], second: tuple[int, int], outputs: int, residual: int, out: Tensor | None
+) -> Tensor:
     source, inputs = x.contiguous(), x.shape[-1]
     rows, threads = source.numel() // inputs, torch.get_num_threads()
-    row_blocks, shares = (1, threads) if rows <= _FEW_ROWS else (-(-rows // _MANY_ROWS), threads * _MANY_SHARES)
-    out = torch.empty((*x.shape[:-1], outputs))
+    shares, row_blocks = split(rows, threads)
+    out = torch.empty((*x.shape[:-1], outputs)) if out is None else out
     scratch = torch.empty(threads, 2 * COLUMNS * -(-rows // row_blocks))
     launch(
         _PRODUCT,
-        *(source.data_ptr(), 4 * inputs, rows, inputs, weights, _address(bias), outputs // COLUMNS),
-        *(out.data_ptr(), 4 * outputs, scratch.data_ptr(), 4 * scratch.stride(0), second, _address(second_bias)),
-        *(shares, row_blocks),
+        *(source.data_ptr(), 4 * inputs, rows, inputs, *first, outputs // COLUMNS, out.data_ptr(), 4 * outputs),
+        *(scratch.data_ptr(), 4 * scratch.stride(0), *second, shares, row_blocks, residual),
         threads=threads,
     )
     return out
 
 
-def _address(tensor: Tensor | None) -> int:
+def split(rows: int, threads: int) -> tuple[int, int]:
+    """Into how many shares of the columns, and blocks of rows, a product is cut."""
+    return (threads, 1) if rows <= _FEW_ROWS else (threads * _MANY_SHARES, -(-rows // _MANY_ROWS))
+
+
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()

@@ -46,6 +46,10 @@ class PackedLinear(nn.Module):
             return product(x, self.address, self.bias, self.out_features)
         return _linear(x, self.weight, self.bias)
 
+    def plus(self, x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
+        """residual + forward(x), where there is an address. out: where it goes; it may be the residual."""
+        return product(x, self.address, self.bias, self.out_features, residual, out)
+
 
 class PackedGatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)), with activation and product done as the matrices are written."""
@@ -59,16 +63,19 @@ class PackedGatedMLP(nn.Module):
         self.is_kernel = self.is_silu and bool(gate.address and up.address)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.down.forward(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What goes into `down`."""
         gate, up = self.gate, self.up
         if self.is_kernel:
-            hidden = gated_product(x, gate.address, gate.bias, up.address, up.bias, gate.out_features)
-        elif self.is_silu:
+            return gated_product(x, gate.address, gate.bias, up.address, up.bias, gate.out_features)
+        if self.is_silu:
             # oneDNN's own way of doing this costs its products 6 %, twice what one more pass does.
-            hidden = silu_product(_linear(x, gate.weight, gate.bias), _linear(x, up.weight, up.bias))
-        else:
-            gated = _linear(x, gate.weight, gate.bias, self.activation, self.algorithm)
-            hidden = torch.ops.mkldnn._linear_pointwise.binary(x, gated, up.weight, up.bias, "mul")
-        return self.down.forward(hidden)
+            return silu_product(_linear(x, gate.weight, gate.bias), _linear(x, up.weight, up.bias))
+        gated = _linear(x, gate.weight, gate.bias, self.activation, self.algorithm)
+        hidden: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, gated, up.weight, up.bias, "mul")
+        return hidden
 
 
 class FusedRMSNorm(nn.Module):

@@ -48,7 +48,7 @@ class ModelRunner:
         sampled, pooled = _sampled_rows(plan, batch), _pooled_rows(plan, batch)
         with torch.inference_mode():
             tail = self._last_layer.tail(sorted({*sampled, *pooled}), batch)
-            step = Step(batch, self._cache, self._options, self._attention, self._write, layer_written, tail)
+            step = Step(batch, self._cache.layer, self._options, self._attention, self._write, layer_written, tail)
             with self._last_layer.only(tail):
                 if not pooled:
                     logits = self._forward(ids, positions, step, sampled)
