@@ -89,9 +89,13 @@ async def test_inputs_spread_over_the_prefill_workers_a_few_at_a_time(house: Hou
 async def test_one_failure_ends_the_call_and_cancels_the_rest(house: House) -> None:
     bad, good = await house.join("p1", PREFILL), await house.join("p2", PREFILL)
     bad.errors["embed"] = InternalError("the engine failed")
-    good.hold("embed")
+    for worker in (bad, good):
+        worker.hold("embed")
+    asked = asyncio.ensure_future(answer(call(house, [1] * 9, [2] * 9)))
+    await house.cluster.saw("embed", 2)
+    bad.let("embed")
     with pytest.raises(InternalError, match="the engine failed"):
-        await answer(call(house, [1] * 9, [2] * 9))
+        await asked
     await house.cluster.saw("embed_cancelled")
     assert (await house.status()).failed_requests == 1
 

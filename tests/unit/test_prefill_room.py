@@ -50,9 +50,14 @@ class NotingTransport:
 class Context:
     def __init__(self) -> None:
         self.told: list[worker_pb2.PrefillEvent] = []
+        self.metadata: dict[str, str] = {}
 
     def time_remaining(self) -> float:
         return 60.0
+
+    async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        assert not self.told, "it is sent with the first event at the latest"
+        self.metadata = dict(metadata)
 
     async def write(self, event: worker_pb2.PrefillEvent) -> None:
         self.told.append(event)
@@ -77,6 +82,7 @@ class Prefill:
             fingerprint=wire.fingerprint_to_wire(self.host.engine.fingerprint),
         )
         await self.room.Prefill(message, context)
+        assert context.metadata == {"tandem-counted-from": str(self.host.next_heartbeat)}
         await self.thread.call(lambda: None)  # what was posted before is done
         assert self.host.engine.pool.num_free == self.host.engine.pool.num_blocks
         assert not self.host.busy
