@@ -43,9 +43,9 @@ _DEVICE_FOLDERS = (Path("/sys/class/net"), Path("/sys/class/infiniband"))
 
 
 def check_devices(devices: str) -> None:
-    """Of worker.nixl_devices, before threads begin: holds UCX to them.
+    """Of worker.nixl_devices, before threads begin: holds UCX to them, and has everything loaded that NIXL needs.
 
-    Raises ConfigError when NIXL is not installed, or there is no such device.
+    Loading takes longer than any transfer may. Raises ConfigError when there is no such device, or NIXL cannot be used.
     """
     if not devices:
         return
@@ -62,6 +62,13 @@ def check_devices(devices: str) -> None:
                 field="worker.nixl_devices",
             )
     _confine(devices)
+    try:
+        _load()
+        Agent(devices).close()
+    except (ImportError, OSError, TransferFailed) as error:
+        raise ConfigError(
+            f"config key worker.nixl_devices: NIXL cannot be used here: {error}", field="worker.nixl_devices"
+        ) from None
 
 
 def announcement(devices: str, memory: str) -> registry_pb2.Transport:
