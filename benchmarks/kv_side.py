@@ -1,11 +1,11 @@
 """One end of the transfers of kv_transfer.py, or the Ray cluster under them; a process of its own.
 
-    kv_side.py head FOLDER BYTES                  says the cluster's address, lives until its stdin ends
+    kv_side.py head FOLDER BYTES RESOURCES        says the cluster's address, lives until its stdin ends
     kv_side.py receive CONFIG CLUSTER             says its port, likewise
     kv_side.py send CONFIG CLUSTER PORT           answers {"transport": ..., "tokens": ...} with {"seconds": ...}
 
 Payloads have no checksum where KV_SIDE_UNCHECKED is set.
-CLUSTER: empty for a process outside Ray. CONFIG: settings of Tandem, JSON.
+CLUSTER: empty for a process outside Ray. CONFIG: settings of Tandem, JSON. RESOURCES: custom ones of the node, JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -73,6 +73,8 @@ class Landing:
 
     def touch(self) -> None: ...
 
+    def when_over(self, tell: Callable[[TandemError], None]) -> None: ...
+
     async def sealed(self, first_token: int, summary: TransferSummary) -> None: ...
 
     def abandoned(self) -> None: ...
@@ -102,7 +104,7 @@ async def receive(config: TandemConfig) -> None:
     say(port=port)
     await asyncio.to_thread(sys.stdin.read)
     await server.stop(None)
-    service.close()
+    await service.aclose()
 
 
 async def send(config: TandemConfig, port: int) -> None:
@@ -163,8 +165,8 @@ def main() -> None:
         leave_payloads_unchecked()
     end, *rest = sys.argv[1:]
     if end == "head":
-        store = {"object_store_memory": int(rest[1]), "_temp_dir": rest[0]}
-        with in_ray(include_dashboard=False, num_cpus=0, **store) as address:
+        node = {"object_store_memory": int(rest[1]), "_temp_dir": rest[0], "resources": json.loads(rest[2])}
+        with in_ray(include_dashboard=False, num_cpus=0, **node) as address:
             say(address=address)
             sys.stdin.read()
         return

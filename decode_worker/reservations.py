@@ -63,6 +63,8 @@ class Reservation:
         # Of a local reservation until the seal: whoever prefills has not told the first token yet.
         self._held: list[NewToken] | None = None
         self._sealed_s: float | None = None
+        # Ends a transfer under way.
+        self._tell_over: Callable[[TandemError], None] | None = None
         self._lease_s = 0.0
         self._lease: asyncio.TimerHandle | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -104,6 +106,10 @@ class Reservation:
     def touch(self) -> None:
         """A frame arrived: the lease starts again."""
         self.renew(self._lease_s)
+
+    def when_over(self, tell: Callable[[TandemError], None]) -> None:
+        """See Landing."""
+        self._tell_over = tell
 
     async def sealed(self, first_token: int, summary: TransferSummary) -> None:
         """The KV is whole and verified: decoding may start. Raises TransferFailed when the reservation is over."""
@@ -204,6 +210,8 @@ class Reservation:
             self._host.thread.post(lambda: self._host.engine.abort(sequence))
         else:
             self.table.release()
+        if self._tell_over is not None:
+            self._tell_over(cause if isinstance(cause, DeadlineExceeded) else self._over())
         self._on_end(self)
 
     def _expire(self) -> None:

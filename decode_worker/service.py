@@ -71,7 +71,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
     async def aclose(self) -> None:
         for reservation in list(self._by_id.values()):
             reservation.end()
-        self._kv.close()
+        await self._kv.aclose()
 
     # Landings
 

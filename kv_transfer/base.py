@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Protocol
@@ -172,6 +172,9 @@ class Landing(Protocol):
 
     def touch(self) -> None:
         """KV arrives: extends the lease."""
+
+    def when_over(self, tell: Callable[[TandemError], None]) -> None:
+        """Tells the transfer when the reservation ends before the seal, by its lease or whatever else: why."""
 
     async def sealed(self, first_token: int, summary: TransferSummary) -> None:
         """Everything is there and verified, nothing writes any more: decode may start.

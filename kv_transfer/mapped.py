@@ -20,6 +20,8 @@ from typing import Any
 
 from kv_transfer.base import Landing
 from kv_transfer.checksum import crc32
+from kv_transfer.fences import Fences
+from kv_transfer.interrupt import Interrupt
 from kv_transfer.messages import Granted, Locked, Mapped, Open
 from kv_transfer.receiver import next_message, tell
 from kv_transfer.runs import Runs
@@ -31,26 +33,6 @@ from tandem.errors import Refused, TransferFailed
 
 # How often a lock is looked at whose sender is not heard of any more: a look takes a microsecond.
 _FIRST_LOOK_S, _LONGEST_WAIT_S = 0.001, 0.1
-
-
-class Fences:
-    """Blocks whose reservation is over while their sender may still write."""
-
-    def __init__(self) -> None:
-        self._watches: set[asyncio.Task[None]] = set()
-
-    def keep(self, blocks: ExitStack, memory: SharedMemory, key: int, request_id: str) -> None:
-        """blocks: closed when the lock is free."""
-        watch = asyncio.create_task(_watch(memory, key, request_id))
-        self._watches.add(watch)
-        watch.add_done_callback(self._watches.discard)
-        # However it ends: one that is cancelled before it began runs no line of its own.
-        watch.add_done_callback(lambda _: blocks.close())
-
-    def close(self) -> None:
-        """The worker ends, and its pool with it: nobody gets these blocks any more."""
-        for watch in self._watches:
-            watch.cancel()
 
 
 async def _watch(memory: SharedMemory, key: int, request_id: str) -> None:
@@ -77,7 +59,7 @@ class MappedIntake(WrittenIntake):
         self._blocks = ExitStack()
         self._granted = False
 
-    async def begin(self, landing: Landing, opening: Open, frames: AsyncIterator[bytes]) -> None:
+    async def begin(self, landing: Landing, opening: Open, frames: AsyncIterator[bytes], interrupt: Interrupt) -> None:
         """See Intake. A transfer of nothing asks for nothing."""
         if opening.wire_dtype != Native.name:
             raise Refused(f"what is written into the pool is native KV, not {opening.wire_dtype[:20]}")
@@ -111,7 +93,7 @@ class MappedIntake(WrittenIntake):
     def leave(self) -> None:
         """See Intake."""
         if self._written_into():
-            self._fences.keep(self._blocks.pop_all(), self._memory, self._key, self._request_id)
+            self._fences.keep(self._blocks.pop_all(), _watch(self._memory, self._key, self._request_id))
         self._blocks.close()
 
     def _written_into(self) -> bool:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
+from kv_transfer.threads import end
 from tandem.errors import TransferFailed
 
 P = ParamSpec("P")
@@ -44,11 +45,11 @@ class Driver:
             self._turning = True
             self._submit_turn()
 
-    def close(self, last: Callable[[], None]) -> None:
+    async def aclose(self, last: Callable[[], None]) -> None:
         """What was ordered before is done, and then `last`. Twice is once."""
         with suppress(TransferFailed):
             self.order(last)
-        self._thread.shutdown()
+        await end(self._thread)
 
     def _turn(self) -> None:
         started = time.monotonic()

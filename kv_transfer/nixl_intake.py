@@ -24,6 +24,8 @@ from torch import Tensor
 
 from kv_transfer.base import Landing
 from kv_transfer.checksum import crc32
+from kv_transfer.fences import Fences
+from kv_transfer.interrupt import Interrupt
 from kv_transfer.messages import Lent, Open, Writer
 from kv_transfer.nixl_agent import Agent
 from kv_transfer.nixl_driver import Driver
@@ -44,8 +46,8 @@ _PATIENCE_S = 2.5
 @dataclass(eq=False)
 class Door:
     agent: Agent
-    # The transfers that may come through it.
-    users: set[object] = field(default_factory=set)
+    # Of the transfers that may come through it.
+    users: set[Interrupt] = field(default_factory=set)
     # Nothing comes through it any more.
     closed: bool = False
 
@@ -60,13 +62,16 @@ class Doors:
         self._doors: OrderedDict[str, Door] = OrderedDict()
         # By reservation: set when its writer has written its last.
         self._released: dict[str, asyncio.Event] = {}
-        self._fences: set[asyncio.Task[None]] = set()
+        self._fences = Fences()
 
-    async def open(self, user: object, writer_id: str, pool: Tensor) -> tuple[Door, bytes]:
-        """The writer's door, and the metadata to find it by, until `leave`. Raises TransferFailed, Overloaded."""
+    async def open(self, user: Interrupt, writer_id: str, pool: Tensor) -> tuple[Door, bytes]:
+        """The writer's door, and the metadata to find it by, until `leave`; the user is interrupted when it is shut.
+
+        Raises TransferFailed, Overloaded.
+        """
         return await self._driver.call(self._open, user, writer_id, pool)
 
-    def leave(self, user: object) -> None:
+    def leave(self, user: Interrupt) -> None:
         """Whether it has a door or not: an opening that was cancelled may be under way."""
         with suppress(TransferFailed):  # closed: there is no door any more
             self._driver.order(self._leave, user)
@@ -87,32 +92,27 @@ class Doors:
 
     def fence(self, blocks: ExitStack, door: Door, reservation_id: str, request_id: str) -> None:
         """blocks: closed when nobody writes into them any more."""
-        fence = asyncio.create_task(self._wait(door, self._released[reservation_id], request_id))
-        self._fences.add(fence)
-        fence.add_done_callback(self._fences.discard)
         blocks.callback(self.settled, reservation_id)
-        # However it ends: one that is cancelled before it began runs no line of its own.
-        fence.add_done_callback(lambda _: blocks.close())
+        self._fences.keep(blocks, self._wait(door, self._released[reservation_id], request_id))
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """The worker ends, and its pool with it: nobody gets these blocks any more."""
-        for fence in self._fences:
-            fence.cancel()
-        self._driver.close(self._close)
+        self._fences.close()
+        await self._driver.aclose(self._close)
 
     async def _wait(self, door: Door, released: asyncio.Event, request_id: str) -> None:
-        if door.closed:
-            return
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                await released.wait()
-        except TimeoutError:
+        """Until it has written its last, or nothing of it can come any more."""
+        while not door.closed:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE_S):
+                    await released.wait()
+                return
             logs.of_request(__name__, request_id).warning(
                 "its sender does not say that it writes no more: it is shut out"
             )
             await self._driver.call(self._shut, door)
 
-    def _open(self, user: object, writer_id: str, pool: Tensor) -> tuple[Door, bytes]:
+    def _open(self, user: Interrupt, writer_id: str, pool: Tensor) -> tuple[Door, bytes]:
         door = self._doors.get(writer_id)
         if door is None:
             self._make_room()
@@ -131,7 +131,7 @@ class Doors:
             raise Overloaded(f"{MAX_DOORS} senders write into this worker's pool already")
         self._shut(idle)
 
-    def _leave(self, user: object) -> None:
+    def _leave(self, user: Interrupt) -> None:
         for door in self._doors.values():
             door.users.discard(user)
 
@@ -145,10 +145,18 @@ class Doors:
         return bool(busy)
 
     def _shut(self, door: Door) -> None:
-        if not door.closed:
-            self._doors = OrderedDict((writer, each) for writer, each in self._doors.items() if each is not door)
+        """Its transfers end now: a writer that has not connected yet would try until its deadline."""
+        if door.closed:
+            return
+        self._doors = OrderedDict((writer, each) for writer, each in self._doors.items() if each is not door)
+        try:
             door.agent.close()
+        except Exception:  # it may be open still, and whoever waits for its end goes on waiting
+            log.exception("a writer by NIXL cannot be shut out")
+        else:
             door.closed = True
+        for user in door.users:
+            user.throw(TransferFailed("the receiver has closed the connection by NIXL that the KV was to come by"))
 
     def _close(self) -> None:
         for door in list(self._doors.values()):
@@ -162,12 +170,14 @@ class NixlIntake(WrittenIntake):
         self._doors = doors
         self._context = context
         self._request_id = self._reservation_id = ""
+        # By which it is known at its door.
+        self._interrupt: Interrupt | None = None
         # Of the writer, once its blocks are lent.
         self._door: Door | None = None
         # Holds the landing's blocks from then on.
         self._blocks = ExitStack()
 
-    async def begin(self, landing: Landing, opening: Open, frames: AsyncIterator[bytes]) -> None:
+    async def begin(self, landing: Landing, opening: Open, frames: AsyncIterator[bytes], interrupt: Interrupt) -> None:
         """See Intake. A transfer of nothing asks for nothing."""
         if opening.wire_dtype != Native.name:
             raise Refused(f"what is written into the pool is native KV, not {opening.wire_dtype[:20]}")
@@ -176,7 +186,8 @@ class NixlIntake(WrittenIntake):
         writer = await next_message(frames)
         if not isinstance(writer, Writer):
             raise TransferFailed("the sender does not say who writes")
-        door, metadata = await self._doors.open(self, writer.writer_id, landing.pool)
+        self._interrupt = interrupt
+        door, metadata = await self._doors.open(interrupt, writer.writer_id, landing.pool)
         self._request_id, self._reservation_id = landing.request_id, opening.reservation_id
         self._blocks.enter_context(landing.writing())
         self._doors.lend(self._reservation_id)
@@ -187,17 +198,21 @@ class NixlIntake(WrittenIntake):
         """See Intake. Whoever seals or abandons has written its last."""
         self._blocks.close()
         self._doors.settled(self._reservation_id)
-        self._doors.leave(self)
+        self._leave_door()
         self._door = None
 
     def leave(self) -> None:
         """See Intake."""
         if self._door is None:
-            self._doors.leave(self)
+            self._leave_door()
             return
         # Its door goes on moving what was written: the writer waits for that before it lets go of the blocks.
-        self._blocks.callback(self._doors.leave, self)
+        self._blocks.callback(self._leave_door)
         self._doors.fence(self._blocks.pop_all(), self._door, self._reservation_id, self._request_id)
+
+    def _leave_door(self) -> None:
+        if self._interrupt is not None:
+            self._doors.leave(self._interrupt)
 
 
 def _lent(agent_id: str, metadata: bytes, landing: Landing, tokens: range) -> tuple[Lent, Runs]:

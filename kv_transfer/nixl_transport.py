@@ -52,7 +52,7 @@ class NixlTransport(PushTransport):
     async def aclose(self) -> None:
         """See Transport."""
         await super().aclose()
-        self._writer.close()
+        await self._writer.aclose()
 
     def _link(self, call: Any, source: Source, target: Target) -> PushLink:
         return _NixlLink(call, source, target, self._writer, self._release)

@@ -67,9 +67,9 @@ class NixlWriter:
         """Ends the connection to a peer that takes nothing; writes under way have failed on return."""
         await self._driver.call(self._cut_off, peer)
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Transfers still open fail."""
-        self._driver.close(self._close)
+        await self._driver.aclose(self._close)
 
     def _meet(self, user: object, pool: Tensor, peer: str, metadata: bytes) -> None:
         if self._agent is None:

@@ -18,7 +18,7 @@ from kv_transfer.messages import Data, Done, Message
 from kv_transfer.runs import Runs
 from kv_transfer.sender import FrameSender, check_source
 from kv_transfer.service import MAX_MESSAGE_BYTES, METHODS, SERVICE
-from kv_transfer.threads import copy_threads
+from kv_transfer.threads import copy_threads, end
 from kv_transfer.wire_dtype import wire_dtype
 from tandem import errors, rpc
 
@@ -62,7 +62,7 @@ class PushTransport(ABC):
     async def aclose(self) -> None:
         """See Transport. Channels and threads are gone on return."""
         await self._channels.aclose()
-        self._threads.shutdown()
+        await end(self._threads)
 
     def _call(self, channel: Any, deadline_s: float | None) -> Any:
         return channel.stream_stream(f"/{SERVICE}/{METHODS[self.name]}")(timeout=deadline_s)

@@ -18,6 +18,7 @@ from kv_transfer.messages import Data, Done, Message, Place, Placed, Taken
 from kv_transfer.plasma import Plasma
 from kv_transfer.push import PushLink, PushTransport
 from kv_transfer.runs import Runs
+from kv_transfer.threads import end
 from kv_transfer.wire_dtype import wire_dtype
 from tandem.config import TandemConfig
 from tandem.errors import TransferFailed
@@ -53,7 +54,7 @@ class RayTransport(PushTransport):
     async def aclose(self) -> None:
         """See Transport."""
         await super().aclose()
-        self._place_threads.shutdown()
+        await end(self._place_threads)
 
     async def _check_room(self, source: Source, target: Target) -> None:
         """Asking takes 3 ms, as long as a small transfer: ample room is believed in for a moment."""

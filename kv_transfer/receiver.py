@@ -12,12 +12,16 @@ from kv_transfer.admission import Admission
 from kv_transfer.base import Counters, Landing, TransferSummary
 from kv_transfer.codec import CorruptFrame, chain_checksum, check_payload, decode, encode
 from kv_transfer.coverage import Coverage
+from kv_transfer.interrupt import Interrupt
 from kv_transfer.messages import Abandon, Data, Done, Message, Open, Seal
 from kv_transfer.runs import Runs
 from kv_transfer.threads import finish
 from kv_transfer.wire_dtype import WireDtype, wire_dtype
 from tandem import logs
 from tandem.errors import InternalError, TandemError, TransferFailed
+
+# A sender opens its transfer at once.
+OPEN_TIMEOUT_S = 5.0
 
 
 class Intake(Protocol):
@@ -27,8 +31,11 @@ class Intake(Protocol):
     def kind(self) -> type[Data]:
         """Of its data frames; none of another kind is taken."""
 
-    async def begin(self, landing: Landing, opening: Open, frames: AsyncIterator[bytes]) -> None:
-        """What must pass between the ends before data frames. Raises TransferFailed or Refused."""
+    async def begin(self, landing: Landing, opening: Open, frames: AsyncIterator[bytes], interrupt: Interrupt) -> None:
+        """What must pass between the ends before data frames. Raises TransferFailed or Refused.
+
+        interrupt: ends the transfer until `settle`, when this side finds out that no more can come.
+        """
 
     async def fetch(self, data: Data, payload: memoryview) -> memoryview:
         """payload: what came with the frame. The result is what `land` takes. Raises TransferFailed."""
@@ -51,7 +58,7 @@ class Copied:
 
     kind: type[Data] = Data
 
-    async def begin(self, landing: Landing, opening: Open, frames: AsyncIterator[bytes]) -> None:
+    async def begin(self, landing: Landing, opening: Open, frames: AsyncIterator[bytes], interrupt: Interrupt) -> None:
         """See Intake."""
 
     async def fetch(self, data: Data, payload: memoryview) -> memoryview:
@@ -110,8 +117,10 @@ class Receiver:
             try:
                 wire = wire_dtype(opening.wire_dtype, self._admission.layout)
                 filling = _Filling(self._admission.check(landing, opening), wire, landing)
-                await self._intake.begin(landing, opening, frames)
-                last = await self._fill(filling, frames)
+                with Interrupt() as interrupt:
+                    landing.when_over(interrupt.throw)
+                    await self._intake.begin(landing, opening, frames, interrupt)
+                    last = await self._fill(filling, frames)
                 if last is None:
                     raise lost()
                 self._intake.settle()
@@ -230,7 +239,12 @@ async def tell(context: Any, message: Message, payload: Runs | None = None) -> N
 
 
 async def _opening(frames: AsyncIterator[bytes]) -> Open:
-    message = await next_message(frames)
+    """Until then nothing bounds a stream: no reservation, and no deadline that is not the peer's own."""
+    try:
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            message = await next_message(frames)
+    except TimeoutError:
+        raise TransferFailed(f"the transfer has no open frame within {OPEN_TIMEOUT_S:g} s") from None
     if not isinstance(message, Open):
         raise TransferFailed("the transfer does not begin with an open frame")
     return message

@@ -13,13 +13,14 @@ import grpc
 from kv_transfer.admission import Admission, Claims
 from kv_transfer.base import Counters, Landings
 from kv_transfer.codec import MAX_FRAME_BYTES, decode
-from kv_transfer.mapped import Fences, MappedIntake
+from kv_transfer.fences import Fences
+from kv_transfer.mapped import MappedIntake
 from kv_transfer.messages import Data, Placed, Released, Taken
 from kv_transfer.nixl_intake import Doors, NixlIntake
 from kv_transfer.plasma import Plasma
 from kv_transfer.receiver import Copied, Intake, Receiver, tell
 from kv_transfer.shared_memory import SharedMemory
-from kv_transfer.threads import copy_threads
+from kv_transfer.threads import copy_threads, end
 from tandem import errors
 from tandem.config import TandemConfig
 
@@ -38,7 +39,7 @@ _TAKE_THREADS = 16
 class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ignore]
     """Receives transfers, on a server that has tandem.rpc.ErrorInterceptor.
 
-    For `server.add_generic_rpc_handlers((service,))`; close it after the server has stopped.
+    For `server.add_generic_rpc_handlers((service,))`; `aclose` it after the server has stopped.
     """
 
     def __init__(
@@ -78,13 +79,13 @@ class KVService(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg,unused-ig
         """See grpc.GenericRpcHandler."""
         return self._handler.service(handler_call_details)
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Ends the threads. Transfers must have ended before: stop the server first."""
         self._fences.close()
         if self._doors is not None:
-            self._doors.close()
-        self._threads.shutdown()
-        self._take_threads.shutdown()
+            await self._doors.aclose()
+        await end(self._threads)
+        await end(self._take_threads)
 
     async def _push(self, requests: AsyncIterator[bytes], context: Any) -> None:
         await self._receive("grpc", Copied(), requests, context)

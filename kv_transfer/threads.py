@@ -16,6 +16,12 @@ def copy_threads(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix=name)
 
 
+async def end(threads: ThreadPoolExecutor) -> None:
+    """They take no more work. Returns when what they have is done, and does not hold up the event loop meanwhile."""
+    threads.shutdown(wait=False)
+    await asyncio.to_thread(threads.shutdown)
+
+
 async def finish(work: asyncio.Future[T]) -> T:
     """The result of work in a thread. A cancel is raised only after the thread is done with its memory."""
     cancelled: asyncio.CancelledError | None = None

@@ -273,14 +273,17 @@ async def test_an_error_of_the_sender_aborts(rig: Rig) -> None:
 
 
 async def test_a_broken_lease_ends_the_transfer(rig: Rig) -> None:
+    """At once, where a peer sends: it may never send another frame."""
     job = rig.job()
     before: list[torch.Tensor] = []
 
     async def break_lease() -> None:
         # Some write for as long as they are open, the others have done with the first half.
         await until(lambda: job.landing.writers == (1 if rig.shared_pool or rig.one_sided else 0))
-        job.landing.broken = True
+        job.landing.break_lease()
         before.append(job.received().clone())
+        if not rig.shared_pool:
+            await until(lambda: job.landing.ended)
 
     with pytest.raises(TransferFailed, match="lease"):
         await rig.transfer_in_halves(job, between=break_lease)

@@ -185,6 +185,24 @@ async def test_closing_the_transport_is_no_cancel_of_the_sender(rig: Rig, shut: 
     await until(lambda: job.landing.ended)
 
 
+async def test_closing_waits_for_copies_and_the_event_loop_goes_on(rig: Rig) -> None:
+    """Law 6. Each copy here takes until it is told to end."""
+    assert rig.service is not None
+    ends = threading.Event()
+    closing: list[asyncio.Task[None]] = []
+    late = threading.Timer(20, ends.set)  # or a loop that stands still would do so for ever
+    late.start()
+    for each in (rig.transport, rig.service):
+        each._threads.submit(ends.wait)  # type: ignore[union-attr]
+        closing.append(asyncio.create_task(each.aclose()))
+    done, _ = await asyncio.wait(closing, timeout=0.2)
+    assert not done
+    assert not ends.is_set()
+    ends.set()
+    await asyncio.gather(*closing)
+    late.cancel()
+
+
 async def test_stopping_the_server_fails_the_landing_and_loses_the_worker() -> None:
     async with grpc_rig(FINGERPRINT, config_with()) as rig:
         job = rig.job()

@@ -22,7 +22,7 @@ from kv_transfer.runs import Runs
 from kv_transfer.sender import opening_of
 from kv_transfer.service import MAX_MESSAGE_BYTES
 from tandem.errors import Refused, TransferFailed
-from tandem.rpc import client_options, error_from_rpc
+from tandem.rpc import client_options, error_from_rpc, make_channel
 
 
 @pytest.fixture
@@ -93,6 +93,17 @@ SPOILERS: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
         "the seal counts",
     ),
 }
+
+
+async def test_a_stream_that_opens_no_transfer_is_ended(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_transfer.receiver, "OPEN_TIMEOUT_S", 0.2)
+    async with make_channel(rig.address) as channel:
+        call: Any = channel.stream_stream("/tandem.v1.KVTransfer/Push")()
+        async with asyncio.timeout(10):
+            assert await call.code() is grpc.StatusCode.DATA_LOSS
+        assert "no open frame within 0.2 s" in await call.details()
+    assert rig.received.failures == 1
+    await rig.assert_healthy()
 
 
 async def test_good_frames_are_good(rig: Rig) -> None:

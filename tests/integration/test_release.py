@@ -215,6 +215,15 @@ def test_a_reservation_whose_prefill_never_comes_ends_with_its_lease(service: Se
 LONG = {"prompt_tokens": 10, "max_tokens": 700}
 
 
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_a_transfer_that_stops_ends_with_the_lease(service: Service, direct: DirectRouter, transport: str) -> None:
+    request = direct.request("r", lease_ms=300, transport=transport)
+    opening, *_ = direct.frames(request, direct.reserve(request))
+    with pytest.raises(TransferFailed, match="ended already"):
+        direct.fall_silent(transport, [opening])
+    wait_until(service.idle, AT_ONCE_S, "no orphan")
+
+
 def decoding(direct: DirectRouter, name: str, **order: int) -> worker_pb2.Reservation:
     """A request that somebody else prefilled; its first token has come."""
     request = direct.request(name, **LONG, **order)

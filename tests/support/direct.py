@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from kv_transfer.codec import chain_checksum, decode, describe, encode
 from kv_transfer.layout import KVLayout
 from kv_transfer.messages import Data, Done, Open, Seal
 from kv_transfer.runs import Runs
-from kv_transfer.service import MAX_MESSAGE_BYTES
+from kv_transfer.service import MAX_MESSAGE_BYTES, METHODS, SERVICE
 from tandem import rpc, wire
 from tandem.client.status import WorkerState
 from tandem.types import EngineRequest, SamplingParams
@@ -104,6 +105,20 @@ class DirectRouter:
             done, _ = decode(self._channel.stream_unary("/tandem.v1.KVTransfer/Push")(iter(frames), timeout=TIMEOUT_S))
         assert isinstance(done, Done)
         return done
+
+    def fall_silent(self, transport: str, frames: Sequence[bytes]) -> None:
+        """Says these frames and no more, and hears until the call ends."""
+        over = threading.Event()
+
+        def say() -> Iterator[bytes]:
+            yield from frames
+            over.wait(TIMEOUT_S)
+
+        call = self._channel.stream_stream(f"/{SERVICE}/{METHODS[transport]}")(say(), timeout=TIMEOUT_S)
+        call.add_done_callback(lambda _: over.set())
+        with typed_errors():
+            for _ in call:
+                pass
 
     def frames(self, request: worker_pb2.ReserveRequest, reservation: worker_pb2.Reservation) -> list[bytes]:
         """A whole transfer of noise for the reservation: open, a data frame for each layer, seal."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,6 +34,7 @@ class FakeLanding:
         self.given_up = False
         self.summary: TransferSummary | None = None
         self.errors: list[TandemError] = []
+        self._tell_over: Callable[[TandemError], None] | None = None
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -48,6 +49,19 @@ class FakeLanding:
 
     def touch(self) -> None:
         self.touches += 1
+
+    def when_over(self, tell: Callable[[TandemError], None]) -> None:
+        self._tell_over = tell
+
+    @property
+    def watched(self) -> bool:
+        """By a transfer that has opened it."""
+        return self._tell_over is not None
+
+    def break_lease(self) -> None:
+        self.broken = True
+        if self._tell_over is not None:
+            self._tell_over(TransferFailed("the lease of the reservation is broken"))
 
     async def sealed(self, first_token: int, summary: TransferSummary) -> None:
         assert self.writers == 0

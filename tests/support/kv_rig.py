@@ -303,7 +303,7 @@ async def serving(
         yield service, port, lambda: server.stop(None)
     finally:
         await server.stop(None)
-        service.close()
+        await service.aclose()
 
 
 MakeRig = Callable[[Fingerprint, TandemConfig], AbstractAsyncContextManager[Rig]]
