@@ -19,7 +19,7 @@ settings.register_profile("tandem", deadline=None)
 settings.load_profile("tandem")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def nixl() -> None:
     """Skips where the optional NIXL is not installed."""
     pytest.importorskip("nixl_cu12._bindings", reason="NIXL is not installed: pip install 'tandem[nixl]'")

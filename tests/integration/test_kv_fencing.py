@@ -4,6 +4,7 @@ that somebody else got. Senders are processes that are stopped, killed and woken
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -14,31 +15,82 @@ from typing import Any
 
 import pytest
 import torch
-from kv_house import House, said_next, stop, wake
+from kv_house import House, open_house, said_next, stop, waiting_sender, wake
 from kv_peer import peer
-from kv_rig import FINGERPRINT, POOL_BLOCKS, Rig, config_with, shm_rig, until
+from kv_rig import FINGERPRINT, POOL_BLOCKS, Rig, config_with, until
 
 import kv_transfer.shm_transport
+from kv_transfer.base import Landing
 from kv_transfer.messages import Data
-from kv_transfer.pool_io import Rows
-from kv_transfer.runs import Runs
 from kv_transfer.shared_memory import PeerMemory, SharedMemory
+from kv_transfer.wire_dtype import WireDtype
+from kv_transfer.written import WrittenIntake
 from tandem.errors import TransferFailed
 
 
 @pytest.fixture
 async def house() -> AsyncIterator[House]:
-    async with shm_rig(FINGERPRINT, config_with(frame_bytes=1 << 20, object_bytes=1 << 20)) as rig:
-        house = House(rig)
+    async with open_house("shm") as house:
         yield house
-        await until(lambda: house.at_rest)
+
+
+@pytest.fixture(params=["shm", "nixl"])
+def transport(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name == "nixl":
+        request.getfixturevalue("nixl")
+    return name
+
+
+@pytest.fixture
+async def either_house(transport: str) -> AsyncIterator[House]:
+    async with open_house(transport) as house:
+        yield house
 
 
 @asynccontextmanager
-async def waiting_sender(house: House, where: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    async with peer("send", house.rig.address, "--wait-in", where) as (process, said):
-        assert said == "waiting"
+async def writing_sender(house: House) -> AsyncIterator[asyncio.subprocess.Process]:
+    """It has written, and will write again when it is woken."""
+    async with waiting_sender(house, "copy" if house.rig.transport.name == "shm" else "write") as process:
         yield process
+
+
+async def test_a_killed_writer_frees_its_blocks(either_house: House) -> None:
+    _, late = either_house.job("r1")
+    async with writing_sender(either_house) as process:
+        late.break_lease()
+        assert either_house.pool.num_quarantined == len(late.blocks)
+        process.send_signal(signal.SIGKILL)
+        assert await process.wait() == -signal.SIGKILL
+        await until(lambda: either_house.at_rest, seconds=2 if either_house.rig.transport.name == "shm" else 5)
+
+
+async def test_the_service_closes_while_a_writer_is_waited_for(either_house: House) -> None:
+    _, late = either_house.job("r1")
+    async with writing_sender(either_house) as process:
+        stop(process)
+        await either_house.rig.stop()
+        await until(lambda: late.ended)
+        assert either_house.pool.num_quarantined == len(late.blocks)
+        assert either_house.rig.service is not None
+        await either_house.rig.service.aclose()
+        await until(lambda: either_house.at_rest, seconds=2)
+
+
+async def test_what_was_written_is_verified_where_it_lies(either_house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    land = WrittenIntake.land
+
+    def spoil(self: WrittenIntake, landing: Landing, wire: WireDtype, data: Data, payload: memoryview) -> None:
+        if data.sequence == 0:
+            landing.pool[data.layer_start, 1, landing.blocks[0], 3, 1, 5] += 1
+        land(self, landing, wire, data, payload)
+
+    monkeypatch.setattr(WrittenIntake, "land", spoil)
+    job, landing = either_house.job("r1")
+    with pytest.raises(TransferFailed, match="payload of KV frame 0 fails its checksum"):
+        await either_house.rig.transfer(job)
+    assert landing.first_token is None
+    assert either_house.rig.received.corrupt_frames == 1
 
 
 async def test_blocks_of_a_writer_that_was_stopped_wait_for_its_last_write(house: House) -> None:
@@ -86,16 +138,6 @@ async def test_a_sender_that_was_stopped_before_it_held_the_lock_holds_no_block(
         everything.release()
 
 
-async def test_a_killed_writer_frees_its_blocks_at_once(house: House) -> None:
-    _, late = house.job("r1")
-    async with waiting_sender(house, "copy") as process:
-        late.break_lease()
-        assert house.pool.num_quarantined == len(late.blocks)
-        process.send_signal(signal.SIGKILL)
-        assert await process.wait() == -signal.SIGKILL
-        await until(lambda: house.at_rest, seconds=2)
-
-
 async def test_a_sender_that_is_given_up_for_dead_is_waited_for(house: House) -> None:
     """Its call has ended; it still writes."""
     _, late = house.job("r1")
@@ -108,17 +150,6 @@ async def test_a_sender_that_is_given_up_for_dead_is_waited_for(house: House) ->
         wake(process)
         await until(lambda: house.at_rest)
         assert (await said_next(process)).startswith("failed: ")
-
-
-async def test_the_service_closes_while_a_writer_is_waited_for(house: House) -> None:
-    _, late = house.job("r1")
-    async with waiting_sender(house, "copy") as process:
-        stop(process)
-        await house.rig.stop()
-        await until(lambda: late.ended)
-        assert house.rig.service is not None
-        house.rig.service.close()
-        await until(lambda: house.at_rest, seconds=2)
 
 
 async def test_a_seal_over_blocks_that_are_still_locked_is_refused(
@@ -180,26 +211,10 @@ async def test_nothing_is_granted_without_the_lock(house: House, monkeypatch: py
     assert torch.equal(house.state(landing.table), before)
 
 
-async def test_what_was_written_is_verified_where_it_lies(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = kv_transfer.shm_transport.copy_parts
-
-    def spoil(payload: Runs, rows: Rows, blocks: list[int], size: int, layers: range, tokens: range) -> int:
-        crc = copy(payload, rows, blocks, size, layers, tokens)
-        if tokens.start == 0:
-            rows[2, 1, blocks[0] * size + 3, 5] ^= 1
-        return crc
-
-    monkeypatch.setattr(kv_transfer.shm_transport, "copy_parts", spoil)
-    job, landing = house.job("r1")
-    with pytest.raises(TransferFailed, match="payload of KV frame 0 fails its checksum"):
-        await house.rig.transfer(job)
-    assert landing.first_token is None
-    assert house.rig.received.corrupt_frames == 1
-
-
 async def test_memory_of_a_peer_that_is_gone_is_let_go() -> None:
     """A mapping would keep all of it."""
     transport = kv_transfer.shm_transport.ShmTransport(config_with())
+    gc.collect()  # of the tests before
     before = mapped_pools()
     async with peer("receive", "--shm") as (process, port):
         rig = Rig(FINGERPRINT, transport, f"127.0.0.1:{port}", shared_pool=False)

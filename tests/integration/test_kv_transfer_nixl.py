@@ -10,44 +10,38 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import torch
-from kv_house import House, said_next, stop, wake
+from kv_house import House, open_house, said_next, stop, waiting_sender, wake
 from kv_peer import peer
-from kv_rig import FINGERPRINT, POOL_BLOCKS, Job, Rig, config_with, nixl_rig, until
+from kv_rig import FINGERPRINT, POOL_BLOCKS, Job, Rig, config_with, until
 
 import kv_transfer.nixl_agent
 import kv_transfer.nixl_intake
 import kv_transfer.nixl_transport
-from kv_transfer.messages import Data, Lent
+from kv_transfer.codec import decode, encode
+from kv_transfer.messages import Lent, Writer
 from kv_transfer.nixl_agent import Agent, Pieces, Write, announcement, check_devices
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.nixl_writer import NixlWriter
+from kv_transfer.sender import opening_of
+from kv_transfer.service import METHODS, SERVICE
 from tandem.errors import ConfigError, DeadlineExceeded, TransferFailed, WorkerLost
+from tandem.rpc import make_channel
 
 pytestmark = pytest.mark.usefixtures("nixl")
 
 
 @pytest.fixture
 async def house(nixl: None) -> AsyncIterator[House]:
-    async with nixl_rig(FINGERPRINT, config_with(frame_bytes=1 << 20, object_bytes=1 << 20)) as rig:
-        house = House(rig)
+    async with open_house("nixl") as house:
         yield house
-        await until(lambda: house.at_rest)
-
-
-@asynccontextmanager
-async def waiting_sender(house: House) -> AsyncIterator[asyncio.subprocess.Process]:
-    """It has written its first frame, and will write it again."""
-    async with peer("send", house.rig.address, "--wait-in", "write") as (process, said):
-        assert said == "waiting"
-        yield process
 
 
 def doors(rig: Rig) -> int:
@@ -59,17 +53,17 @@ def doors(rig: Rig) -> int:
 
 async def test_a_writer_that_was_stopped_is_shut_out_of_its_blocks(house: House) -> None:
     _, late = house.job("r1")
-    async with waiting_sender(house) as process:
+    async with waiting_sender(house, "write") as process:
         stop(process)
         assert house.rig.receiving_pool[:, :, list(late.blocks)].any(), "it wrote"
-        late.break_lease()
-        assert house.pool.num_quarantined == len(late.blocks)
         job, landing = house.job("another")
         await house.rig.transfer(job)
         assert doors(house.rig) == 2
+        late.break_lease()
+        await until(lambda: late.ended)
+        assert house.pool.num_quarantined == len(late.blocks)
 
-        # Its call is open still; when the door is closed, others get the blocks.
-        await house.rig.stop()
+        # When its door is closed, others get the blocks.
         await until(lambda: house.pool.num_quarantined == 0)
         assert doors(house.rig) == 1
         rest = house.take_all()
@@ -85,16 +79,6 @@ async def test_a_writer_that_was_stopped_is_shut_out_of_its_blocks(house: House)
         assert [type(error) for error in late.errors] == [TransferFailed]
 
 
-async def test_a_killed_writer_frees_its_blocks(house: House) -> None:
-    house.job("r1")
-    async with waiting_sender(house) as process:
-        process.send_signal(signal.SIGKILL)
-        assert await process.wait() == -signal.SIGKILL
-        await until(lambda: house.pool.num_quarantined > 0)
-        await until(lambda: house.at_rest, seconds=5)
-        assert doors(house.rig) == 0
-
-
 async def test_a_writer_that_leaves_says_so_and_keeps_its_door(house: House) -> None:
     job, landing = house.job("r1")
     task = asyncio.create_task(house.rig.transfer_in_halves(job, between=asyncio.Event().wait))
@@ -108,15 +92,22 @@ async def test_a_writer_that_leaves_says_so_and_keeps_its_door(house: House) -> 
     assert doors(house.rig) == 1
 
 
-async def test_the_service_closes_while_a_writer_is_waited_for(house: House) -> None:
-    _, late = house.job("r1")
-    async with waiting_sender(house) as process:
-        stop(process)
-        await house.rig.stop()
-        await until(lambda: late.ended)
-        assert house.rig.service is not None
-        house.rig.service.close()
-        await until(lambda: house.at_rest, seconds=2)
+@pytest.mark.parametrize("lent", [False, True])
+async def test_a_sender_that_stops_before_it_writes_ends_with_the_lease(house: House, lent: bool) -> None:
+    job, landing = house.job("r1")
+    async with make_channel(house.rig.address) as channel, asyncio.timeout(10):
+        call: Any = channel.stream_stream(f"/{SERVICE}/{METHODS['nixl']}")()
+        await call.write(encode(opening_of(job.target)))
+        if lent:
+            await call.write(encode(Writer("w")))
+            message, _ = decode(await call.read())
+            assert isinstance(message, Lent)
+        await until(lambda: landing.watched)
+        landing.break_lease()
+        assert await call.code() is grpc.StatusCode.DATA_LOSS
+        assert "lease" in await call.details()
+    await until(lambda: house.at_rest)
+    assert doors(house.rig) == 0
 
 
 async def test_a_door_that_nixl_fails_at_is_shut_and_the_next_one_works(
@@ -148,19 +139,61 @@ async def test_a_door_that_nixl_fails_at_is_shut_and_the_next_one_works(
     landing.table.release()
 
 
-async def test_what_was_written_is_verified_where_it_lies(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    describe = kv_transfer.nixl_transport.describe
+async def test_a_door_that_is_shut_before_its_writer_comes_ends_the_transfer(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the door's address, and would knock until the deadline."""
+    meet = NixlWriter.meet
 
-    def misjudge(*frame: Any) -> Data:
-        data = describe(*frame)
-        return replace(data, checksum=data.checksum ^ 1)
+    async def meet_and_wait(self: NixlWriter, *rest: Any) -> None:
+        await meet(self, *rest)
+        assert house.rig.service is not None
+        doors = house.rig.service._doors
+        assert doors is not None
+        (door,) = doors._doors.values()
+        await doors._driver.call(doors._shut, door)
+        assert door.closed
 
-    monkeypatch.setattr(kv_transfer.nixl_transport, "describe", misjudge)
+    monkeypatch.setattr(NixlWriter, "meet", meet_and_wait)
     job, landing = house.job("r1")
-    with pytest.raises(TransferFailed, match="payload of KV frame 0 fails its checksum"):
-        await house.rig.transfer(job)
-    assert landing.first_token is None
-    assert house.rig.received.corrupt_frames == 1
+    started = time.monotonic()
+    with pytest.raises(TransferFailed, match="the receiver has closed the connection by NIXL"):
+        await house.rig.transfer(replace(job, target=replace(job.target, deadline_s=20)))
+    assert time.monotonic() - started < 5
+    await until(lambda: house.at_rest, seconds=2)
+    monkeypatch.undo()
+    job, landing = house.job("another")
+    await house.rig.transfer(job)
+    job.assert_arrived()
+    landing.table.release()
+
+
+async def test_blocks_behind_a_door_that_does_not_close_stay_in_quarantine(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it does close, or its writer says that it writes no more."""
+    close, refused = Agent.close, list[Agent]()
+    closes = threading.Event()
+
+    def close_later(self: Agent) -> None:
+        if not closes.is_set():
+            refused.append(self)
+            raise OSError("of NIXL's own")
+        close(self)
+
+    monkeypatch.setattr(Agent, "close", close_later)
+    monkeypatch.setattr(kv_transfer.nixl_intake, "_PATIENCE_S", 0.1)
+    _, late = house.job("r1")
+    async with waiting_sender(house, "write") as process:
+        stop(process)
+        late.break_lease()
+        await until(lambda: len(refused) > 1)
+        assert late.ended
+        assert house.pool.num_quarantined == len(late.blocks)
+        closes.set()
+        await until(lambda: house.at_rest)
+        wake(process)
+        assert (await said_next(process)).startswith("failed: ")
 
 
 async def test_nothing_is_written_outside_of_what_was_registered(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +289,7 @@ async def test_metadata_of_another_agent_or_none_is_refused() -> None:
                 await writer.meet(object(), pool, lent, metadata)
         await writer.meet(object(), pool, replace(lent, agent_id=other.id), other.metadata())
     finally:
-        writer.close()
+        await writer.aclose()
         other.close()
 
 
@@ -297,6 +330,27 @@ def test_devices_are_checked() -> None:
 def test_without_nixl_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kv_transfer.nixl_agent.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"NIXL is not installed; pip install '\.\[nixl\]'"):
+        check_devices("lo")
+
+
+def test_a_worker_loads_nixl_when_it_checks_its_devices_and_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading takes longer than a transfer may: a process that has checked loads nothing more."""
+    code = (
+        "import sys; from kv_transfer.nixl_agent import Agent, check_devices; check_devices('lo')\n"
+        "before = {*sys.modules}; Agent('lo').close(); print(*{*sys.modules} - before)"
+    )
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == ""
+
+    def missing(name: str) -> Any:
+        raise ImportError("libucp.so.0: cannot open shared object file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_transfer.nixl_agent, "import_module", missing)
+        with pytest.raises(ConfigError, match=r"worker\.nixl_devices: NIXL cannot be used here: libucp\.so\.0: cannot"):
+            check_devices("lo")
+    monkeypatch.setattr(kv_transfer.nixl_agent, "_NO_WAYS", (*kv_transfer.nixl_agent._NO_WAYS, "tcp"))
+    with pytest.raises(ConfigError, match=r"NIXL cannot be used here: NIXL cannot be started"):
         check_devices("lo")
 
 

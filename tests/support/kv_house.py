@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import torch
 from kv_landings import FakeLanding
-from kv_rig import FINGERPRINT, POOL_BLOCKS, Job, Rig
+from kv_peer import peer
+from kv_rig import FINGERPRINT, POOL_BLOCKS, RIGS, Job, Rig, config_with, until
 
 from kv_transfer.base import Target
 from tandem.engine.block_pool import BlockPool, BlockTable
@@ -30,7 +31,7 @@ class PooledLanding(FakeLanding):
             yield
 
     def break_lease(self) -> None:
-        self.broken = True
+        super().break_lease()
         self.table.release()
 
     def abandoned(self) -> None:
@@ -71,6 +72,23 @@ class House:
         report = self.pool.check_integrity()
         assert report.problem == ""
         return (report.free, report.referenced, report.quarantined) == (POOL_BLOCKS, 0, 0)
+
+
+@asynccontextmanager
+async def open_house(transport: str) -> AsyncIterator[House]:
+    """Of RIGS; frames are large: a layer of a prompt is one. At rest when it is left."""
+    async with RIGS[transport](FINGERPRINT, config_with(frame_bytes=1 << 20, object_bytes=1 << 20)) as rig:
+        house = House(rig)
+        yield house
+        await until(lambda: house.at_rest)
+
+
+@asynccontextmanager
+async def waiting_sender(house: House, where: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process that sends by the house's transport, and waits where it says (see kv_peer.py)."""
+    async with peer("send", house.rig.address, "--wait-in", where) as (process, said):
+        assert said == "waiting"
+        yield process
 
 
 def stop(process: asyncio.subprocess.Process) -> None:
