@@ -1,10 +1,12 @@
 """What the handoff of a prompt costs, end to end: the gap before decoding, and how much of the transfer prefill hid.
 
-usage: python benchmarks/handoff.py [--shape 160m] [--prompts 512 2048] [--transports grpc shm] [--rounds 9]
+usage: python benchmarks/handoff.py [--shape 160m] [--prompts 512 2048] [--transports grpc shm nixl ray] [--rounds 9]
                                     [--output FILE]
 
-For each transport a service of its own: a router, a prefill worker and a decode worker, each worker on its own core.
+For each transport a service of its own: a router, a prefill worker and a decode worker, each worker on its own core;
+for ray on a Ray cluster, where workers have a thread each but no core of their own. nixl goes over the loopback device.
 One request at a time, so that nothing queues; services and prompt lengths take turns, round by round; medians.
+Transports whose library is not installed are left out.
 
     gap      from the first token, sampled by prefill, to the end of decode's first step
     hidden   of the seconds in which the sender worked on the transfer, the share before the first token
@@ -15,16 +17,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import record
+from optional import installed
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, write_model
+from side import RayCluster, ray_cluster
 
 from tandem.client import AsyncClient
 from tandem.config import parse_config
@@ -33,6 +42,8 @@ from tandem.timeline import Phase
 from tandem.types import ChoiceFinished, RequestReport, SamplingParams
 
 OUTPUT_TOKENS = 10
+TRANSPORTS = ("grpc", "shm", "nixl", "ray")
+START_S = 100
 
 
 class Service:
@@ -66,18 +77,42 @@ def _figures(report: RequestReport) -> dict[str, float]:
 
 
 async def _start(stack: AsyncExitStack, transport: str, model: Path, vocab_size: int) -> Service:
-    config = parse_config(
-        {
-            "model": {"path": str(model), "load_format": "dummy"},
-            "router": {"port": 0, "http_port": -1, "transport": transport},
-            "serve": {"prefill": 1, "decode": 1},
-        }
-    )
-    supervisor = Supervisor(config, output=None)
+    settings = {
+        "model": {"path": str(model), "load_format": "dummy"},
+        "router": {"port": 0, "http_port": -1, "transport": transport},
+        "worker": {"nixl_devices": "lo"} if transport == "nixl" else {},
+        "serve": {"prefill": 1, "decode": 1},
+    }
+    start = _on_ray if transport == "ray" else _on_this_machine
+    client = await stack.enter_async_context(AsyncClient(await start(stack, settings)))
+    return Service(transport, client, vocab_size)
+
+
+async def _on_this_machine(stack: AsyncExitStack, settings: dict[str, Any]) -> str:
+    """The router's address."""
+    supervisor = Supervisor(parse_config(settings), output=None)
     await supervisor.start()
     stack.push_async_callback(supervisor.stop)
-    client = await stack.enter_async_context(AsyncClient(supervisor.address))
-    return Service(transport, client, vocab_size)
+    return supervisor.address
+
+
+async def _on_ray(stack: AsyncExitStack, settings: dict[str, Any]) -> str:
+    """As above, of a service on a cluster that ends with the stack."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        settings["router"]["port"] = free.getsockname()[1]
+    file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "service.json"
+    file.write_text(json.dumps(settings))
+    cluster = stack.enter_context(ray_cluster({}, prefill=1, decode=1))
+    await asyncio.to_thread(_tandem, cluster, "serve", "--ray", "--config", str(file), "--wait", str(START_S))
+    stack.callback(_tandem, cluster, "down")
+    return f"127.0.0.1:{settings['router']['port']}"
+
+
+def _tandem(cluster: RayCluster, *words: str) -> None:
+    command = [sys.executable, "-P", "-m", "tandem.cli.main", *words, "--address", cluster.address]
+    ran = subprocess.run(command, env=cluster.environment, capture_output=True, text=True)
+    if ran.returncode:
+        raise SystemExit(f"tandem {words[0]} failed: {ran.stderr}")
 
 
 async def measure(
@@ -128,11 +163,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="160m", choices=SHAPES)
     parser.add_argument("--prompts", nargs="+", type=int, default=[512, 2048])
-    parser.add_argument("--transports", nargs="+", default=["grpc", "shm"])
+    parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    found = asyncio.run(measure(options.transports, options.prompts, options.rounds, options.shape))
+    transports = installed({transport: transport for transport in options.transports})
+    found = asyncio.run(measure(transports, options.prompts, options.rounds, options.shape))
     cases = {case: summary(samples) for case, samples in found.items()}
     Console(width=110).print(table(cases))
     record.write(

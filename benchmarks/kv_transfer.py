@@ -5,7 +5,7 @@ usage: python benchmarks/kv_transfer.py [--rounds 7] [--mib 1 16 128] [--output 
 For each transport and size: GB/s from the opening to the acknowledged seal, as a share of two roofs that the same run
 measures (a warm memcpy on one core, a raw loopback socket between two processes), and CPU seconds of both ends and of
 Ray's own processes per GB. The cases take turns, round by round; figures are medians. Checksums are on, as always; two
-cases go without those of payloads, to show what they cost.
+cases go without those of payloads, to show what they cost. Cases whose library is not installed are left out.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
-import shutil
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,13 +26,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import record
+from optional import installed
 from rich.console import Console
 from rich.table import Table
-from side import Side
+from side import KV_SIDE, Side, ray_cluster
 
-HERE = Path(__file__).resolve().parent
 TOKEN_BYTES = 12 * 2 * 12 * 64 * 4
-STORE_BYTES = 1 << 30
 ROOF_BYTES = 256 << 20
 
 
@@ -66,19 +62,17 @@ class Pair:
     def __init__(self, stack: ExitStack, case: Case, settings: dict[str, int]) -> None:
         self._transport = case.transport
         config = json.dumps({"worker": {**settings, **case.settings}})
-        environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **case.environment}
+        environment = {**os.environ, **case.environment}
         self._sides: list[Side] = []
         cluster = ""
         if case.ray:
-            folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            cluster = self._start(stack, environment, "head", folder, str(STORE_BYTES)).hello["address"]
+            side, cluster, environment = stack.enter_context(ray_cluster(case.environment))
+            self._sides.append(side)
         port = self._start(stack, environment, "receive", config, cluster).hello["port"]
         self._sender = self._start(stack, environment, "send", config, cluster, str(port))
 
     def _start(self, stack: ExitStack, environment: dict[str, str], *arguments: str) -> Side:
-        command = [sys.executable, "-P", str(HERE / "kv_side.py"), *arguments]
-        side = Side(command, {**os.environ, **environment})
+        side = Side([sys.executable, "-P", str(KV_SIDE), *arguments], environment)
         stack.callback(side.close)
         self._sides.append(side)
         return side
@@ -139,7 +133,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, A
     """The roofs and a row for each case."""
     settings = {key: int(value) for key, value in (each.split("=") for each in options.set)}
     with ExitStack() as stack:
-        pairs = {name: Pair(stack, CASES[name], settings) for name in options.transport}
+        names = installed({name: CASES[name].transport for name in options.transport})
+        pairs = {name: Pair(stack, CASES[name], settings) for name in names}
         cases = [(name, mib) for mib in options.mib for name in pairs]
         samples: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
         roofs: dict[str, list[float]] = {"memcpy": [], "socket": []}

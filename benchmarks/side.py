@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 
 from tandem.config import TINY_MODEL
 
 STOP_S = 15.0
+KV_SIDE = Path(__file__).resolve().parent / "kv_side.py"
+STORE_BYTES = 1 << 30
 
 
 class Side:
@@ -66,6 +71,29 @@ class Side:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
+
+
+class RayCluster(NamedTuple):
+    # The process that it lives and ends with.
+    side: Side
+    address: str
+    # Of processes that are to join it, its token among it.
+    environment: dict[str, str]
+
+
+@contextmanager
+def ray_cluster(environment: Mapping[str, str], **resources: int) -> Iterator[RayCluster]:
+    """Of one node, and nobody else's. environment: of its own processes; resources: custom ones of its node."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    joining = {**os.environ, **token, **environment}
+    # Paths of unix sockets are short.
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-P", str(KV_SIDE), "head", folder, str(STORE_BYTES), json.dumps(resources)]
+        side = Side(command, joining)
+        try:
+            yield RayCluster(side, side.hello["address"], joining)
+        finally:
+            side.close()
 
 
 @contextmanager
