@@ -43,7 +43,7 @@ from tandem.types import ChoiceFinished, RequestReport, SamplingParams
 
 OUTPUT_TOKENS = 10
 TRANSPORTS = ("grpc", "shm", "nixl", "ray")
-START_S = 100
+START_S = 240
 
 
 class Service:
