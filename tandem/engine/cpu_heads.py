@@ -14,7 +14,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from tandem.engine.cpu_matmul import add_bias, address, block_sums, split
+from tandem.engine.cpu_matmul import add_bias, address, block_sums, split, work_item
 from tandem.engine.cpu_modules import PackedLinear
 from tandem.engine.cpu_parallel import FAST, atomic_add, floats, kernel, launch, pointer
 from tandem.engine.cpu_tile import COLUMNS
@@ -91,16 +91,16 @@ def _heads(words_pointer: Any) -> None:
     key and value: units, weights, bias, out.
     """
     words = carray(words_pointer, (27,))
-    shared, rows, units, shares, row_blocks = np.int64(words.ctypes.data), words[4], words[14], words[10], words[11]
+    shared, rows = np.int64(words.ctypes.data), words[4]
     sums = words[12] + words[13] * atomic_add(shared + 8, 1)
     while True:
         item = atomic_add(shared, 1)
-        if item >= shares * row_blocks:
+        first, last, unit, end = work_item(item, rows, words[14], words[10], words[11])
+        if first == rows:
             return
-        share, row_block = item % shares, item // shares
-        first, last = row_block * rows // row_blocks, (row_block + 1) * rows // row_blocks
-        for unit in range(share * units // shares, (share + 1) * units // shares):
+        while unit < end:
             _unit(words, unit, first, last - first, sums)
+            unit += 1
 
 
 _HEADS = kernel(_heads)

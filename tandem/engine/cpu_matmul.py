@@ -140,23 +140,38 @@ def _columns(words: Any, block: int, first_row: int, rows: int, sums: int) -> No
         _write_row(sums + 4 * COLUMNS * row, words[17] + at if words[17] != 0 else 0, words[9] + at)
 
 
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def work_item(item: int, rows: int, blocks: int, shares: int, row_blocks: int) -> Any:
+    """Of a product: first row and the one past the last, first block of columns and the one past the last.
+
+    Nothing is left when the first of them is `rows`. A share is contiguous, so that fetching ahead runs on into the
+    next block; but the last of many rows are handed out block by block, so that all threads end at about the same time.
+    """
+    row_block, share = item // shares, item % shares
+    if row_block >= row_blocks - 1 > 0:
+        row_block, share, shares = row_blocks - 1, item - (row_blocks - 1) * shares, blocks
+    if share >= shares or row_block >= row_blocks:
+        return rows, rows, 0, 0
+    first, last = row_block * rows // row_blocks, (row_block + 1) * rows // row_blocks
+    return first, last, share * blocks // shares, (share + 1) * blocks // shares
+
+
 def _product(words_pointer: Any) -> None:
     """words: 0 ticket, 2 x, 3 its row stride, 4 rows, 5 inputs, 6 weights, 7 bias, 8 column blocks, 9 out,
     10 its row stride, 11 scratch, 12 its bytes for a thread, 13 weights of a second factor or 0, 14 its bias,
     15 shares of the columns, 16 row blocks, 17 what to add, with the strides of out, or 0; strides in bytes.
     """
     words = carray(words_pointer, (18,))
-    rows, blocks, shares, row_blocks = words[4], words[8], words[15], words[16]
-    sums = words[11] + words[12] * atomic_add(np.int64(words.ctypes.data) + 8, 1)
+    shared, rows = np.int64(words.ctypes.data), words[4]
+    sums = words[11] + words[12] * atomic_add(shared + 8, 1)
     while True:
-        item = atomic_add(np.int64(words.ctypes.data), 1)
-        if item >= shares * row_blocks:
+        item = atomic_add(shared, 1)
+        first, last, block, end = work_item(item, rows, words[8], words[15], words[16])
+        if first == rows:
             return
-        share, row_block = item % shares, item // shares
-        first, last = row_block * rows // row_blocks, (row_block + 1) * rows // row_blocks
-        # A share is contiguous, so that fetching ahead runs on into the next block.
-        for block in range(share * blocks // shares, (share + 1) * blocks // shares):
+        while block < end:
             _columns(words, block, first, last - first, sums)
+            block += 1
 
 
 _PRODUCT = kernel(_product)
@@ -220,7 +235,7 @@ def _run(
 
 
 def split(rows: int, threads: int) -> tuple[int, int]:
-    """Into how many shares of the columns, and blocks of rows, a product is cut."""
+    """Into how many shares of the columns, and blocks of rows, a product is cut: see work_item."""
     return (threads, 1) if rows <= _FEW_ROWS else (threads * _MANY_SHARES, -(-rows // _MANY_ROWS))
 
 

@@ -156,6 +156,22 @@ def _chunk(words_pointer: Any) -> None:
         _attend(words, item // tiles, first_row, min(_ROWS, words[6] - first_row), scratch)
 
 
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _pack_key(key: int, dim: int, out: int) -> None:
+    """One column of [dim, 64]."""
+    source, column = floats(key, dim), floats(out, COLUMNS * (dim - 1) + 1)
+    for d in range(dim):
+        column[COLUMNS * d] = source[d]
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _pack_value(value: int, dim: int, out: int) -> None:
+    """One row of each [64, 64]."""
+    for start in range(0, dim, COLUMNS):
+        size = min(dim - start, COLUMNS)
+        floats(out + 4 * COLUMNS * start, size)[:] = floats(value + 4 * start, size)
+
+
 def _pack(words_pointer: Any) -> None:
     """Keys as [kv head, block, dim, 64], values as [kv head, block, part, 64, 64 of dim]; zeros fill up.
 
@@ -164,30 +180,25 @@ def _pack(words_pointer: Any) -> None:
     """
     words = carray(words_pointer, (13,))
     context, kv_heads, dim, page, blocks = words[5], words[6], words[7], words[8], words[12]
-    parts = (dim + COLUMNS - 1) // COLUMNS
+    width, column_bytes = (dim + COLUMNS - 1) // COLUMNS * COLUMNS, 4 * COLUMNS
     table = carray(pointer(words[4]), ((context + page - 1) // page,), np.int32)
     while True:
-        item = atomic_add(np.int64(words.ctypes.data), 1)
-        if item >= kv_heads * blocks:
+        block = atomic_add(np.int64(words.ctypes.data), 1)
+        if block >= blocks:
             return
-        # All heads of a block one after the other: they lie side by side in the pool.
-        block, head = item // kv_heads, item % kv_heads
-        place, first = head * blocks + block, (words[11] + block) * COLUMNS
-        keys = floats(words[9] + 4 * COLUMNS * dim * place, COLUMNS * dim)
-        values = floats(words[10] + 4 * COLUMNS * COLUMNS * parts * place, COLUMNS * COLUMNS * parts)
+        first = (words[11] + block) * COLUMNS
         count = min(COLUMNS, context - first)
         if count < COLUMNS or dim % COLUMNS:
-            keys[:] = np.float32(0.0)
-            values[:] = np.float32(0.0)
+            for place in range(block, kv_heads * blocks, blocks):
+                floats(words[9] + column_bytes * dim * place, COLUMNS * dim)[:] = np.float32(0.0)
+                floats(words[10] + column_bytes * width * place, COLUMNS * width)[:] = np.float32(0.0)
+        # Token by token, as they lie in the pool.
         for t in range(count):
             slot = np.int64(table[(first + t) // page]) * page + (first + t) % page
-            offset = 4 * dim * (slot * kv_heads + head)
-            key, value = floats(words[2] + offset, dim), floats(words[3] + offset, dim)
-            for d in range(dim):
-                keys[COLUMNS * d + t] = key[d]
-            for part in range(parts):
-                size, start = min(dim - COLUMNS * part, COLUMNS), COLUMNS * (COLUMNS * part + t)
-                values[start : start + size] = value[COLUMNS * part : COLUMNS * part + size]
+            for head in range(kv_heads):
+                place, offset = head * blocks + block, 4 * dim * (slot * kv_heads + head)
+                _pack_key(words[2] + offset, dim, words[9] + column_bytes * dim * place + 4 * t)
+                _pack_value(words[3] + offset, dim, words[10] + column_bytes * (width * place + t))
 
 
 _CHUNK = kernel(_chunk)
