@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -24,13 +25,13 @@ from loadtest.compare.verdict import best_of, verdict_on
 from loadtest.runner import Run
 from loadtest.session import Measuring
 from loadtest.target import SendOptions
-from tandem.errors import DeadlineExceeded
+from tandem.errors import DeadlineExceeded, TandemError, Unavailable
 
 # Starts a shape's service; gives its router's address, and ends all of its processes on leaving.
 Starter = Callable[[model.Shape], AbstractAsyncContextManager[str]]
 # Of the time limit, what the search may take: the rest is for the runs that are shown.
 SEARCH_SHARE = 0.75
-# Of a load that other programs disturbed.
+# Of a load that other programs disturbed, and of one during which workers died.
 TRIES = 3
 
 
@@ -44,6 +45,9 @@ class Progress(Protocol):
     def ended(self, shape: model.Shape, run: model.Run, ending: Ending) -> None:
         """A load that has ended."""
 
+    def failed(self, shape: model.Shape, why: str) -> None:
+        """The comparison goes on without the shape."""
+
 
 class NothingFound(Exception):
     """Stopped before any shape was measured."""
@@ -55,12 +59,26 @@ class _Entry:
 
     contender: Contender
     search: Search
+    # Requests one after the other.
+    alone: model.Run | None = None
     probes: list[model.Run] = field(default_factory=list)
     shown: list[model.ShownRun] = field(default_factory=list)
+    broken: list[model.Run] = field(default_factory=list)
+    # Why there is no going on with it.
+    failure: TandemError | None = None
 
     @property
     def shape(self) -> model.Shape:
         return self.contender.shape
+
+    def searches(self, entries: Sequence[_Entry]) -> bool:
+        return self.failure is None and not self.search.done(self.floor_rps(entries))
+
+    def floor_rps(self, entries: Sequence[_Entry]) -> float:
+        """What the same workers have kept with other settings: only the best ones count."""
+        rivals = (other for other in entries if other is not self and other.failure is None)
+        same = (rival for rival in rivals if rival.shape.division == self.shape.division)
+        return max((rival.search.kept_rps for rival in same), default=0.0)
 
     def measured(self) -> model.Measured:
         best = next((run for run in self.probes if run.rate_rps == self.search.kept_rps), None)
@@ -71,6 +89,8 @@ class _Entry:
             goodput_rps=best.goodput_rps if best else 0.0,
             missed_rate_rps=self.search.missed_rps if math.isfinite(self.search.missed_rps) else None,
             shown=self.shown,
+            broken=self.broken,
+            failure=None if self.failure is None else self.failure.message,
         )
 
 
@@ -89,8 +109,8 @@ class Comparing:
         self._cut = False
 
     async def run(self, command: str) -> model.Comparison:
-        """Raises TandemError when a service does not start or breaks, or the time limit is over before a measurement;
-        NothingFound when stopped before one.
+        """Raises TandemError when a service does not start, all of them break, or the time limit is over before a
+        measurement; NothingFound when stopped before one.
 
         All services stay up until the end: an idle one takes 0.4 % of a core for each process, and so no turn waits
         for a model to load.
@@ -103,21 +123,38 @@ class Comparing:
         return self._comparison(entries, command)
 
     async def _entries(self, services: AsyncExitStack) -> list[_Entry]:
-        contenders = []
+        entries = []
         for shape in all_shapes(self._question.workers, self._question.step_tokens):
             self._check_stop()
             self._progress.stage(f"starting {shape.name}")
             address = await services.enter_async_context(self._start(shape))
             sending = SendOptions(timeout_s=self._question.timeout_s)
-            contenders.append(await services.enter_async_context(Contender.at(address, shape, sending)))
-        alone = [await self._alone(contender) for contender in contenders]
-        start_rps = self._question.start_rps or self._first_rate(alone)
-        entries = [_Entry(contender, Search(start_rps, self._question.resolution)) for contender in contenders]
-        for entry, run in zip(entries, alone, strict=True):
+            contender = await services.enter_async_context(Contender.at(address, shape, sending))
+            entries.append(_Entry(contender, Search(1.0, self._question.resolution)))
+        for entry in entries:
+            with self._surviving(entry):
+                entry.alone = await self._alone(entry)
+        self._begin([(entry, entry.alone) for entry in entries if entry.alone is not None])
+        _check_some_work(entries)
+        return entries
+
+    def _begin(self, alone: Sequence[tuple[_Entry, model.Run]]) -> None:
+        """Every search begins at the same rate."""
+        start_rps = self._question.start_rps or self._first_rate([run for _, run in alone])
+        for entry, run in alone:
+            entry.search.start_rps = start_rps
             if run.attainment == 0:  # and under load it gets no better
                 entry.search.give_up()
                 entry.probes.append(run)
-        return entries
+
+    @contextmanager
+    def _surviving(self, entry: _Entry) -> Iterator[None]:
+        """A service that breaks takes its shape out of the comparison, and the others go on."""
+        try:
+            yield
+        except TandemError as error:
+            entry.failure = error
+            self._progress.failed(entry.shape, error.message)
 
     def _set_deadlines(self) -> None:
         """How long services take to start, and on a fresh machine to compile their kernels, does not shorten loads."""
@@ -125,12 +162,19 @@ class Comparing:
             now_s = time.monotonic()
             self._deadline_s, self._search_deadline_s = now_s + limit_s, now_s + limit_s * SEARCH_SHARE
 
-    async def _alone(self, contender: Contender) -> model.Run:
+    async def _alone(self, entry: _Entry) -> model.Run:
+        contender, plan = entry.contender, self._question.plan
         self._check_stop()
         self._progress.stage(f"warming up {contender.shape.name}")
-        await contender.warm_up(self._question.plan, self._stop)
-        self._check_stop()
-        return await contender.alone(self._question.plan, self._question.objectives, self._stop)
+        await contender.warm_up(plan, self._stop)
+        for _ in range(TRIES):
+            await contender.ready(plan, self._stop.is_set)
+            self._check_stop()
+            run = await contender.alone(plan, self._question.objectives, self._stop)
+            if not run.lost:
+                return run
+            entry.broken.append(run)
+        raise _keeps_dying("without load")
 
     def _first_rate(self, alone: Sequence[model.Run]) -> float:
         """What all workers could prefill one by one: rather too high, and that is found out soonest."""
@@ -144,11 +188,11 @@ class Comparing:
     async def _search(self, entries: list[_Entry]) -> None:
         """Round by round, one load for each that still searches; who goes first in one round goes last in the next."""
         turn = entries
-        while any(not entry.search.done(_floor_rps(entry, entries)) for entry in entries):
+        while any(entry.searches(entries) for entry in entries):
             for entry in turn:
-                floor_rps = _floor_rps(entry, entries)
-                if not entry.search.done(floor_rps):
-                    await self._probe(entry, entry.search.next_rps(floor_rps))
+                if entry.searches(entries):
+                    with self._surviving(entry):
+                        await self._probe(entry, entry.search.next_rps(entry.floor_rps(entries)))
                 if self._cut:
                     return
             turn = turn[::-1]
@@ -177,26 +221,40 @@ class Comparing:
                 if self._halted(self._deadline_s):
                     self._cut = True
                     return
-                offered = await self._offer(entry, rate_rps, self._deadline_s, shown=True)
-                if offered.ending is Ending.CUT:
-                    self._cut = True
-                    return
-                entry.shown.append(offered.shown())
+                if entry.failure is None:
+                    with self._surviving(entry):
+                        await self._show_at(entry, rate_rps)
+
+    async def _show_at(self, entry: _Entry, rate_rps: float) -> None:
+        offered = await self._offer(entry, rate_rps, self._deadline_s, shown=True)
+        if offered.ending is Ending.CUT:
+            self._cut = True
+        else:
+            entry.shown.append(offered.shown())
 
     async def _offer(self, entry: _Entry, rate_rps: float, deadline_s: float | None, shown: bool = False) -> Offered:
+        """Again while it misses the target and is no fair measure. Raises Unavailable when workers keep dying."""
         plan = self._question.plan_at(rate_rps, seed_offset=int(shown))
-        halted = partial(self._halted, deadline_s)
-        for _ in range(TRIES):
+        halted, tries = partial(self._halted, deadline_s), Counter[bool]()
+        while True:
             self._progress.stage(f"{entry.shape.name}: {rate_rps:.2f} requests/s")
+            await entry.contender.ready(plan, halted)
             offered = await entry.contender.offer(
                 plan, self._measuring, self._question.target, halted, self._progress.watch, whole=shown
             )
             self._progress.ended(entry.shape, offered.result, offered.ending)
-            # Disturbed and kept all the same is kept.
+            # What was kept all the same is kept.
             kept = offered.ending is Ending.WHOLE and keeps(offered.result.attainment, self._question.target)
-            if offered.ending is Ending.CUT or kept or not offered.disturbed:
-                break
-        return offered
+            lost = bool(offered.result.lost)
+            if offered.ending is Ending.CUT or kept or not (lost or offered.disturbed):
+                return offered
+            if lost:
+                entry.broken.append(offered.result)
+            tries[lost] += 1
+            if tries[True] == TRIES:
+                raise _keeps_dying(f"at {rate_rps:.2f} requests/s")
+            if tries[False] == TRIES:
+                return offered
 
     def _halted(self, deadline_s: float | None) -> bool:
         return self._stop.is_set() or (deadline_s is not None and time.monotonic() > deadline_s)
@@ -204,6 +262,7 @@ class Comparing:
     def _comparison(self, entries: list[_Entry], command: str) -> model.Comparison:
         question, measured = self._question, [entry.measured() for entry in entries]
         if not any(each.probes for each in measured):
+            _check_some_work(entries)
             if self._stop.is_set():
                 raise NothingFound
             raise DeadlineExceeded(f"--time-limit {question.time_limit_s:g} was over before a load had ended")
@@ -226,7 +285,12 @@ class Comparing:
         )
 
 
-def _floor_rps(entry: _Entry, entries: Sequence[_Entry]) -> float:
-    """What the same workers have kept with other settings: only the best ones count."""
-    rivals = [other for other in entries if other is not entry and other.shape.division == entry.shape.division]
-    return max((rival.search.kept_rps for rival in rivals), default=0.0)
+def _check_some_work(entries: Sequence[_Entry]) -> None:
+    """Raises what broke the first service if all of them broke."""
+    failures = [entry.failure for entry in entries if entry.failure is not None]
+    if len(failures) == len(entries):
+        raise failures[0]
+
+
+def _keeps_dying(where: str) -> Unavailable:
+    return Unavailable(f"workers died in {TRIES} loads {where}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from tandem.types import Role
 LOOK_S = 0.2
 # What was cancelled is released within a second; a wait this long for it means that something is wrong.
 IDLE_S = 30.0
+# The supervisor waits half a minute at most before it starts a worker again; then the model is loaded.
+READY_S = 300.0
 # Requests one after the other, to see whether a shape can meet the objectives at all.
 ALONE = 3
 
@@ -95,6 +98,30 @@ class Contender:
                 await target.close()
             yield cls(shape, address, client, served, await client.status(), sending)
 
+    async def ready(self, plan: Plan, halted: Callable[[], bool]) -> None:
+        """Until as many workers serve as at first; those that were started again are warmed up. Returns if halted.
+
+        Raises Unavailable when they do not come back.
+        """
+        give_up_s, wanted = time.monotonic() + READY_S, Counter(worker.pool for worker in self.workers)
+        while self._missing(status := await self._client.status()):
+            found = [_worker(state, self.shape) for state in status.workers]
+            if Counter(worker.pool for worker in found) == wanted:
+                self.workers = found
+                await self.warm_up(plan, asyncio.Event())
+            elif halted():
+                return
+            elif time.monotonic() > give_up_s:
+                names = " and ".join(self._missing(status))
+                raise Unavailable(f"nothing took the place of {names} within {READY_S:g} s")
+            else:
+                await asyncio.sleep(LOOK_S)
+
+    def _missing(self, status: ServiceStatus) -> list[str]:
+        """Workers that died or are lost to the router; one that was started again is another."""
+        there = {(state.worker_id, state.pid) for state in status.workers}
+        return [worker.name for worker in self.workers if (worker.name, worker.pid) not in there]
+
     async def warm_up(self, plan: Plan, stop: asyncio.Event) -> None:
         async with self._target() as target:
             await warm_up(target, plan.schedule(self.served).warm_up(4 * len(self.workers)), stop)
@@ -112,7 +139,8 @@ class Contender:
         seconds = time.perf_counter() - started_s
         found = summarize(outcomes, seconds, DEFAULT_PERCENTILES, objectives)
         found["missed"] = Judge(schedule.arrivals, objectives, 1.0).causes(outcomes, time.perf_counter())
-        return _result(len(outcomes) / seconds, found, self._use(before, seconds))
+        use = self._use(before, seconds)
+        return _result(len(outcomes) / seconds, found, use, self._missing(await self._idle()))
 
     async def offer(
         self,
@@ -132,12 +160,12 @@ class Contender:
             use, others = self._use(before, run.duration_s), others_cpu_seconds(self._cores)
             found = figures(target, plan, measuring, self.served, schedule, run)
         found["missed"] = judge.causes(run.outcomes, run.started_s + run.duration_s)
-        # Share of the cores that other programs took.
-        if self._cores and others is not None and others_before is not None:
+        lost = self._missing(await self._idle())
+        # Share of the cores that other programs took: not known when one of ours ended and took its figures along.
+        if self._cores and not lost and others is not None and others_before is not None:
             found["others_busy"] = max(0.0, others - others_before) / (run.duration_s * len(self._cores))
-        await self._idle()
         assert plan.request_rate is not None
-        return Offered(run, ending, _result(plan.request_rate, found, use))
+        return Offered(run, ending, _result(plan.request_rate, found, use, lost))
 
     @asynccontextmanager
     async def _target(self) -> AsyncIterator[GrpcTarget]:
@@ -147,13 +175,14 @@ class Contender:
         finally:
             await target.close()
 
-    async def _idle(self) -> None:
+    async def _idle(self) -> ServiceStatus:
         """Until nothing of the last load is left."""
         give_up_s = time.monotonic() + IDLE_S
-        while live := (await self._client.status()).live_requests:
+        while live := (status := await self._client.status()).live_requests:
             if time.monotonic() > give_up_s:
-                raise Unavailable(f"{self.shape.name}: {live} requests still live {IDLE_S:g} s after their load ended")
+                raise Unavailable(f"{live} requests still live {IDLE_S:g} s after their load ended")
             await asyncio.sleep(LOOK_S)
+        return status
 
     def _cpu(self) -> dict[str, float]:
         """CPU seconds by worker, of those where the system tells them."""
@@ -161,12 +190,10 @@ class Contender:
         return {name: value for name, value in seconds.items() if value is not None}
 
     def _use(self, before: dict[str, float], seconds: float) -> list[model.WorkerUse]:
-        """Raises Unavailable if a worker has gone meanwhile: what was measured is not the shape any more."""
+        """Of the workers that were there all the time."""
         now, found = self._cpu(), []
         for worker in self.workers:
-            if worker.name in before and worker.name not in now:
-                raise Unavailable(f"{self.shape.name}: worker {worker.name} (pid {worker.pid}) ended during a load")
-            if worker.name in now and worker.cores:
+            if worker.name in now and worker.name in before and worker.cores:
                 busy = (now[worker.name] - before[worker.name]) / (seconds * len(worker.cores))
                 found.append(
                     model.WorkerUse(worker=worker.name, pool=worker.pool, cores=worker.cores, busy=max(0.0, busy))
@@ -201,7 +228,7 @@ async def _send(runner: Runner, judge: Judge, halted: Callable[[], bool]) -> tup
     return run, why if run.interrupted else Ending.WHOLE
 
 
-def _result(rate_rps: float, found: dict[str, object], use: list[model.WorkerUse]) -> model.Run:
+def _result(rate_rps: float, found: dict[str, object], use: list[model.WorkerUse], lost: list[str]) -> model.Run:
     scheduled = found["from_schedule"]
     assert isinstance(scheduled, dict)
     return model.Run.model_validate(
@@ -214,6 +241,7 @@ def _result(rate_rps: float, found: dict[str, object], use: list[model.WorkerUse
             "goodput_rps": scheduled["request_goodput"],
             "figures": found,
             "use": use,
+            "lost": lost,
         }
     )
 

@@ -81,6 +81,8 @@ class Run(_Value):
     # All figures of `tandem bench run`.
     figures: dict[str, Any]
     use: list[WorkerUse]
+    # Workers that died during it, or that the router lost; what failed for that counts as failed.
+    lost: list[str] = []
 
 
 class ShownRun(Run):
@@ -104,6 +106,10 @@ class Measured(_Value):
     missed_rate_rps: float | None = None
     # At rates that all shapes share; by turns with the other shapes.
     shown: list[ShownRun]
+    # Loads that missed the target while a worker was lost; they were offered again, and decide nothing.
+    broken: list[Run] = []
+    # Why there was no going on with it, such as workers that die again and again; it takes no part in the verdict.
+    failure: str | None = None
 
     @property
     def best(self) -> Run | None:

@@ -17,6 +17,8 @@ def table_of(found: Comparison) -> Table:
 
 
 def _cells(measured: Measured) -> list[str]:
+    if measured.failure:
+        return ["failed"]
     best = measured.best
     if best is None and measured.missed_rate_rps == 0:
         return ["none, even without load"]

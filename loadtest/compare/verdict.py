@@ -18,14 +18,14 @@ def verdict_on(measured: Sequence[Measured], target: float, interrupted: bool) -
         pays=texts.pays,
         best_split=split.shape.name,
         best_colocated=colocated.shape.name,
-        ratio=split.goodput_rps / colocated.goodput_rps if colocated.goodput_rps else None,
+        ratio=split.goodput_rps / colocated.goodput_rps if colocated.goodput_rps and not texts.failed else None,
         text=list(texts.all()),
     )
 
 
 def best_of(measured: Sequence[Measured], split: bool) -> Measured:
-    """The first of its kind if none kept any rate."""
-    return max(_kind(measured, split), key=lambda each: (each.best_rate_rps, each.goodput_rps))
+    """The first of its kind if none kept any rate; one that failed only if all did."""
+    return max(_kind(measured, split), key=lambda each: (not each.failure, each.best_rate_rps, each.goodput_rps))
 
 
 def _kind(measured: Sequence[Measured], split: bool) -> list[Measured]:
@@ -33,12 +33,13 @@ def _kind(measured: Sequence[Measured], split: bool) -> list[Measured]:
 
 
 def _beats(winner: Measured, others: Sequence[Measured]) -> bool:
-    """It delivers more, at a rate that the search knows each of the others not to keep."""
-    return all(
+    """It delivers more, at a rate that the search knows each of the others not to keep. Who failed is no rival."""
+    rivals = [each for each in others if each.failure is None]
+    return bool(rivals and winner.failure is None) and all(
         each.missed_rate_rps is not None
         and winner.best_rate_rps >= each.missed_rate_rps
         and winner.goodput_rps > each.goodput_rps
-        for each in others
+        for each in rivals
     )
 
 
@@ -49,17 +50,22 @@ def _fell_short(measured: Measured, target: float) -> Run | None:
 
 
 class _Texts:
-    """The sentences: who won, by how much; what limited each; other shapes; how sure that is."""
+    """The sentences: who won, by how much; who failed; what limited each; other shapes; how sure that is."""
 
     def __init__(self, measured: Sequence[Measured], target: float, interrupted: bool) -> None:
         self._measured, self._target, self._interrupted = measured, target, interrupted
         self.colocated, self.split = best_of(measured, split=False), best_of(measured, split=True)
+        # All shapes of a kind have.
+        self.failed = bool(self.colocated.failure or self.split.failure)
         self.pays = _beats(self.split, _kind(measured, split=False))
 
     def all(self) -> Iterator[str]:
         if self._interrupted:
             yield "The comparison was cut off: what follows is what was found until then."
         yield self._result()
+        yield from self._lost()
+        if self.failed:
+            return
         for best in (self.split, self.colocated):
             yield from self._limit(best)
         yield from self._shown()
@@ -69,6 +75,9 @@ class _Texts:
     def _result(self) -> str:
         """A cut search may know of nobody who lost: then it cannot tell who won."""
         split, colocated = self.split, self.colocated
+        if self.failed:
+            kind = "split" if split.failure else "colocated"
+            return f"Nothing can be said of splitting: no {kind} shape could be measured to the end."
         if not split.best_rate_rps and not colocated.best_rate_rps:
             return "Nothing can be said of splitting: no shape kept the objectives at any rate that was tried."
         both = split.best_rate_rps > 0 and colocated.best_rate_rps > 0
@@ -91,6 +100,13 @@ class _Texts:
             f"{split or 'no split shape kept the objectives at any rate that was tried'}, "
             f"{colocated or 'colocated workers kept the objectives at no rate that was tried'}"
         )
+
+    def _lost(self) -> Iterator[str]:
+        for each in self._measured:
+            for run in [*each.broken, *(run for run in [*each.probes, *each.shown] if run.lost)]:
+                yield f"{each.shape.name} lost {_lost_in(run)}."
+            if each.failure:
+                yield f"{each.shape.name} failed and is left out of the comparison: {each.failure}."
 
     def _limit(self, measured: Measured) -> Iterator[str]:
         short = _fell_short(measured, self._target)
@@ -158,7 +174,16 @@ def _delivered(measured: Measured) -> str | None:
     return f"{measured.shape.name} gives {measured.goodput_rps:.2f} good answers/s at {_rate(measured.best_rate_rps)}"
 
 
+def _lost_in(run: Run) -> str:
+    failures: dict[str, int] = run.figures.get("failures", {})
+    failed = sum(count for kind, count in failures.items() if kind != "interrupted")
+    where = f"a load at {_rate(run.rate_rps)}"
+    return f"{' and '.join(run.lost)} during {where}: of {run.offered} requests offered until then {failed} failed"
+
+
 def _reached(measured: Measured, target: float) -> str:
+    if measured.failure:
+        return "failed"
     short = _fell_short(measured, target)
     if measured.best_rate_rps:
         return f"kept {_rate(measured.best_rate_rps)}" + (f", not {short.rate_rps:.2f}" if short else "")

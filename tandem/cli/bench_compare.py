@@ -101,7 +101,7 @@ async def _compared(question: Question, settings: TandemConfig) -> tuple[Compari
 
     @asynccontextmanager
     async def start(shape: Shape) -> AsyncIterator[str]:
-        async with Supervisor(_settings_of(settings, shape), output=None) as supervisor:
+        async with Supervisor(settings_of(settings, shape), output=None) as supervisor:
             yield supervisor.address
 
     console = make_console(stderr=True)
@@ -112,7 +112,8 @@ async def _compared(question: Question, settings: TandemConfig) -> tuple[Compari
         return found, stop.is_set()
 
 
-def _settings_of(settings: TandemConfig, shape: Shape) -> TandemConfig:
+def settings_of(settings: TandemConfig, shape: Shape) -> TandemConfig:
+    """What the service of one shape is started with."""
     pools = {"prefill": shape.prefill, "decode": shape.decode, "colocated": shape.colocated}
     return settings.model_copy(
         update={
@@ -133,11 +134,15 @@ class _Progress:
     def ended(self, shape: Shape, run: Run, ending: Ending) -> None:
         how = {"whole": "", "hopeless": ", out of reach: stopped", "cut": ", cut off"}[ending.value]
         others = run.figures.get("others_busy", 0.0)
+        how += f"; lost {' and '.join(run.lost)}" if run.lost else ""
         how += f"; other programs took {others:.0%} of the cores" if others >= 0.01 else ""
         self._console.print(
             f"{shape.name}: {run.rate_rps:.2f} requests/s, {run.attainment:.0%} of {run.offered} requests met all "
             f"({run.duration_s:.0f} s{how})"
         )
+
+    def failed(self, shape: Shape, why: str) -> None:
+        self._console.print(f"{shape.name} failed, the others go on: {why}", markup=False)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,19 +88,27 @@ class Notes:
     """What a comparison says of its progress; may stop it after so many loads."""
 
     stop: asyncio.Event
-    stop_after: int | None = None
+    stop_after: int | None
+    # Called with the shape, when a load of it begins.
+    at_load: Callable[[str], None]
     loads: list[tuple[str, model.Run, Ending]] = field(default_factory=list)
+    failed_shapes: list[tuple[str, str]] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
 
     def stage(self, words: str) -> None:
         self.stages.append(words)
         if len(self.loads) == self.stop_after:
             self.stop.set()
+        if words.endswith("requests/s"):
+            self.at_load(words.rpartition(": ")[0])
 
     def watch(self, run: Run) -> None: ...
 
     def ended(self, shape: model.Shape, run: model.Run, ending: Ending) -> None:
         self.loads.append((shape.name, run, ending))
+
+    def failed(self, shape: model.Shape, why: str) -> None:
+        self.failed_shapes.append((shape.name, why))
 
 
 def question(**changed: Any) -> Question:
@@ -117,10 +125,10 @@ def question(**changed: Any) -> Question:
 
 
 async def compared(
-    scripted: Scripted, asked: Question, stop_after: int | None = None
+    scripted: Scripted, asked: Question, stop_after: int | None = None, at_load: Callable[[str], None] | None = None
 ) -> tuple[model.Comparison, Notes]:
     stop = asyncio.Event()
-    notes = Notes(stop, stop_after)
+    notes = Notes(stop, stop_after, at_load or (lambda shape: None))
     try:
         return await Comparing(asked, scripted.start, stop, notes).run("tandem bench compare"), notes
     finally:
@@ -221,11 +229,31 @@ async def test_a_load_that_others_disturbed_is_repeated_unless_it_was_kept(monke
     assert any("The machine was not quiet" in sentence for sentence in found.verdict.text)
 
 
-async def test_a_worker_that_is_gone_voids_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = iter([1.0] * 6)
-    monkeypatch.setattr(contender, "cpu_seconds", lambda pid: next(looks, None))
-    with pytest.raises(Unavailable, match=r"worker w-0 \(pid \d+\) ended during a load"):
-        await compared(Scripted(0.02, 0.02), question())
+async def test_a_worker_that_does_not_come_back_takes_its_shape_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contender, "READY_S", 0.5)
+    scripted = Scripted(0.02, 0.02)
+
+    def lose(shape: str) -> None:
+        if shape == "1P1D":
+            del scripted.routers[shape].status.workers[1:]
+
+    found, notes = await compared(scripted, question(), at_load=lose)
+    colocated, split = found.measured
+    assert (colocated.failure, split.failure) == (None, "nothing took the place of w-1 within 0.5 s")
+    assert notes.failed_shapes == [("1P1D", split.failure)]
+    assert colocated.best_rate_rps > 0
+    assert [run.rate_rps for run in colocated.shown] == [colocated.best_rate_rps]
+    assert split.shown == []
+    assert (found.verdict.pays, found.verdict.ratio) == (False, None)
+    assert found.verdict.text[0] == "Nothing can be said of splitting: no split shape could be measured to the end."
+    assert found.verdict.text[-1] == f"1P1D failed and is left out of the comparison: {split.failure}."
+
+
+async def test_if_every_service_breaks_so_does_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contender, "READY_S", 0.5)
+    scripted = Scripted(0.02, 0.02)
+    with pytest.raises(Unavailable, match=r"nothing took the place of w-0 and w-1 within 0\.5 s"):
+        await compared(scripted, question(), at_load=lambda shape: scripted.routers[shape].status.ClearField("workers"))
 
 
 def test_the_comparison_reads_back_what_it_wrote() -> None:

@@ -318,6 +318,34 @@ def test_what_others_do_is_counted_on_these_cores() -> None:
     burn = "import time\nwhile time.process_time() < 0.5: pass"
     subprocess.run([sys.executable, "-c", orphan, burn], check=True, timeout=30)
     assert first is not None
+def broken(shape: Shape, *probes: Run) -> Measured:
+    lost = probe(4.0, 0.2).model_copy(
+        update={"lost": ["w-1"], "failed": 9, "figures": {"failures": {"worker_lost": 7, "interrupted": 2}}}
+    )
+    return measured(shape, *probes).model_copy(update={"broken": [lost], "failure": "workers died"})
+
+
+def test_a_shape_that_failed_takes_no_part_in_the_verdict() -> None:
+    split = measured(SPLIT, probe(2.0, 0.95), probe(2.2, 0.5))
+    mixed = measured(MIXED, probe(1.0, 0.95), probe(1.1, 0.5))
+    gone = broken(Shape(colocated=2, step_tokens=512), probe(8.0, 1.0))
+    verdict = verdict_on([mixed, gone, split], 0.9, interrupted=False)
+    assert (verdict.pays, verdict.ratio, verdict.best_colocated) == (True, pytest.approx(2.0), MIXED.name)
+    assert verdict.text[1:3] == [
+        f"{gone.shape.name} lost w-1 during a load at 4.00 requests/s: of 40 requests offered until then 7 failed.",
+        f"{gone.shape.name} failed and is left out of the comparison: workers died.",
+    ]
+    assert any(f"{gone.shape.name}: failed." in sentence for sentence in verdict.text)
+
+
+def test_without_one_kind_there_is_no_verdict() -> None:
+    mixed = measured(MIXED, probe(1.0, 0.95), probe(1.1, 0.5))
+    verdict = verdict_on([mixed, broken(SPLIT, probe(8.0, 1.0))], 0.9, interrupted=False)
+    assert (verdict.pays, verdict.ratio) == (False, None)
+    assert verdict.text[0] == "Nothing can be said of splitting: no split shape could be measured to the end."
+    assert len([sentence for sentence in verdict.text if SPLIT.name in sentence]) == 2
+
+
     wait_until(lambda: (others_cpu_seconds(cores) or 0) - first >= 0.4, 30, "the orphan's CPU seconds")
 
 

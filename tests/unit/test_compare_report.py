@@ -200,6 +200,15 @@ def test_a_shape_that_kept_no_rate_is_said_so(two: Comparison) -> None:
     assert f"1P1D: no rate that was tried kept 90%. {lowest}" in text
 
 
+def test_a_shape_that_failed_has_no_goodput(two: Comparison) -> None:
+    failed = two.measured[0].model_copy(update={"failure": "workers died", "shown": []})
+    page = Page(render(two.model_copy(update={"measured": [failed, two.measured[1]]})))
+    assert f"{failed.shape.name}: failed and takes no part: workers died." in page.text
+    bars = page.figures["goodput"]["data"][0]
+    assert (bars["x"][0], bars["text"][0]) == (0, "failed")
+    assert bars["x"][1] > 0
+
+
 def test_an_interrupted_comparison_says_so(two: Comparison) -> None:
     nothing = [Measured(shape=shape, probes=[], best_rate_rps=0, goodput_rps=0, shown=[]) for shape in TWO]
     for measured in (nothing, two.measured[:1], answerless(two).measured, []):

@@ -31,6 +31,8 @@ def table(shapes: Sequence[Drawn], target: float) -> list[Row]:
 
 def _row(drawn: Drawn, target: float) -> Row:
     measured = drawn.measured
+    if measured.failure:
+        return Row(drawn.look, "failed", "–", "–", ["–"] * 9, f"failed and takes no part: {measured.failure}.")
     run = at_best(measured)
     if run is None:
         return Row(drawn.look, "–", "–", "–", ["–"] * 9, "nothing was measured")
@@ -74,14 +76,14 @@ def milliseconds(value: float) -> str:
 
 def bars(shapes: Sequence[Drawn]) -> Figure:
     names = [_broken(each.look.name) for each in shapes]
-    values = [each.measured.goodput_rps for each in shapes]
+    values = [0.0 if each.measured.failure else each.measured.goodput_rps for each in shapes]
     bar = {
         "type": "bar",
         "orientation": "h",
         "x": rounded(values),
         "y": names,
         "marker": {"color": [f"var({each.look.colour})" for each in shapes]},
-        "text": [f"{value:.2f}" if value else "0: no rate that was tried kept the target" for value in values],
+        "text": [f"{value:.2f}" if value else _why_none(each) for each, value in zip(shapes, values, strict=True)],
         "textposition": ["auto" if value else "outside" for value in values],
         "hovertemplate": "%{y}: %{x} good requests/s<extra></extra>",
         "width": 0.62,
@@ -92,6 +94,10 @@ def bars(shapes: Sequence[Drawn]) -> Figure:
         "margin": {"l": 8, "r": 16, "t": 6, "b": 44},
     }
     return Figure("goodput", "Goodput of each shape", 62 + 46 * len(names), [bar], layout)
+
+
+def _why_none(drawn: Drawn) -> str:
+    return "failed" if drawn.measured.failure else "0: no rate that was tried kept the target"
 
 
 def _broken(name: str) -> str:

@@ -1,0 +1,133 @@
+"""`tandem bench compare` while workers are killed: real services of the tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from loadtest.compare import model, search
+from loadtest.compare.comparing import TRIES, Comparing
+from loadtest.compare.contender import Ending
+from loadtest.compare.question import Question
+from loadtest.plan import Plan
+from loadtest.runner import Run
+from loadtest.workloads import Lengths
+from tandem.cli.bench_compare import settings_of
+from tandem.config import TandemConfig, load_config
+from tandem.engine.cores import usable_cores
+from tandem.launch.processes import Supervisor
+
+pytestmark = [
+    pytest.mark.skipif(len(usable_cores()) < 2, reason="two workers need two cores"),
+    pytest.mark.timeout(400),
+]
+
+# Most of them are under way when the third has been answered.
+LOAD = Plan(num_prompts=40, lengths=Lengths(40, 30), seed=1)
+WHEN = 3
+MIXED, SPLIT = "2 colocated, 64-token steps", "1P1D"
+
+
+@pytest.fixture(autouse=True)
+def few_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rate is kept: no search doubles it more than twice."""
+    monkeypatch.setattr(search, "_FURTHEST", 4.0)
+
+
+@dataclass
+class Killer:
+    """Starts the services, follows the loads, and ends a worker in the middle of some of them."""
+
+    settings: TandemConfig
+    # How often, by shape; which of its workers.
+    deaths: dict[str, int]
+    victims: dict[str, str]
+    supervisors: dict[str, Supervisor] = field(default_factory=dict)
+    killed: list[tuple[str, int]] = field(default_factory=list)
+    failed_shapes: list[str] = field(default_factory=list)
+    _shape: str = ""
+    _armed: bool = False
+
+    @asynccontextmanager
+    async def start(self, shape: model.Shape) -> AsyncIterator[str]:
+        async with Supervisor(settings_of(self.settings, shape), output=None) as supervisor:
+            self.supervisors[shape.name] = supervisor
+            yield supervisor.address
+
+    def stage(self, words: str) -> None:
+        self._shape, _, load = words.rpartition(": ")
+        self._armed = bool(load) and self.deaths.get(self._shape, 0) > 0
+
+    def watch(self, run: Run) -> None:
+        if self._armed and run.ended == WHEN:
+            self._armed = False
+            self.deaths[self._shape] -= 1
+            pid = self.supervisors[self._shape].pids()[self.victims[self._shape]]
+            os.kill(pid, signal.SIGKILL)
+            self.killed.append((self._shape, pid))
+
+    def ended(self, shape: model.Shape, run: model.Run, ending: Ending) -> None: ...
+
+    def failed(self, shape: model.Shape, why: str) -> None:
+        self.failed_shapes.append(shape.name)
+
+
+async def compared(deaths: dict[str, int]) -> tuple[model.Comparison, Killer]:
+    settings = load_config(None, {"router": {"port": 0, "http_port": -1}, "engine": {"kv_memory_mib": 32}})
+    killer = Killer(settings, deaths, {MIXED: "worker-0", SPLIT: "decode-0"})
+    question = Question(
+        plan=LOAD,
+        objectives={"ttft": 20_000.0},
+        workers=2,
+        step_tokens=(64,),
+        min_seconds=0.0,
+        resolution=1.0,
+        start_rps=200.0,
+    )
+    found = await Comparing(question, killer.start, asyncio.Event(), killer).run("tandem bench compare")
+    assert all(count == 0 for count in deaths.values()), "every fault took effect"
+    return found, killer
+
+
+async def test_a_worker_that_dies_costs_one_load_and_one_that_keeps_dying_its_shape() -> None:
+    found, killer = await compared({MIXED: 1, SPLIT: TRIES})
+    mixed, split = found.measured
+    assert sorted(name for name, _ in killer.killed) == sorted([MIXED, *[SPLIT] * TRIES])
+
+    assert mixed.failure is None
+    (broken,) = mixed.broken
+    assert len(broken.lost) == 1
+    assert broken.failed > 4
+    assert broken.attainment < 0.9
+    assert "others_busy" not in broken.figures
+    again = mixed.probes[0]
+    assert (again.rate_rps, again.lost, again.failed) == (200.0, [], 0)
+    assert mixed.best_rate_rps > 200
+    assert len(mixed.probes) > 1
+
+    assert killer.failed_shapes == [SPLIT]
+    assert split.failure == f"workers died in {TRIES} loads at 200.00 requests/s"
+    assert [len(run.lost) for run in split.broken] == [1] * TRIES
+    assert len({name for run in split.broken for name in run.lost}) == TRIES, "each time it had been started again"
+    assert split.probes == []
+
+    text = found.verdict.text
+    assert text[0].startswith("Nothing can be said of splitting")
+    assert any(f"{MIXED} lost {broken.lost[0]} during a load at 200.00 requests/s" in sentence for sentence in text)
+    assert any(sentence.startswith(f"{SPLIT} failed and is left out of the comparison") for sentence in text)
+
+
+async def test_the_verdict_is_of_those_that_are_left_whole() -> None:
+    found, killer = await compared({SPLIT: 1})
+    assert killer.failed_shapes == []
+    assert [each.failure for each in found.measured] == [None, None]
+    assert [len(each.broken) for each in found.measured] == [0, 1]
+    assert all(each.best_rate_rps and each.shown for each in found.measured)
+    assert any("1P1D lost" in sentence for sentence in found.verdict.text)
+    assert found.verdict.text[0].startswith("Splitting")
