@@ -38,6 +38,8 @@ class Outcome:
     arrivals_s: list[float] = field(default_factory=list)
     # As the server counts; None if it did not say.
     counted_tokens: int | None = None
+    # Nothing more comes, an answer or a failure.
+    ended: bool = False
     # Why there is no whole answer: a kind to count by, and words.
     failure: str | None = None
     error: str = ""

@@ -95,6 +95,7 @@ class Runner:
             outcome.fail("interrupted", "the run was stopped before this answer ended")
             raise
         finally:
+            outcome.ended = True
             self.run.ended += 1
             self.run.failed += not outcome.ok
             self._watch(self.run)

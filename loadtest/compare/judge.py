@@ -1,11 +1,10 @@
-"""Whether a load that runs can still reach its target. Pure."""
+"""Whether a load that runs can still reach its target."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from loadtest.compare.model import Run
 from loadtest.metrics import Goodput, Metric, Outcome, missed
@@ -26,30 +25,43 @@ def is_disturbed(run: Run) -> bool:
     return bool(run.figures.get("others_busy", 0.0) > QUIET)
 
 
-@dataclass(frozen=True)
 class Judge:
-    arrivals: Sequence[Arrival]
-    objectives: Goodput
-    target: float
+    """Judges one load while it runs. A request is looked at until it is settled, and not at every look for ever."""
+
+    def __init__(self, arrivals: Sequence[Arrival], objectives: Goodput, target: float) -> None:
+        self._arrivals = arrivals
+        self._objectives = objectives
+        self._spare = len(arrivals) - math.ceil(target * len(arrivals) - _ROUNDING)
+        # Requests of which nothing is certain yet, with the tokens that they will have; so many were taken up.
+        self._open: list[tuple[Outcome, int]] = []
+        self._taken = 0
+        # Those that have missed for certain.
+        self._lost = 0
 
     def hopeless(self, outcomes: Sequence[Outcome], now_s: float) -> bool:
-        """Whether more requests have missed than may, so that nothing that comes can make up for it."""
-        spare = len(self.arrivals) - math.ceil(self.target * len(self.arrivals) - _ROUNDING)
-        return sum(bool(names) for names in self._missed(outcomes, now_s)) > spare
+        """Whether more requests have missed than may, so that nothing that comes can make up for it.
+
+        outcomes: those of the look before, and what has become due since.
+        """
+        arrivals = self._arrivals[self._taken : len(outcomes)]
+        due = zip(outcomes[self._taken :], (arrival.request.output_tokens for arrival in arrivals), strict=True)
+        self._taken = len(outcomes)
+        self._open = [each for each in (*self._open, *due) if not self._settled(*each, now_s)]
+        return self._lost > self._spare
+
+    def _settled(self, outcome: Outcome, tokens: int, now_s: float) -> bool:
+        lost = bool(self._missed_by(outcome, tokens, now_s))
+        self._lost += lost
+        return lost or outcome.ended
 
     def causes(self, outcomes: Sequence[Outcome], now_s: float) -> dict[str, int]:
         """How many requests missed each objective, by now and for certain; one may have missed several."""
-        return dict(Counter(name for names in self._missed(outcomes, now_s) for name in names))
-
-    def _missed(self, outcomes: Sequence[Outcome], now_s: float) -> list[list[Metric] | list[str]]:
-        """Of each request that has become due, in that order."""
-        return [
-            self._missed_by(outcome, arrival.request.output_tokens, now_s)
-            for outcome, arrival in zip(outcomes, self.arrivals, strict=False)
-        ]
+        each = zip(outcomes, self._arrivals, strict=False)
+        missed_by = (self._missed_by(outcome, arrival.request.output_tokens, now_s) for outcome, arrival in each)
+        return dict(Counter(name for names in missed_by for name in names))
 
     def _missed_by(self, outcome: Outcome, tokens: int, now_s: float) -> list[Metric] | list[str]:
         if outcome.failure not in (None, "interrupted"):
             return [FAILED]
         # One that was interrupted counts for what it had missed until then.
-        return missed(outcome, outcome.scheduled_s, self.objectives, tokens, now_s)
+        return missed(outcome, outcome.scheduled_s, self._objectives, tokens, now_s)

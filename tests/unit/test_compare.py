@@ -20,7 +20,7 @@ from loadtest.compare.question import Question, parse_step_tokens
 from loadtest.compare.search import MAX_STEPS, Search
 from loadtest.compare.shapes import all_shapes
 from loadtest.compare.verdict import verdict_on
-from loadtest.metrics import Goodput, Outcome
+from loadtest.metrics import Goodput, Metric, Outcome
 from loadtest.plan import Plan
 from loadtest.runner import Arrival
 from loadtest.target import Served
@@ -104,9 +104,32 @@ def answered(due_s: float, *arrivals_s: float) -> Outcome:
 
 
 def test_a_load_is_hopeless_when_one_more_is_late_than_may_be() -> None:
-    judge = judge_of(20)
-    assert not judge.hopeless([waiting(0.0), waiting(0.0), waiting(5.0)], 5.5)
-    assert judge.hopeless([waiting(0.0), waiting(0.0), waiting(5.0)], 6.1)
+    judge, outcomes = judge_of(20), [waiting(0.0), waiting(0.0)]
+    assert not judge.hopeless(outcomes, 4.5)
+    outcomes.append(waiting(5.0))
+    assert not judge.hopeless(outcomes, 5.5)
+    assert judge.hopeless(outcomes, 6.1)
+
+
+def test_looking_at_a_long_load_costs_what_is_under_way() -> None:
+    """Those that have ended, or have missed, are looked at once."""
+
+    looks: list[Outcome] = []
+
+    class Counting(Judge):
+        def _missed_by(self, outcome: Outcome, tokens: int, now_s: float) -> list[Metric] | list[str]:
+            looks.append(outcome)
+            return super()._missed_by(outcome, tokens, now_s)
+
+    request = LoadRequest(np.zeros(4, dtype=np.uint32), 5)
+    judge, outcomes = Counting([Arrival(0.0, request)] * 1000, TTFT, 0.5), list[Outcome]()
+    for number in range(200):
+        done = Outcome(float(number), 4, float(number), [number + 0.1, number + 0.2], 2, ended=True)
+        outcomes += [done, waiting(number - 5.0), waiting(float(number))]
+        assert not judge.hopeless(outcomes, number + 0.5)
+    # One that waits is looked at twice, until it is late; the others once.
+    assert len(looks) == 4 * 200 - 1
+    assert judge.hopeless([*outcomes, *[waiting(0.0)] * 110], 300.0)
 
 
 def test_late_counts_from_the_schedule() -> None:
@@ -295,29 +318,6 @@ def test_who_keeps_no_rate(split: float, mixed: float, pays: bool, words: str) -
     assert (verdict.ratio is None) == (mixed == 0)
 
 
-def test_cpu_seconds_of_a_process_and_of_none() -> None:
-    first = cpu_seconds(os.getpid())
-    assert first is not None
-    busy_until = time.process_time() + 0.05
-    while time.process_time() < busy_until:
-        pass
-    later = cpu_seconds(os.getpid())
-    assert later is not None
-    assert 0.03 < later - first < 5
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        gone.wait()
-        assert cpu_seconds(gone.pid) is None
-        assert cores_of(gone.pid) == []
-
-
-def test_what_others_do_is_counted_on_these_cores() -> None:
-    """A process that is no child of ours: its parent has ended."""
-    cores = usable_cores()
-    first = others_cpu_seconds(cores)
-    orphan = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]])"
-    burn = "import time\nwhile time.process_time() < 0.5: pass"
-    subprocess.run([sys.executable, "-c", orphan, burn], check=True, timeout=30)
-    assert first is not None
 def broken(shape: Shape, *probes: Run) -> Measured:
     lost = probe(4.0, 0.2).model_copy(
         update={"lost": ["w-1"], "failed": 9, "figures": {"failures": {"worker_lost": 7, "interrupted": 2}}}
@@ -346,6 +346,29 @@ def test_without_one_kind_there_is_no_verdict() -> None:
     assert len([sentence for sentence in verdict.text if SPLIT.name in sentence]) == 2
 
 
+def test_cpu_seconds_of_a_process_and_of_none() -> None:
+    first = cpu_seconds(os.getpid())
+    assert first is not None
+    busy_until = time.process_time() + 0.05
+    while time.process_time() < busy_until:
+        pass
+    later = cpu_seconds(os.getpid())
+    assert later is not None
+    assert 0.03 < later - first < 5
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+        assert cpu_seconds(gone.pid) is None
+        assert cores_of(gone.pid) == []
+
+
+def test_what_others_do_is_counted_on_these_cores() -> None:
+    """A process that is no child of ours: its parent has ended."""
+    cores = usable_cores()
+    first = others_cpu_seconds(cores)
+    orphan = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]])"
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", orphan, burn], check=True, timeout=30)
+    assert first is not None
     wait_until(lambda: (others_cpu_seconds(cores) or 0) - first >= 0.4, 30, "the orphan's CPU seconds")
 
 
