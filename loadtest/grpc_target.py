@@ -8,7 +8,7 @@ from loadtest.metrics import Outcome
 from loadtest.target import SendOptions, Served
 from loadtest.workloads import LoadRequest
 from tandem.client import AsyncClient
-from tandem.errors import ModelNotFound, TandemError
+from tandem.errors import ModelNotFound, TandemError, Unavailable
 from tandem.types import ChoiceFinished, Completed, Delta, SamplingParams
 
 
@@ -24,8 +24,10 @@ class GrpcTarget:
         models = await self._client.models()
         wanted = self._options.model
         found = next((model for model in models if wanted in ("", model.name)), None)
+        if found is None and not models:
+            raise Unavailable("no worker is joined to the router")
         if found is None:
-            raise ModelNotFound(f"no worker serves a model {wanted}" if wanted else "no worker has joined the router")
+            raise ModelNotFound(f"no worker serves a model {wanted}")
         return Served(found.name, found.vocab_size, found.max_model_len)
 
     async def send(self, request: LoadRequest, outcome: Outcome) -> None:

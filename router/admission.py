@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from router.prefix_index import name_blocks
 from router.tokenizer import encode
 from tandem.config import RouterConfig
-from tandem.errors import InvalidRequest, ModelNotFound, Overloaded, Unavailable
+from tandem.errors import InvalidRequest, ModelNotFound, Overloaded
 from tandem.types import (
     MAX_CHOICES,
     MAX_EMBED_INPUTS,
@@ -117,9 +117,7 @@ class Gate:
 
 
 class Admission:
-    def __init__(
-        self, tokenizer: Tokenizer | None, served: Callable[[], ModelInfo | None], max_message_bytes: int
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, served: Callable[[], ModelInfo], max_message_bytes: int) -> None:
         """max_message_bytes: of an answer."""
         self.tokenizer = tokenizer
         self._served = served
@@ -177,8 +175,6 @@ class Admission:
 
     def _model(self, name: str) -> ModelInfo:
         model = self._served()
-        if model is None:
-            raise Unavailable("no worker has joined, so no model is served")
         if name and name != model.name:
             raise ModelNotFound(f"model {name!r} is not served; served: {model.name}", field="model")
         return model

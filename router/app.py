@@ -65,7 +65,7 @@ async def open_router(config: TandemConfig) -> AsyncIterator[str]:
     host, loopback = config.router.host, loopback_beside(config.router.host)
     check_listening("router", host, config.router.port)  # before a tokenizer is fetched
     registry = Registry(config.router, config.model.served_name)
-    admission = Admission(load_tokenizer(config.model), lambda: registry.model, config.router.max_message_bytes)
+    admission = Admission(load_tokenizer(config.model), registry.served, config.router.max_message_bytes)
     orchestrator = Orchestrator(config.router, registry, admission)
     hosts = [host] if loopback is None else [host, loopback]
     async with _http_door(config, hosts, orchestrator, registry, admission) as http_port:

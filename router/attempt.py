@@ -82,7 +82,7 @@ class Attempt:
         """Raises Unavailable, or as choose."""
         request, demand = self._request, self._demand
         views = {view.worker_id: view for view in self._registry.snapshot(self._brief.block_names)}
-        placement = choose(tuple(views.values()), demand)
+        placement = choose(tuple(views.values()), demand, self._registry.absent())
         self._decode_on, self.decode_worker = self._registry[placement.decode], placement.decode
         prefill_on = self._registry[placement.prefill]
         # What may raise comes first: nothing would take back what is noted below.
@@ -104,9 +104,10 @@ class Attempt:
         if former is self._decode_on or former.takes(Role.PREFILL):
             return
         try:
-            chosen = choose_prefill(self._registry.snapshot(self._brief.block_names), self._demand.prompt_tokens)
+            chosen = choose_prefill(workers, self._demand.prompt_tokens, self._registry.absent())
         except Unavailable:
             if former.loss is None and Role.PREFILL in former.roles:
+        workers = self._registry.snapshot(self._brief.block_names)
                 return
             raise
         former.queued.drop(self._request.request_id)

@@ -67,7 +67,7 @@ class EmbedJob:
     async def _embed(self, index: int, prompt: EmbedPrompt) -> worker_pb2.EmbedPromptResponse:
         async with self._turns:
             key, tokens = f"{self._admitted.request_id}-{index}", len(prompt.prompt_ids)
-            view = choose_prefill(self._registry.snapshot(prompt.block_names), tokens)
+            view = choose_prefill(self._registry.snapshot(prompt.block_names), tokens, self._registry.absent())
             self.prefill_worker, worker = view.worker_id, self._registry[view.worker_id]
             call = worker.embed(self._message(key, prompt, worker), self._remaining_s())
             worker.queued.place(key, view.to_compute(tokens))

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from router.aio import first_of
-from router.registry import Registry
+from router.registry import Registry, Silent
 from router.worker import Worker
 from tandem import rpc
 from tandem.config import RouterConfig
@@ -45,7 +45,7 @@ class JoinService(registry_pb2_grpc.RegistryServicer):
                 heartbeat: registry_pb2.Heartbeat | None = await rpc.read(context)
                 return heartbeat
         except TimeoutError:
-            raise Unavailable(f"no heartbeat for {self._config.heartbeat_timeout_s:g} s") from None
+            raise Silent(f"no heartbeat for {self._config.heartbeat_timeout_s:g} s") from None
 
     async def _hear(self, worker: Worker, context: Any) -> None:
         while (heartbeat := await self._read(context)) is not None:

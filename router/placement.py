@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from tandem.errors import InvalidRequest, Unavailable
 from tandem.types import Role
+
+# Why nobody plays a role now, where more is known than that nobody has joined: how a sentence goes on that begins with
+# "no decode worker". Clients read it, so it names nobody.
+Absent = Mapping[Role, str]
+NEVER_CAME = "has joined"
+_UNKNOWN: Absent = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -55,17 +62,17 @@ class Placement:
     decode: str
 
 
-def choose(workers: Sequence[WorkerView], demand: Demand) -> Placement:
+def choose(workers: Sequence[WorkerView], demand: Demand, absent: Absent = _UNKNOWN) -> Placement:
     """Raises Unavailable when a role has no worker now, InvalidRequest when no joined worker could ever hold it."""
-    prefill = choose_prefill(workers, demand.prompt_tokens)
-    decodes = _filter(workers, Role.DECODE, demand.kv_tokens)
+    prefill = choose_prefill(workers, demand.prompt_tokens, absent)
+    decodes = _filter(workers, Role.DECODE, demand.kv_tokens, absent)
     decode = prefill if prefill in decodes else min(decodes, key=_decode_cost)
     return Placement(prefill.worker_id, decode.worker_id)
 
 
-def choose_prefill(workers: Sequence[WorkerView], prompt_tokens: int) -> WorkerView:
+def choose_prefill(workers: Sequence[WorkerView], prompt_tokens: int, absent: Absent = _UNKNOWN) -> WorkerView:
     """Where a prompt is computed, whoever decodes, if anybody does. Raises as `choose` does."""
-    prefills = _filter(workers, Role.PREFILL, prompt_tokens)
+    prefills = _filter(workers, Role.PREFILL, prompt_tokens, absent)
     return min(prefills, key=lambda worker: _prefill_cost(worker, prompt_tokens))
 
 
@@ -85,10 +92,10 @@ def _decode_cost(worker: WorkerView) -> tuple[int, int, str]:
     return -(worker.free_blocks + worker.cached_blocks), worker.live_requests, worker.worker_id
 
 
-def _filter(workers: Sequence[WorkerView], role: Role, tokens: int) -> list[WorkerView]:
+def _filter(workers: Sequence[WorkerView], role: Role, tokens: int, absent: Absent) -> list[WorkerView]:
     playing = [worker for worker in workers if role in worker.roles]
     if not playing:
-        raise Unavailable(f"no {role} worker has joined")
+        raise Unavailable(f"no {role} worker {absent.get(role, NEVER_CAME)}")
     large = [worker for worker in playing if blocks_for(tokens, worker.block_size) <= worker.total_blocks]
     if not large:
         limit = max(worker.total_blocks * worker.block_size for worker in playing)

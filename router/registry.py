@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 import tandem
-from router.placement import WorkerView
+from router.placement import NEVER_CAME, WorkerView
 from router.turns import Turns
 from router.worker import Worker
 from tandem.config import RouterConfig
@@ -21,6 +21,15 @@ log = logging.getLogger(__name__)
 MAX_LABEL_CHARS = 128
 # A worker knows a few.
 MAX_TRANSPORTS = 16
+# Why there is no worker (router.placement.Absent).
+_JOINING = "is ready yet: one is joining"
+_LEFT = "is there: the last one has left"
+_LOST = "is there: the last one was lost"
+_SILENT = "is there: the last one fell silent, frozen or cut off"
+
+
+class Silent(Unavailable):
+    """A worker's heartbeats have ceased."""
 
 
 class Registry:
@@ -33,6 +42,8 @@ class Registry:
         self._config = config
         self._model_name = model_name
         self._workers: dict[str, Worker] = {}
+        # How the last worker of a role went, if none has come since; the latest one last.
+        self._gone: dict[Role, str] = {}
         # Of all choices of this router, whatever workers they are on.
         self.turns = Turns()
 
@@ -42,8 +53,20 @@ class Registry:
 
     @property
     def model(self) -> ModelInfo | None:
-        """What is served; None while nobody has joined."""
+        """What is served; None while nobody is joined."""
         return next((worker.model for worker in self._workers.values()), None)
+
+    def served(self) -> ModelInfo:
+        """Raises Unavailable, saying why, while nobody is joined."""
+        if (model := self.model) is None:
+            why = [NEVER_CAME, *self._gone.values()][-1]
+            raise Unavailable(f"no worker {why}, so no model is served")
+        return model
+
+    def absent(self) -> dict[Role, str]:
+        """Why nobody plays a role, of roles that had somebody or will."""
+        joining = {role: _JOINING for worker in self._workers.values() for role in worker.roles - worker.ready_roles}
+        return self._gone | joining
 
     def __getitem__(self, worker_id: str) -> Worker:
         return self._workers[worker_id]
@@ -64,6 +87,8 @@ class Registry:
         if older is not None:
             self.remove(older, Refused(f"worker_id {older.id} joined again"))
         self._workers[worker.id] = worker
+        for role in worker.roles:
+            self._gone.pop(role, None)
         log.info("worker %s joined from %s", worker.id, hello.address)
         return worker
 
@@ -83,6 +108,9 @@ class Registry:
         """At once out of routing; its live requests fail."""
         if self._workers.get(worker.id) is worker:
             del self._workers[worker.id]
+            for role in worker.roles:
+                self._gone.pop(role, None)
+                self._gone[role] = _LEFT if worker.draining else _SILENT if isinstance(cause, Silent) else _LOST
         if worker.loss is None:
             log.warning("worker %s is out: %s", worker.id, cause)
             worker.lose(cause)

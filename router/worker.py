@@ -80,10 +80,17 @@ class Worker:
         return self.routable and not self.draining and role in self.roles
 
     def view(self, block_names: Sequence[bytes] = ()) -> WorkerView:
-        """block_names: of the prompt that is to be placed. A worker decodes only while its token stream is open."""
+        """block_names: of the prompt that is to be placed."""
+    @property
+    def ready_roles(self) -> frozenset[Role]:
+        """It decodes only while its token stream is open."""
+        if not self.routable:
+            return frozenset()
+        return self.roles if self.subscription.is_open else self.roles - {Role.DECODE}
+
         return WorkerView(
             worker_id=self.id,
-            roles=self.roles if self.subscription.is_open else self.roles - {Role.DECODE},
+            roles=self.ready_roles,
             draining=self.draining,
             block_size=self.model.fingerprint.block_size,
             total_blocks=self.hello.total_blocks,

@@ -28,7 +28,7 @@ from router.orchestrator import Orchestrator
 from router.registry import Registry
 from router.tokenizer import encode
 from tandem.config import RouterConfig
-from tandem.errors import InvalidRequest, ModelNotFound, TandemError, Unavailable
+from tandem.errors import InvalidRequest, ModelNotFound, TandemError
 from tandem.types import ModelInfo
 from tandem.v1 import generation_pb2
 
@@ -98,9 +98,7 @@ class OpenAIDoor:
 
     def _model(self, name: str | None) -> ModelInfo:
         """Raises ModelNotFound or Unavailable."""
-        model = self._registry.model
-        if model is None:
-            raise Unavailable("no worker has joined, so no model is served")
+        model = self._registry.served()
         if name and name != model.name:
             raise ModelNotFound(f"model {name[:200]!r} is not served; served: {model.name}", field="model")
         return model

@@ -49,7 +49,7 @@ def show_status(console: Console, found: ServiceStatus, integrity: bool) -> None
         markup=False,
     )
     if not found.workers:
-        console.print("no worker has joined")
+        console.print("no worker is ready")
         return
     console.print(_workers_table(found, integrity))
     joined = {worker.worker_id for worker in found.workers}

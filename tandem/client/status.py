@@ -118,7 +118,7 @@ class ServiceStatus:
         there nothing is known, and nothing can be served without it: that is a problem too.
         """
         played = {role for worker in self.workers for role in worker.roles}
-        absent = [f"no {role} worker has joined: nothing can be served" for role in Role if role not in played]
+        absent = [f"no {role} worker is ready: nothing can be served" for role in Role if role not in played]
         return absent + [
             problem for worker in self.workers for problem in _problems(worker, idle=self.live_requests == 0)
         ]

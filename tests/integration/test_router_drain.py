@@ -96,7 +96,7 @@ async def test_without_any_prefill_worker_left_the_request_fails_by_name(house: 
     await house.cluster.saw("reserve")
     await lose(house, prefill)
     decode.let("reserve")
-    with pytest.raises(errors.Unavailable, match="no prefill worker has joined"):
+    with pytest.raises(errors.Unavailable, match="no prefill worker is there: the last one was lost"):
         await collect(call)
     await house.check_empty()
 

@@ -44,7 +44,7 @@ async def test_the_prefill_worker_dies(house: House, phase: str) -> None:
         await asyncio.wait_for(collect(call), 3)
     assert len(house.cluster.happened("abort", "d1")) == 1
     await eventually(lambda: house.cluster.workers["d1"].held_requests == 0)
-    with pytest.raises(errors.Unavailable, match="no prefill worker has joined"):
+    with pytest.raises(errors.Unavailable, match="no prefill worker is there: the last one was lost"):
         await collect(house.call())
 
 
@@ -120,13 +120,19 @@ async def test_a_silent_worker_is_lost() -> None:
         assert "no heartbeat for 0.5 s" in str(decode.join_error)
         assert [entry.hello.worker_id for entry in (await house.status()).workers] == ["p1"]
         assert prefill.join_error is None
+        with pytest.raises(errors.Unavailable, match="no decode worker is there: the last one fell silent"):
+            await collect(house.call())
 
 
 async def test_leaving_is_orderly(house: House) -> None:
     worker = await house.join("c1")
+    worker.draining = True
+    await eventually(lambda: worker.beats >= 2)
     await worker.leave()
     await asyncio.wait_for(worker.joining, 3)
     assert (await house.status()).workers == []
+    with pytest.raises(errors.Unavailable, match=r"no worker is there: the last one has left, so no model is served"):
+        await collect(house.call())
 
 
 # Joining.

@@ -72,7 +72,7 @@ def test_status_says_which_worker_of_a_request_is_gone(router: ScriptedRouter) -
 
 
 def test_status_without_workers(router: ScriptedRouter) -> None:
-    assert "no worker has joined" in tandem("status", "--router", router.address).stdout
+    assert "no worker is ready" in tandem("status", "--router", router.address).stdout
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_integrity_decides_the_exit_code(router: ScriptedRouter, status: Any, co
 def test_a_pool_that_is_missing_is_named(router: ScriptedRouter) -> None:
     router.status = status_of(roles=[Role.PREFILL], ok=True)
     result = tandem("status", "--integrity", "--router", router.address)
-    assert one_line(result) == "tandem: no decode worker has joined: nothing can be served"
+    assert one_line(result) == "tandem: no decode worker is ready: nothing can be served"
 
 
 def test_status_as_json(router: ScriptedRouter) -> None:

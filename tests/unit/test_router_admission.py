@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from router.admission import MAX_LABEL_CHARS, Admission, Admitted, Gate, choice_seed, deadline_s
 from router.tokenizer import INLINE_CHARS, load_tokenizer
 from tandem.config import TINY_MODEL, ModelConfig, RouterConfig
-from tandem.errors import ConfigError, InvalidRequest, ModelNotFound, Overloaded, TandemError, Unavailable
+from tandem.errors import ConfigError, InvalidRequest, ModelNotFound, Overloaded, TandemError
 from tandem.types import MAX_CHOICES, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, Fingerprint, ModelInfo, SamplingParams
 from tandem.v1.common_pb2 import Sampling
 from tandem.v1.generation_pb2 import GenerateRequest, TokenIds
@@ -124,11 +124,6 @@ async def test_an_unknown_model_is_told_what_is_served() -> None:
     with pytest.raises(ModelNotFound, match="'huge' is not served; served: tiny"):
         await admit(ids(1, model="huge"))
     assert (await admit(ids(1, model="tiny"))).model is MODEL
-
-
-async def test_before_any_worker_has_joined_nothing_is_served() -> None:
-    with pytest.raises(Unavailable, match="no worker has joined"):
-        await admit(ids(1), model=None)
 
 
 def test_the_gate_counts_who_is_inside() -> None:

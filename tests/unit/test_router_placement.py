@@ -70,6 +70,14 @@ def test_a_missing_role_is_named(present: frozenset[Role], missing: str) -> None
         choose([worker("w", present)], SMALL)
 
 
+def test_why_a_role_is_missing_is_said_if_it_is_known() -> None:
+    absent = {Role.DECODE: "is there: the last one has left"}
+    with pytest.raises(Unavailable, match=r"^no decode worker is there: the last one has left$"):
+        choose([worker("w", PREFILL)], SMALL, absent)
+    with pytest.raises(Unavailable, match=r"^no prefill worker has joined$"):
+        choose([worker("w", DECODE)], SMALL, absent)
+
+
 def test_all_draining_is_unavailable_not_invalid() -> None:
     with pytest.raises(Unavailable, match="every decode worker that could hold the request is draining"):
         choose([worker("p", PREFILL), worker("d", DECODE, draining=True)], SMALL)

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 import tandem
-from router.registry import Registry
+from router.registry import Registry, Silent
 from router.worker import MAX_DIRECTIVES, Worker
 from tandem.config import RouterConfig
 from tandem.errors import InvalidRequest, Overloaded, Refused, TandemError, Unavailable, WorkerLost
@@ -126,6 +126,32 @@ async def test_a_lost_worker_fails_what_is_live_on_it_once(registry: Registry, w
 async def test_nothing_is_placed_on_a_worker_that_is_not_connected(registry: Registry, worker: Worker) -> None:
     assert registry.workers == (worker,)
     assert registry.snapshot() == ()
+    assert registry.absent() == dict.fromkeys(Role, "is ready yet: one is joining")
+
+
+@pytest.mark.parametrize(
+    ("cause", "drains", "words"),
+    [
+        (Unavailable("its Join stream broke"), False, "is there: the last one was lost"),
+        (Silent("no heartbeat for 4 s"), False, "is there: the last one fell silent, frozen or cut off"),
+        (Unavailable("it left"), True, "is there: the last one has left"),
+    ],
+)
+async def test_what_became_of_the_last_worker_is_known(
+    registry: Registry, cause: TandemError, drains: bool, words: str
+) -> None:
+    with pytest.raises(Unavailable, match="no worker has joined, so no model is served"):
+        registry.served()
+    prefill = registry.admit(heartbeat("p", ONLY_PREFILL))
+    if drains:
+        registry.drain("p")
+    registry.remove(prefill, cause)
+    assert registry.absent() == {Role.PREFILL: words}
+    with pytest.raises(Unavailable, match=f"no worker {words}, so no model is served"):
+        registry.served()
+    registry.admit(heartbeat("other"))
+    assert registry.absent() == dict.fromkeys(Role, "is ready yet: one is joining")
+    assert registry.served() == MODEL
 
 
 async def test_the_view_knows_which_leading_blocks_the_worker_has(registry: Registry) -> None:
