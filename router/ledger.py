@@ -26,9 +26,10 @@ class Ledger:
             self._taken[key] = counted_from
             self.heartbeat(self._heard)
 
-    def drop(self, key: str) -> None:
-        self._placed.pop(key, None)
+    def drop(self, key: str) -> bool:
+        """Whether no heartbeat counted it."""
         self._taken.pop(key, None)
+        return self._placed.pop(key, None) is not None
 
     def heartbeat(self, number: int) -> None:
         self._heard = number
