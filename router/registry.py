@@ -44,6 +44,7 @@ class Registry:
         self._workers: dict[str, Worker] = {}
         # How the last worker of a role went, if none has come since; the latest one last.
         self._gone: dict[Role, str] = {}
+        self._closed = False
         # Of all choices of this router, whatever workers they are on.
         self.turns = Turns()
 
@@ -112,10 +113,12 @@ class Registry:
                 self._gone.pop(role, None)
                 self._gone[role] = _LEFT if worker.draining else _SILENT if isinstance(cause, Silent) else _LOST
         if worker.loss is None:
-            log.warning("worker %s is out: %s", worker.id, cause)
+            expected = worker.draining or self._closed
+            log.log(logging.INFO if expected else logging.WARNING, "worker %s is out: %s", worker.id, cause)
             worker.lose(cause)
 
     def close(self) -> None:
+        self._closed = True
         for worker in self.workers:
             self.remove(worker, Unavailable("the router stopped"))
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tandem.addresses import dialable
 from tandem.client import ServiceStatus
-from tandem.errors import ConfigError, InvalidRequest, TandemError
+from tandem.errors import ConfigError, InvalidRequest, ModelNotFound, TandemError
 
 
 def _address(value: str | None) -> str | None:
@@ -69,6 +69,9 @@ def _has_width(console: Console) -> bool:
         return False
 
 
+_OF_THE_USER = (ConfigError, InvalidRequest, ModelNotFound)
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """A TandemError ends the command with one line on stderr: code 2 for what the user asked for, 1 for the rest."""
@@ -76,7 +79,7 @@ def reported() -> Iterator[None]:
         yield
     except TandemError as error:
         typer.echo(f"tandem: {error.message}{_hint(error)}", err=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError | InvalidRequest) else 1) from None
+        raise typer.Exit(2 if isinstance(error, _OF_THE_USER) else 1) from None
 
 
 def _hint(error: TandemError) -> str:

@@ -208,9 +208,11 @@ def generate(
 
 
 def _from_stdin() -> str:
-    """Without the newline that `echo` ends its text with: a model would answer to it."""
+    """UTF-8 in any locale. Without the newline that `echo` ends its text with: a model would answer to it."""
     try:
-        return sys.stdin.read().removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not valid UTF-8"
-        raise InvalidRequest(f"cannot read the prompt from standard input: {reason}", field="prompt") from None
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except OSError as error:
+        reason = error.strerror
+    except UnicodeDecodeError as error:
+        reason = f"it is not valid UTF-8 at byte {error.start}"
+    raise InvalidRequest(f"cannot read the prompt from standard input: {reason}", field="prompt")

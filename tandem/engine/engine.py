@@ -20,7 +20,7 @@ from tandem.engine.model_runner import ModelRunner
 from tandem.engine.pooler import Pooler
 from tandem.engine.sampler import Sampler, stop_ids
 from tandem.engine.scheduler import Scheduler, StepPlan
-from tandem.engine.self_check import check_exactness
+from tandem.engine.self_check import check_exactness, tokens_checked
 from tandem.engine.sequence import (
     Embedded,
     Emission,
@@ -72,7 +72,7 @@ class Engine:
         weights_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
         if config.engine.device == "cpu":
             _fuse(loaded.model)
-        num_blocks = count_blocks(config.engine, self.fingerprint)
+        num_blocks = count_blocks(config.engine, self.fingerprint, tokens_checked(self.info))
         self.cache = KVCache(self.fingerprint, num_blocks, config.engine.device, allocate)
         self.pool = BlockPool(num_blocks, self.fingerprint.block_size, config.engine.prefix_cache)
         self.load = EngineLoad()
@@ -85,8 +85,20 @@ class Engine:
         self._scheduler = Scheduler(config.engine, self.pool)
         self._live: dict[Sequence, None] = {}
         check_exactness(loaded, self._runner, self.pool)
+        self._warn_of_a_small_pool()
         if config.engine.device == "cpu" and weights_bytes >= _HUGE_PAGES_FROM_BYTES:
             use_huge_pages()
+
+    def _warn_of_a_small_pool(self) -> None:
+        size = self.pool.block_size
+        if (held := self.pool.num_blocks * size) < self.info.max_model_len:
+            log.warning(
+                "the KV pool holds %d tokens: longer requests are refused, though the model takes %d; "
+                "for those engine.num_blocks must be %d or more",
+                held,
+                self.info.max_model_len,
+                self.pool.blocks_for(self.info.max_model_len),
+            )
 
     @property
     def has_work(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tandem.config import EngineConfig
-from tandem.errors import ModelRefused
+from tandem.errors import ConfigError, ModelRefused
 from tandem.types import Fingerprint
 
 # Version of the layout below; peers with another one are refused. Raise it when the order of axes changes.
@@ -62,16 +62,25 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: str, allocate: Al
     return torch.frombuffer(allocate(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
-def count_blocks(config: EngineConfig, fingerprint: Fingerprint) -> int:
-    """Blocks in the pool. Raises ModelRefused when not even one fits into engine.kv_memory_mib."""
+def count_blocks(config: EngineConfig, fingerprint: Fingerprint, least_tokens: int) -> int:
+    """Blocks in the pool. Raises ConfigError when they do not hold the KV of least_tokens."""
+    least = -(-least_tokens // fingerprint.block_size)
     if config.num_blocks:
+        if config.num_blocks < least:
+            raise ConfigError(
+                f"engine.num_blocks must be {least} or more, not {config.num_blocks}: the check of the model at load "
+                f"takes {least_tokens} tokens, a block holds {fingerprint.block_size}",
+                field="engine.num_blocks",
+            )
         return config.num_blocks
     token_elements = 2 * fingerprint.num_layers * fingerprint.num_kv_heads * fingerprint.head_dim
     block_bytes = token_elements * DTYPES[fingerprint.dtype].itemsize * fingerprint.block_size
     blocks = (config.kv_memory_mib << 20) // block_bytes
-    if blocks < 1:
-        raise ModelRefused(
-            f"a KV block takes {block_bytes} bytes: engine.kv_memory_mib {config.kv_memory_mib} holds none",
+    if blocks < least:
+        mib = -(-least * block_bytes >> 20)
+        raise ConfigError(
+            f"engine.kv_memory_mib must be {mib} or more, not {config.kv_memory_mib}: the check of the model at load "
+            f"takes {least_tokens} tokens, a KV block of {fingerprint.block_size} takes {block_bytes} bytes",
             field="engine.kv_memory_mib",
         )
     return blocks

@@ -17,7 +17,7 @@ from tandem.engine.model_runner import ModelRunner
 from tandem.engine.scheduler import Chunk, StepPlan
 from tandem.engine.sequence import Sequence
 from tandem.errors import ModelRefused
-from tandem.types import EngineRequest, SamplingParams
+from tandem.types import EngineRequest, ModelInfo, SamplingParams
 
 # Relative L2 error of a row of logits: reassociation in float32 gives 1e-6, rounding in half precision 1e-2; another
 # computation gives about 1.
@@ -25,9 +25,14 @@ _TOLERANCE = {"float32": 1e-3, "float16": 0.2, "bfloat16": 0.2}
 _PROMPT_TOKENS = 24
 
 
+def tokens_checked(info: ModelInfo) -> int:
+    """Of which the pool must hold the KV."""
+    return min(_PROMPT_TOKENS + 1, info.max_model_len)
+
+
 def check_exactness(loaded: LoadedModel, runner: ModelRunner, pool: BlockPool) -> None:
     """Raises ModelRefused when the paged forward and the model's own differ. Leaves the pool as it was."""
-    length = min(_PROMPT_TOKENS, loaded.info.max_model_len - 1, pool.num_blocks * pool.block_size - 1)
+    length = tokens_checked(loaded.info) - 1
     if length < 2:
         return
     generator = torch.Generator().manual_seed(0)

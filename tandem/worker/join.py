@@ -23,7 +23,7 @@ FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.2, 5.0
 
 async def keep_joined(host: WorkerHost, router: str) -> None:
     """Never returns by itself: rejoins with back-off whenever the router goes away. Raises Refused when unwelcome."""
-    backoff_s = FIRST_BACKOFF_S
+    backoff_s, why = FIRST_BACKOFF_S, ""
     while True:
         async with rpc.make_channel(router) as channel:
             link = _Link(host, channel)
@@ -32,8 +32,11 @@ async def keep_joined(host: WorkerHost, router: str) -> None:
             except Refused:
                 raise
             except TandemError as error:
-                log.warning("router %s: %s; joining again in %.1f s", router, error.message, backoff_s)
+                why = error.message
         await asyncio.sleep(backoff_s)
+        # Not sooner: a service that is stopped ends everywhere at once, and to one that leaves this is no news.
+        level = logging.DEBUG if host.draining else logging.WARNING
+        log.log(level, "router %s: %s; joining again after %.1f s", router, why, backoff_s)
         backoff_s = FIRST_BACKOFF_S if link.welcomed else min(backoff_s * 2, LONGEST_BACKOFF_S)
 
 

@@ -340,3 +340,17 @@ def test_a_transport_that_these_workers_cannot_have_is_refused(settings: dict[st
 def test_an_address_for_one_worker_is_refused_for_two(worker: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"worker.{min(worker)} can belong to one worker only"):
         Supervisor(load_config(overrides={"worker": worker}), output=None)
+
+
+async def test_a_service_that_stops_has_nothing_to_say() -> None:
+    """The real one: no worker looks for the router that ends beside it."""
+    lines: list[str] = []
+    pools = {"prefill": 1, "decode": 1, "colocated": 0}
+    router = {"port": 0, "http_port": -1}
+    settings = config_of(router=router, engine={"kv_memory_mib": 32}, serve=pools, worker={"drain_timeout_s": 10.0})
+    supervisor = Supervisor(settings, output=lambda name, line: lines.append(f"{name}: {line}"))
+    await supervisor.start()
+    told = len(lines)
+    await supervisor.stop()
+    assert [line for line in lines[told:] if " INFO " not in line] == []
+    assert any("drains" in line for line in lines[told:])

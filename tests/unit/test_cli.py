@@ -19,7 +19,7 @@ from tandem.cli.common import human_bytes, printable
 from tandem.cli.serve import pool_sizes
 from tandem.cli.timeline_table import spans, transfer_line
 from tandem.cli.worker import parse_cpus
-from tandem.errors import ConfigError, Overloaded
+from tandem.errors import ConfigError, ModelNotFound, Overloaded
 from tandem.timeline import Timeline
 from tandem.types import Accepted, Completed, Delta, RequestReport, Token, Usage
 
@@ -116,6 +116,16 @@ def test_an_overloaded_router_says_when_to_come_back(router: ScriptedRouter) -> 
     assert one_line(result) == "tandem: too many requests (try again in 2 s)"
 
 
+def test_a_model_that_is_not_served_is_a_bad_value(router: ScriptedRouter) -> None:
+    async def refuse(request: Any, emit: Any) -> None:
+        raise ModelNotFound("model 'other' is not served; served: tiny")
+
+    router.script = refuse
+    result = tandem("generate", "p", "--model", "other", "--router", router.address)
+    assert result.exit_code == 2
+    assert one_line(result) == "tandem: model 'other' is not served; served: tiny"
+
+
 def test_ctrl_c_cancels_the_call(router: ScriptedRouter) -> None:
     async def endless(request: Any, emit: Any) -> None:
         await emit(Accepted("request-1", 1))
@@ -180,12 +190,14 @@ def test_an_output_that_cannot_be_written_is_one_line(router: ScriptedRouter) ->
         assert (ran.returncode, ran.stderr.decode()) == (1, said)
 
 
-def test_a_prompt_that_cannot_be_read_is_one_line() -> None:
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape", "latin-1"])
+def test_a_prompt_that_is_not_utf_8_is_one_line_in_every_locale(encoding: str) -> None:
     command = [sys.executable, "-m", "tandem.cli.main", "generate", "-", "--router", NOBODY]
-    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most people's locales
-    ran = subprocess.run(command, input=b"\xff", capture_output=True, env=strict, timeout=30, check=False)
+    locale = {**os.environ, "PYTHONIOENCODING": encoding}
+    ran = subprocess.run(command, input=b"ab\xff", capture_output=True, env=locale, timeout=30, check=False)
     assert ran.returncode == 2
-    assert ran.stderr.decode() == "tandem: cannot read the prompt from standard input: it is not valid UTF-8\n"
+    said = "tandem: cannot read the prompt from standard input: it is not valid UTF-8 at byte 2\n"
+    assert ran.stderr.decode() == said
 
 
 @pytest.mark.parametrize("choices", ["1", "2"])

@@ -219,8 +219,26 @@ def test_dynamic_rope_is_refused(tmp_path: Path) -> None:
 
 def test_a_pool_without_room_for_a_block_is_refused() -> None:
     large = Fingerprint("", "", "float32", block_size=256, num_layers=80, num_kv_heads=8, head_dim=128, layout=1)
-    with pytest.raises(ModelRefused, match="kv_memory_mib 1 holds none"):
-        count_blocks(EngineConfig(kv_memory_mib=1), large)
+    with pytest.raises(ConfigError, match=r"^engine\.kv_memory_mib must be 160 or more, not 159: "):
+        count_blocks(EngineConfig(kv_memory_mib=159), large, 25)
+    assert count_blocks(EngineConfig(kv_memory_mib=160), large, 25) == 1
+
+
+def test_a_pool_in_which_a_model_cannot_be_checked_is_refused(llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^engine\.num_blocks must be 2 or more, not 1: ") as caught:
+        EngineDriver(llama, num_blocks=1)
+    assert caught.value.field == "engine.num_blocks"
+
+
+def test_a_pool_that_is_smaller_than_the_longest_request_is_said_so(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    EngineDriver(llama, num_blocks=2).generate([[5] * 20], SamplingParams(max_tokens=4))
+    assert "the KV pool holds 32 tokens: longer requests are refused, though the model takes 512" in caplog.text
+    assert "engine.num_blocks must be 32 or more" in caplog.text
+    caplog.clear()
+    EngineDriver(llama, num_blocks=32)
+    assert caplog.text == ""
 
 
 def test_fingerprints_tell_models_apart(llama: Path, tmp_path: Path) -> None:
