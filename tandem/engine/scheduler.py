@@ -26,6 +26,12 @@ class Chunk:
     end: int
 
     @property
+    def starts_prompt(self) -> bool:
+        """Whether it is the first one of its sequence."""
+        assert self.sequence.table is not None
+        return self.start == self.sequence.table.cached_tokens
+
+    @property
     def completes_prompt(self) -> bool:
         return self.end == self.sequence.prompt_len
 
@@ -47,8 +53,6 @@ class Chunk:
 class StepPlan:
     decodes: list[Sequence]
     chunks: list[Chunk]
-    # Sequences whose first chunk is in this step.
-    started: list[Sequence]
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
@@ -56,6 +60,10 @@ class StepPlan:
     @property
     def sequences(self) -> list[Sequence]:
         return [*self.decodes, *(chunk.sequence for chunk in self.chunks)]
+
+    @property
+    def started(self) -> list[Sequence]:
+        return [chunk.sequence for chunk in self.chunks if chunk.starts_prompt]
 
     @property
     def sampled(self) -> list[Sequence]:
@@ -113,29 +121,32 @@ class Scheduler:
         decodes = self.running[:limit]
         # Those that did not fit come first next time.
         self.running = [*self.running[limit:], *decodes]
-        started: list[Sequence] = []
-        chunks = self._chunks(self._config.max_step_tokens - len(decodes), started)
-        return StepPlan(decodes, chunks, started)
+        return StepPlan(decodes, self._chunks(self._config.max_step_tokens - len(decodes), fill=bool(decodes)))
 
-    def _chunks(self, budget: int, started: list[Sequence]) -> list[Chunk]:
-        """Chunks in order of arrival; prompts are admitted one by one while there is budget."""
+    def _chunks(self, budget: int, fill: bool) -> list[Chunk]:
+        """Chunks in order of arrival; prompts are admitted one by one while there is budget.
+
+        Unless the step is to be filled, one that ends a prompt is made longer only by prompts that end in it too: the
+        first token of one waits for no part of another, which would not gain by it.
+        """
         chunks: list[Chunk] = []
         resumed = iter(list(self.prefilling))
         while budget > 0:
-            sequence = next(resumed, None) or self._admit_next(started)
+            sequence = next(resumed, None) or self._admit_next()
             if sequence is None:
                 break
-            end = min(sequence.prompt_len, sequence.num_computed + budget)
-            chunks.append(Chunk(sequence, sequence.num_computed, end))
-            budget -= end - sequence.num_computed
+            chunk = Chunk(sequence, sequence.num_computed, min(sequence.prompt_len, sequence.num_computed + budget))
+            if chunks and not (fill or chunk.completes_prompt):
+                break
+            chunks.append(chunk)
+            budget -= chunk.end - chunk.start
         return chunks
 
-    def _admit_next(self, started: list[Sequence]) -> Sequence | None:
+    def _admit_next(self) -> Sequence | None:
         sequence = next(filter(self._admit, self._in_line()), None)
         if sequence is not None:
             self.waiting.remove(sequence)
             self.prefilling.append(sequence)
-            started.append(sequence)
         return sequence
 
     def _in_line(self) -> Iterator[Sequence]:

@@ -72,10 +72,10 @@ def _paged(runner: ModelRunner, pool: BlockPool, ids: list[int]) -> Tensor:
 
 def _plans(sequence: Sequence) -> Any:
     half, whole = sequence.prompt_len // 2, sequence.prompt_len
-    yield StepPlan([], [Chunk(sequence, 0, half)], [])
-    yield StepPlan([], [Chunk(sequence, half, whole)], [])
+    yield StepPlan([], [Chunk(sequence, 0, half)])
+    yield StepPlan([], [Chunk(sequence, half, whole)])
     sequence.num_computed = whole
-    yield StepPlan([sequence], [], [])
+    yield StepPlan([sequence], [])
 
 
 def _relative_error(got: Tensor, wanted: Tensor) -> float:

@@ -72,11 +72,11 @@ class Bench:
         seen: list[Tensor] = []
         for start in range(0, max(PROMPTS), chunk):
             chunks = [Chunk(s, start, min(start + chunk, s.prompt_len)) for s in sequences if start < s.prompt_len]
-            seen += self._runner.run(StepPlan([], chunks, [])).logits_RxV.unbind()
+            seen += self._runner.run(StepPlan([], chunks)).logits_RxV.unbind()
         for sequence in sequences:
             sequence.num_computed = sequence.prompt_len
         for _ in range(2):
-            seen += self._runner.run(StepPlan(sequences, [], [])).logits_RxV.unbind()
+            seen += self._runner.run(StepPlan(sequences, [])).logits_RxV.unbind()
             for sequence in sequences:
                 sequence.num_computed += 1
         for sequence in sequences:

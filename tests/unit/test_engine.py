@@ -107,6 +107,7 @@ def test_abort_in_every_state_frees_everything(llama: Path) -> None:
     driver.engine.abort(waiting)
     prefilling = driver.add("prefilling", [7] * 57, SamplingParams(max_tokens=5))
     driver.engine.step()
+    driver.engine.step()
     assert 0 < prefilling.num_computed < 57
     driver.engine.abort(prefilling)
     decoding = driver.add("decoding", [8] * 4, SamplingParams(max_tokens=40, ignore_eos=True))

@@ -36,8 +36,33 @@ def test_short_prompts_share_a_step_in_order_of_arrival() -> None:
     scheduler = _scheduler()
     for first in (0, 100, 200):
         scheduler.add(_sequence(7, first))
-    assert _chunks(scheduler) == [(0, 7), (0, 7), (0, 2)]
-    assert _chunks(scheduler) == [(2, 7)]
+    assert _chunks(scheduler) == [(0, 7), (0, 7)], "a part of the third would only delay the first tokens of these"
+    assert _chunks(scheduler) == [(0, 7)]
+
+
+def test_the_end_of_a_long_prompt_waits_for_no_part_of_the_next_but_for_a_whole_one() -> None:
+    scheduler = _scheduler()
+    for length, first in ((20, 0), (20, 100), (6, 200), (6, 300)):
+        scheduler.add(_sequence(length, first))
+    steps = [[(0, 16)], [(16, 20)], [(0, 16)], [(16, 20), (0, 6), (0, 6)]]
+    for step in steps:
+        plan = scheduler.schedule()
+        assert [(chunk.start, chunk.end) for chunk in plan.chunks] == step
+        assert plan.started == [chunk.sequence for chunk in plan.chunks if chunk.start == 0]
+        scheduler.advance(plan)
+    assert not scheduler.has_work
+
+
+def test_a_step_that_decodes_is_filled() -> None:
+    """The next one would make those who decode wait again."""
+    scheduler = _scheduler()
+    decoding = _sequence(4, 1000)
+    decoding.table = scheduler._pool.acquire(2)
+    decoding.output_ids = [1]
+    scheduler.attach(decoding)
+    for first in (0, 100):
+        scheduler.add(_sequence(10, first))
+    assert _chunks(scheduler) == [(0, 10), (0, 5)]
 
 
 def test_decodes_come_first_and_leave_the_rest_to_chunks() -> None:
@@ -98,7 +123,7 @@ def test_a_full_queue_refuses() -> None:
 def test_a_prompt_that_brought_its_blocks_does_not_wait_behind_one_that_waits_for_them() -> None:
     """Or the two would wait for each other: the pool is full of what the second one reserved."""
     scheduler = _scheduler(blocks=4)
-    reserved = _sequence(12)
+    reserved = _sequence(8)
     reserved.table = scheduler._pool.acquire(4)
     first = _sequence(8, 100)
     scheduler.add(first)
