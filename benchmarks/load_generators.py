@@ -1,11 +1,13 @@
 """Do `tandem bench` and `vllm bench serve` measure the same? Both load the same service with the same seeds, by turns.
 
-usage: python benchmarks/load_generators.py --peer VENV [--rounds 3] [--num-prompts 80] [--rate 8] [--output FILE]
+usage: python benchmarks/load_generators.py --peer VENV [--engine] [--rounds 3] [--num-prompts 80] [--rate 8]
+       [--output FILE]
 
 VENV is a virtual environment with vLLM. The service is Tandem's router with its OpenAI door, and behind it workers
 without a model that keep a pace by the clock (router_workers.py): one prompt after the other, then a step for all live
-requests. So what is measured depends on the load alone: an engine that shares its cores with the tools, and with
-whatever else runs, is not like itself from one run to the next.
+requests. So what is measured depends on the load alone. With --engine, they are a prefill and a decode worker with the
+160M shape and random weights: on a machine of few cores these share them with the tools, so the machine must be quiet,
+and the rate low (--rate 0.8).
 
 A round's number is its seed: both tools send requests of the same lengths at the same times (vLLM's prompts are text,
 ours token ids), each twice, in the order A B B A, so that what drifts meets both alike. A figure's difference is that
@@ -18,6 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +36,7 @@ from typing import Any
 import record
 from rich.console import Console
 from rich.table import Table
+from shapes import write_model
 from side import Side, routing
 
 from tandem.client import Client
@@ -58,12 +64,35 @@ GOODPUT = ("ttft:150", "tpot:40", "e2el:1000")
 
 
 @contextmanager
-def service() -> Iterator[str]:
-    """The URL of its OpenAI door."""
+def paced() -> Iterator[str]:
+    """The URL of the OpenAI door of a service without a model."""
     workers_of = [sys.executable, "-P", str(HERE / "router_workers.py")]
     with routing(0, sorted(os.sched_getaffinity(0))) as (_, address), closing(Side([*workers_of, address])) as workers:
         workers.ask(json.dumps(PACE))
         yield f"http://127.0.0.1:{http_port(address)}"
+
+
+@contextmanager
+def engines() -> Iterator[str]:
+    """The URL of the OpenAI door of a service with one."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model("160m", Path(folder) / TINY_MODEL.name, weights=False)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TINY_MODEL / name, model)
+        # A tool's second run of a round would find its first one's prompts.
+        config = Path(folder) / "config.json"
+        config.write_text(json.dumps({"engine": {"prefix_cache": False}}))
+        command = [sys.executable, "-m", "tandem.cli.main", "serve", "--model", str(model), "--load-format", "dummy"]
+        command += ["--config", str(config), "--prefill", "1", "--decode", "1", "--port", "0", "--http-port", "0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            try:
+                assert process.stdout is not None
+                ready = next((line for line in process.stdout if line.startswith("ready at ")), "")
+                found = re.search(r"http://\S+?(?=/v1)", ready)
+                assert found, f"the service did not start: {ready or 'it ended'}"
+                yield found[0]
+            finally:
+                process.send_signal(signal.SIGINT)
 
 
 def http_port(address: str) -> int:
@@ -104,11 +133,13 @@ def theirs(url: str, seed: int, options: argparse.Namespace, output: Path) -> di
 
 def measure(options: argparse.Namespace, folder: Path) -> list[Round]:
     rounds = []
-    with service() as url:
+    with engines() if options.engine else paced() as url:
         tools: dict[str, Callable[[int], dict[str, Any]]] = {
             "vllm": lambda seed: theirs(url, seed, options, folder / "vllm.json"),
             "tandem": lambda seed: ours(url, seed, options, folder / "tandem.json"),
         }
+        for tool in tools.values():
+            tool(options.rounds)  # warms everything up
         for seed in range(options.rounds):
             first, second = list(tools) if seed % 2 else reversed(tools)
             found: Round = {tool: [] for tool in tools}
@@ -148,6 +179,7 @@ def show(found: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True)
+    parser.add_argument("--engine", action="store_true", help="a real engine with the 160M shape")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-prompts", type=int, default=80)
     parser.add_argument("--rate", type=float, default=8.0)
@@ -157,7 +189,7 @@ def main() -> None:
         rounds = measure(options, Path(folder))
     found = compare(rounds)
     show(found)
-    load = {"num_prompts": options.num_prompts, "rate": options.rate}
+    load = {"engine": options.engine, "num_prompts": options.num_prompts, "rate": options.rate}
     record.write(options.output, **load, figures=found, rounds=rounds)
     apart = [name for name, row in found.items() if abs(row["difference"]) > LIMIT]
     if apart:
