@@ -185,10 +185,11 @@ async def test_the_deadline_is_grpcs_own(router: ScriptedRouter) -> None:
     router.script = silent
     async with AsyncClient(router.address) as client:
         with pytest.raises(errors.DeadlineExceeded, match="timeout_s"):
-            await client.complete("p", timeout_s=0.3)
+            # Long enough for the call to reach a busy machine's router.
+            await client.complete("p", timeout_s=2)
         assert await was_cancelled(router)
     assert router.time_left_s[0] is not None
-    assert 0 < router.time_left_s[0] <= 0.3
+    assert 0 < router.time_left_s[0] < 2.1  # gRPC rounds up
 
 
 def test_a_client_wide_deadline_holds_for_calls_without_one(router: ScriptedRouter) -> None:
