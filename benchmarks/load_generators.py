@@ -7,7 +7,7 @@ VENV is a virtual environment with vLLM. The service is Tandem's router with its
 without a model that keep a pace by the clock (router_workers.py): one prompt after the other, then a step for all live
 requests. So what is measured depends on the load alone. With --engine, they are a prefill and a decode worker with the
 160M shape and random weights: on a machine of few cores these share them with the tools, so the machine must be quiet,
-and the rate low (--rate 0.8).
+and the rate low (--num-prompts 20 --rate 1).
 
 A round's number is its seed: both tools send requests of the same lengths at the same times (vLLM's prompts are text,
 ours token ids), each twice, in the order A B B A, so that what drifts meets both alike. A figure's difference is that

@@ -194,7 +194,10 @@ class Reservation:
         self._lease = asyncio.get_running_loop().call_later(lease_s, self._expire)
 
     def end(self, cause: TandemError | None = None) -> None:
-        """Frees everything; a second call does nothing. cause: for a colocated prefill that is still under way."""
+        """Frees everything; a second call does nothing.
+
+        cause: told to a colocated prefill that is still under way; a transfer's sender hears only of a deadline.
+        """
         if self.state is State.ENDED:
             return
         self.state = State.ENDED

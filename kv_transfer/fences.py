@@ -16,6 +16,8 @@ class Fences:
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Task[None]] = set()
+        # Never closed; one that nobody has would be collected, and its blocks freed.
+        self._kept: list[ExitStack] = []
 
     def keep(self, blocks: ExitStack, writer_is_out: Coroutine[None, None, None]) -> None:
         """blocks: closed when the coroutine has returned. Where it raises, they stay in use as long as the worker."""
@@ -35,4 +37,5 @@ class Fences:
         if failure is None:
             blocks.close()
         else:
+            self._kept.append(blocks)
             log.error("a bug: blocks stay in quarantine, for nobody knows who writes into them", exc_info=failure)

@@ -78,11 +78,6 @@ class Attempt:
     def _demand(self) -> Demand:
         return Demand(len(self._request.prompt_ids), self._request.sampling.max_tokens)
 
-    @property
-    def _blocks(self) -> int:
-        """Of the decode worker."""
-        return blocks_for(self._demand.kv_tokens, self._decode_on.model.fingerprint.block_size)
-
     def place(self) -> None:
         """Raises Unavailable, or as choose."""
         request, demand = self._request, self._demand
@@ -93,7 +88,8 @@ class Attempt:
         # What may raise comes first: nothing would take back what is noted below.
         self.transport = LOCAL if prefill_on is self._decode_on else self._pick(prefill_on)
         self._place_prefill(views[placement.prefill])
-        self._decode_on.promised.place(request.request_id, self._blocks)
+        block_size = self._decode_on.model.fingerprint.block_size
+        self._decode_on.promised.place(request.request_id, blocks_for(demand.kv_tokens, block_size))
         self._decode_on.subscription.register(request.request_id, request.attempt, self.box)
         self._decode_on.attach(request.request_id, Role.DECODE, self._decode_lost)
         self._log.info("placed on %s and %s by %s", placement.prefill, placement.decode, self.transport)
@@ -158,15 +154,12 @@ class Attempt:
         """The Prefill call is over already: its task is."""
         request = self._request
         self._prefill_over()
-        uncounted = self._decode_on.promised.drop(request.request_id)
+        self._decode_on.promised.drop(request.request_id)
         self._decode_over()
         self._decode_on.subscription.forget(request.request_id, request.attempt)
         if not self.box.decode_ended:
             # Shielded: a client that leaves while we wait cannot stop the release.
             await asyncio.shield(self._aborting())
-        if not uncounted:
-            # At most until the next heartbeat, which knows. Who is placed on them too early waits in Reserve.
-            self._decode_on.freed_blocks += self._blocks
 
     def _aborting(self) -> asyncio.Task[None]:
         """The decode worker's Abort, from the first call on."""

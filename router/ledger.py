@@ -26,10 +26,9 @@ class Ledger:
             self._taken[key] = counted_from
             self.heartbeat(self._heard)
 
-    def drop(self, key: str) -> bool:
-        """Whether no heartbeat counted it."""
+    def drop(self, key: str) -> None:
+        self._placed.pop(key, None)
         self._taken.pop(key, None)
-        return self._placed.pop(key, None) is not None
 
     def heartbeat(self, number: int) -> None:
         self._heard = number

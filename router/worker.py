@@ -49,8 +49,6 @@ class Worker:
         self.heard_s = time.monotonic()
         self.routable = False
         self.queued, self.promised = Ledger(), Ledger()
-        # Blocks of requests that have ended here since the last heartbeat, which counts them as taken.
-        self.freed_blocks = 0
         self.prefixes = PrefixIndex(hello.total_blocks if hello.prefix_cache else 0)
         self.prefixes.apply(wire.cache_changes_from_wire(first.prefix_cache))
         self.subscription = Subscription()
@@ -96,7 +94,7 @@ class Worker:
             draining=self.draining,
             block_size=self.model.fingerprint.block_size,
             total_blocks=self.hello.total_blocks,
-            free_blocks=min(self.load.free_blocks + self.freed_blocks, self.hello.total_blocks) - self.promised.total,
+            free_blocks=self.load.free_blocks - self.promised.total,
             queued_prompt_tokens=self.load.queued_prompt_tokens + self.queued.total,
             live_requests=self.load.running_decodes
             + self.load.reservations
@@ -109,7 +107,7 @@ class Worker:
     def hear(self, heartbeat: registry_pb2.Heartbeat) -> None:
         """A hello in a later heartbeat says that the worker's roles have changed."""
         self.heard_s = time.monotonic()
-        self.load, self.freed_blocks = heartbeat.load, 0
+        self.load = heartbeat.load
         self._drain_said = heartbeat.draining
         self.prefixes.apply(wire.cache_changes_from_wire(heartbeat.prefix_cache))
         self.queued.heartbeat(heartbeat.number)

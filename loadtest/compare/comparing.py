@@ -216,14 +216,18 @@ class Comparing:
         finalists = [entry for entry in entries if entry.shape in [each.shape for each in best]]
         tried = sorted(run.rate_rps for each in best for run in each.probes)
         rates = sorted({each.best_rate_rps for each in best if each.best_rate_rps}) or tried[:1]
+        broken: list[model.Shape] = []
         for number, rate_rps in enumerate(rates):
             for entry in finalists if number % 2 == 0 else finalists[::-1]:
                 if self._halted(self._deadline_s):
                     self._cut = True
                     return
-                if entry.failure is None:
-                    with self._surviving(entry):
+                if entry.failure is None and entry.shape not in broken:
+                    try:
                         await self._show_at(entry, rate_rps)
+                    except TandemError as error:  # what its search found stands
+                        broken.append(entry.shape)
+                        self._progress.failed(entry.shape, error.message)
 
     async def _show_at(self, entry: _Entry, rate_rps: float) -> None:
         offered = await self._offer(entry, rate_rps, self._deadline_s, shown=True)

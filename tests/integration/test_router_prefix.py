@@ -1,4 +1,4 @@
-"""The router places by what heartbeats told, and by what happened since: cached beginnings, and free blocks."""
+"""The router sends prompts where their beginning is cached: what heartbeats told, and what happened since."""
 
 from __future__ import annotations
 
@@ -88,29 +88,3 @@ async def test_a_busy_worker_keeps_no_prefix_to_itself(house: House) -> None:
     await tell(workers[1], gained=NAMES)
     await told(house, "p2", 5)
     assert (await ask(house, 1)).prefill_worker == "p1"
-
-
-async def test_blocks_of_a_request_that_ended_are_free_before_a_heartbeat_says_so(house: House) -> None:
-    await house.join("p1", PREFILL)
-    large, small = await house.join("d1", DECODE, total_blocks=20), await house.join("d2", DECODE, total_blocks=12)
-    large.hold("decode")
-    ten_blocks = house.call(145)
-    await house.cluster.saw("decode", 1)
-    large.load.free_blocks = 10
-    await free_on(house, large.id, 10)
-    large.silent = small.silent = True
-    assert (await ask(house, 1)).decode_worker == "d2", "ten are free on d1, twelve on d2"
-    large.let("decode")
-    assert finish_of(await collect(ten_blocks)).report.decode_worker == "d1"
-    assert (await ask(house, 2)).decode_worker == "d1"
-    large.load.free_blocks = 9
-    await large.beat()
-    await free_on(house, large.id, 9)
-    assert (await ask(house, 3)).decode_worker == "d2", "a heartbeat is the truth"
-
-
-async def free_on(house: House, worker_id: str, blocks: int) -> None:
-    """As a heartbeat told."""
-    await eventually_status(
-        house, lambda status: {w.hello.worker_id: w.load.free_blocks for w in status.workers}[worker_id] == blocks
-    )

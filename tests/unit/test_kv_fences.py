@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from kv_rig import until
@@ -17,14 +19,19 @@ class Fenced:
         self.freed = False
         self._writer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         blocks = ExitStack()
-        blocks.callback(self._free)
+        blocks.enter_context(self._in_use())
         self.fences.keep(blocks, self._writer_is_out())
 
     async def _writer_is_out(self) -> None:
         await self._writer
 
-    def _free(self) -> None:
-        self.freed = True
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """As a reservation's blocks: in use no more when this is left, or collected."""
+        try:
+            yield
+        finally:
+            self.freed = True
 
     def end(self, error: Exception | None = None) -> None:
         if error is None:
@@ -45,6 +52,7 @@ async def test_blocks_stay_where_nobody_knows(caplog: pytest.LogCaptureFixture) 
     fenced = Fenced()
     fenced.end(ZeroDivisionError("of a bug"))
     await until(lambda: "stay in quarantine" in caplog.text)
+    gc.collect()
     assert not fenced.freed
 
 
