@@ -168,7 +168,7 @@ class Comparing:
         self._progress.stage(f"warming up {contender.shape.name}")
         await contender.warm_up(plan, self._stop)
         for _ in range(TRIES):
-            await contender.ready(plan, self._stop.is_set)
+            await contender.ready(plan, self._stop, self._stop.is_set)
             self._check_stop()
             run = await contender.alone(plan, self._question.objectives, self._stop)
             if not run.lost:
@@ -242,7 +242,7 @@ class Comparing:
         halted, tries = partial(self._halted, deadline_s), Counter[bool]()
         while True:
             self._progress.stage(f"{entry.shape.name}: {rate_rps:.2f} requests/s")
-            await entry.contender.ready(plan, halted)
+            await entry.contender.ready(plan, self._stop, halted)
             offered = await entry.contender.offer(
                 plan, self._measuring, self._question.target, halted, self._progress.watch, whole=shown
             )

@@ -98,8 +98,9 @@ class Contender:
                 await target.close()
             yield cls(shape, address, client, served, await client.status(), sending)
 
-    async def ready(self, plan: Plan, halted: Callable[[], bool]) -> None:
-        """Until as many workers serve as at first; those that were started again are warmed up. Returns if halted.
+    async def ready(self, plan: Plan, stop: asyncio.Event, halted: Callable[[], bool]) -> None:
+        """Until as many workers serve as at first; those that were started again are warmed up. Returns if halted, as
+        one that is stopped is.
 
         Raises Unavailable when they do not come back.
         """
@@ -108,7 +109,7 @@ class Contender:
             found = [_worker(state, self.shape) for state in status.workers]
             if Counter(worker.pool for worker in found) == wanted:
                 self.workers = found
-                await self.warm_up(plan, asyncio.Event())
+                await self.warm_up(plan, stop)
             elif halted():
                 return
             elif time.monotonic() > give_up_s:

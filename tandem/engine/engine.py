@@ -212,10 +212,10 @@ class Engine:
 
     def _announce(self, plan: StepPlan) -> None:
         now = time.monotonic()
-        if plan.started:
-            self._publish([(s, Started((now - s.arrived_s) * 1000, s.num_computed)) for s in plan.started])
-            self._hit_tokens += sum(sequence.num_computed for sequence in plan.started)
-            self._query_tokens += sum(sequence.prompt_len for sequence in plan.started if not sequence.averages)
+        if started := plan.started:
+            self._publish([(s, Started((now - s.arrived_s) * 1000, s.num_computed)) for s in started])
+            self._hit_tokens += sum(sequence.num_computed for sequence in started)
+            self._query_tokens += sum(sequence.prompt_len for sequence in started if not sequence.averages)
 
     def _run(self, plan: StepPlan, progress: KVProgress) -> tuple[list[Token], list[tuple[Sequence, Embedded]]]:
         output = self._runner.run(plan, progress.layer_written)
