@@ -28,9 +28,7 @@ pytestmark = [
     pytest.mark.timeout(400),
 ]
 
-# Most of them are under way when the third has been answered.
 LOAD = Plan(num_prompts=40, lengths=Lengths(40, 30), seed=1)
-WHEN = 3
 MIXED, SPLIT = "2 colocated, 64-token steps", "1P1D"
 
 
@@ -42,7 +40,11 @@ def few_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Killer:
-    """Starts the services, follows the loads, and ends a worker in the middle of some of them."""
+    """Starts the services, follows the loads, and ends a worker in the middle of some of them.
+
+    Until every request has been sent the workers are stopped, so that the one that ends takes its share of them along,
+    however late this process sees what they have answered.
+    """
 
     settings: TandemConfig
     # How often, by shape; which of its workers.
@@ -65,12 +67,23 @@ class Killer:
         self._armed = bool(load) and self.deaths.get(self._shape, 0) > 0
 
     def watch(self, run: Run) -> None:
-        if self._armed and run.ended == WHEN:
+        if not self._armed:
+            return
+        pids = self.supervisors[self._shape].pids()
+        workers = {name: pid for name, pid in pids.items() if name != "router"}
+        if len(run.outcomes) == 1:
+            for pid in workers.values():
+                os.kill(pid, signal.SIGSTOP)
+        elif len(run.outcomes) == run.planned:
             self._armed = False
             self.deaths[self._shape] -= 1
-            pid = self.supervisors[self._shape].pids()[self.victims[self._shape]]
-            os.kill(pid, signal.SIGKILL)
-            self.killed.append((self._shape, pid))
+            self._kill(workers.pop(self.victims[self._shape]))
+            for pid in workers.values():
+                os.kill(pid, signal.SIGCONT)
+
+    def _kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        self.killed.append((self._shape, pid))
 
     def ended(self, shape: model.Shape, run: model.Run, ending: Ending) -> None: ...
 
