@@ -83,6 +83,11 @@ class AdmittedEmbed:
         return sum(len(prompt.prompt_ids) for prompt in self.prompts)
 
 
+def answers_of(request: generation_pb2.GenerateRequest) -> int:
+    """How many the request may have; admission refuses those that want more."""
+    return min(max(1, request.n), MAX_CHOICES)
+
+
 def choice_seed(seed: int, index: int) -> int:
     """The request's own seed for choice 0; for the others one that depends on nothing but (seed, index)."""
     if index == 0:
@@ -96,24 +101,32 @@ def deadline_s(remaining_s: float | None, config: RouterConfig) -> float:
 
 
 class Gate:
-    """Counts the requests in the house."""
+    """Counts the requests in the house, each as often as it has answers: those are what workers and memory feel."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._inside = 0
 
+    def check(self, answers: int, field: str = "n") -> None:
+        """Raises InvalidRequest for what could never enter. field: of the request, that asks for so many."""
+        words = f"{field} asks for {answers} answers at once; the most this router takes is {self._limit}"
+        _require(answers <= self._limit, field, f"{words} (router.max_live_requests)")
+
     @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Raises Overloaded when the house is full."""
-        if self._inside >= self._limit:
+    def enter(self, answers: int = 1) -> Iterator[None]:
+        """Raises Overloaded when they do not fit into the house now, InvalidRequest when they never will."""
+        self.check(answers)
+        if self._inside + answers > self._limit:
+            words = f"{self._inside} answers are under way and {answers} more are asked for"
             raise Overloaded(
-                f"{self._limit} requests are live, the most this router takes", retry_after_ms=RETRY_AFTER_MS
+                f"{words}; the most this router takes is {self._limit} (router.max_live_requests)",
+                retry_after_ms=RETRY_AFTER_MS,
             )
-        self._inside += 1
+        self._inside += answers
         try:
             yield
         finally:
-            self._inside -= 1
+            self._inside -= answers
 
 
 class Admission:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from router.admission import Admission, Admitted, Gate, deadline_s
+from router.admission import Admission, Admitted, Gate, answers_of, deadline_s
 from router.aio import first_error
 from router.attempt import Brief
 from router.choice import Choice, Emit, OnRetry
@@ -93,6 +93,11 @@ class Orchestrator:
         """Oldest first."""
         return tuple(self._live.values())
 
+    def check_size(self, requests: Sequence[generation_pb2.GenerateRequest]) -> None:
+        """Raises InvalidRequest when so many, which differ in nothing but their prompts, could never be live at once."""
+        answers = sum(map(answers_of, requests))
+        self._gate.check(answers, "n" if answers > len(requests) else "prompt")
+
     async def generate(
         self,
         request: generation_pb2.GenerateRequest,
@@ -108,7 +113,7 @@ class Orchestrator:
         """
         timeline, observers = Timeline(), tuple(self.observers) if counted else ()
         with _observed(observers):
-            async with self._let_in(remaining_s) as deadline:
+            async with self._let_in(remaining_s, answers_of(request)) as deadline:
                 admitted = await self._admission.admit(request)
                 timeline.mark(Phase.ADMITTED)
                 self._check_open()
@@ -134,10 +139,10 @@ class Orchestrator:
             return await job.run()
 
     @asynccontextmanager
-    async def _let_in(self, remaining_s: float | None) -> AsyncIterator[float]:
-        """Yields the deadline on the event loop's clock. Raises Overloaded, Unavailable or DeadlineExceeded."""
+    async def _let_in(self, remaining_s: float | None, answers: int = 1) -> AsyncIterator[float]:
+        """Yields the deadline on the event loop's clock. Raises as Gate.enter, Unavailable or DeadlineExceeded."""
         self._check_open()
-        with self._gate.enter():
+        with self._gate.enter(answers):
             async with _deadline(deadline_s(remaining_s, self._config)) as deadline:
                 yield deadline
 

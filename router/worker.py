@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 ABORT_TIMEOUT_S = 2.0
 # Directives that may wait for a worker's stream.
 MAX_DIRECTIVES = 16
-# Statuses by which gRPC itself, not a handler, says that the other side went away.
-_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 class Worker:
@@ -253,8 +251,13 @@ class Worker:
         call: Any = error
         if rpc.said_by_tandem(error):
             return rpc.error_from_rpc(error)
-        if call.code() in _GONE:
+        broken_off = call.code() is grpc.StatusCode.CANCELLED
+        if call.code() is grpc.StatusCode.UNAVAILABLE or (broken_off and self.loss is not None):
             return errors.WorkerLost(f"{role} worker {self.id} was lost: {self.loss or call.details()}")
+        if broken_off:
+            # By its server's gRPC, not by its handler. It still heartbeats: the call is over, the worker is not.
+            log.warning("%s worker %s broke off a call", role, self.id)
+            return errors.Unavailable(f"the {role} worker broke off the call; send the request again")
         if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return errors.DeadlineExceeded(f"the deadline passed while {role} worker {self.id} held the request")
         return rpc.error_from_rpc(error)

@@ -124,8 +124,8 @@ class RouterConfig(Section):
     # By which requests over loopback may name this machine in `Host`, besides its addresses and localhost: those of a
     # proxy on this machine.
     http_names: tuple[str, ...] = ()
-    # Requests in the house at once; one more is refused as overloaded.
-    max_live_requests: int = Field(1024, ge=1)
+    # Requests in the house at once, a request for n answers counting as n; one more is refused as overloaded.
+    max_live_requests: int = Field(1024, ge=1, le=1 << 14)
     # Of a request that brings no deadline, seconds.
     default_deadline_s: float = Field(600.0, gt=0)
     max_deadline_s: float = Field(3600.0, gt=0)

@@ -26,6 +26,10 @@ MAX_WORKER_MESSAGE_BYTES = (1 << 24) + 4096
 # A cut link raises no error by itself: both ends ping when nothing came for 2 s and give up after 3 s more. gRPC takes
 # the keepalive timeout for what the kernel sees (packets without ACK), and another, of 60 s, for a ping without answer.
 KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 2000, 3000
+# Calls that have arrived and no handler has taken yet. gRPC begins to cancel some at random from 1000 on, and its
+# client cannot tell that from a server that went away; what Tandem serves at once is bounded by its own queues, whose
+# refusals say so. Above any router.max_live_requests, for aborts may be waiting as well.
+MAX_UNTAKEN_CALLS = 1 << 16
 # Dialling a host that does not answer ends after this long, not after gRPC's 20 s: the next try may find it back.
 DIAL_TIMEOUT_MS = 2000
 
@@ -94,6 +98,8 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.server.max_pending_requests", MAX_UNTAKEN_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_UNTAKEN_CALLS),
         # A second process on the same port must fail, not share it.
         ("grpc.so_reuseport", 0),
     ]

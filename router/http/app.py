@@ -91,6 +91,7 @@ class OpenAIDoor:
     def _exchange(self, body: Fields, shape: Shape, requests: Sequence[generation_pb2.GenerateRequest]) -> Response:
         if body.stream_options is not None and not body.streamed:
             raise InvalidRequest("stream_options needs stream to be true", field="stream_options")
+        self._orchestrator.check_size(requests)
         choices = [Progress() for request in requests for _ in range(request.n)]
         name = self._model(body.model).name
         answer = Answer(shape, name, secrets.token_hex(16), bool(body.return_token_ids), choices)

@@ -35,10 +35,19 @@ async def test_a_full_house_says_when_to_come_back(door: HttpHouse) -> None:
         "code": "overloaded",
     }
     assert (refused.headers["retry-after"], refused.headers["retry-after-ms"]) == ("1", "1000")
-    # A batch counts by prompts; those that were let in leave again.
     worker.let("first")
     assert {(await task).status_code for task in waiting} == {200}
-    assert (await door.complete(prompt=[[1, 2]] * 9)).status_code == 429
+    # A batch counts by answers; those of its prompts that were let in leave again.
+    worker.hold("first")
+    one = asyncio.create_task(door.complete())
+    await door.house.cluster.saw("first", 9)
+    assert (await door.complete(prompt=[[1, 2]] * 8)).status_code == 429
+    worker.let("first")
+    assert (await one).status_code == 200
+    for fields, field in (({"prompt": [[1, 2]] * 9}, "prompt"), ({"prompt": [[1, 2]] * 5, "n": 2}, "n")):
+        never = await door.complete(**fields)
+        assert (never.status_code, error_of(never)["param"]) == (400, field)
+        assert "the most this router takes is 8 (router.max_live_requests)" in error_of(never)["message"]
     await door.house.check_empty()
 
 

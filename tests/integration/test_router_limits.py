@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from router_house import (
@@ -70,6 +71,51 @@ async def test_one_more_request_than_the_house_holds() -> None:
         prefill.let("start")
         await collect(call)
         await collect(house.call())
+
+
+async def test_each_answer_counts() -> None:
+    async with open_house(configuration(max_live_requests=3)) as house:
+        prefill, _ = await house.pair()
+        prefill.hold("start")
+        call = house.call(n=2)
+        await house.cluster.saw("start", 2)
+        with pytest.raises(errors.Overloaded, match=r"takes is 3 \(router.max_live_requests\)") as caught:
+            await collect(house.call(n=2))
+        assert caught.value.retry_after_ms
+        with pytest.raises(errors.InvalidRequest, match="n asks for 4 answers at once") as never:
+            await collect(house.call(n=4))
+        assert never.value.field == "n"
+        prefill.let("start")
+        await collect(house.call())
+        await collect(call)
+        await house.check_empty()
+
+
+async def test_thousands_of_answers_at_once() -> None:
+    """gRPC's own limit is 1000 calls that nobody has taken yet; from there on it cancels some, aborts among them."""
+    async with open_house(configuration(max_live_requests=4096)) as house:
+        await house.pair()
+        calls = [house.call(2, timeout=60, n=32) for _ in range(128)]
+        assert [len(ids_of(events, 31)) for events in await asyncio.gather(*map(collect, calls))] == [2] * 128
+        await house.check_empty()
+
+
+async def test_a_call_that_grpc_breaks_off_is_no_loss_of_its_worker(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, _ = await house.pair()
+    with monkeypatch.context() as patch:
+        # As gRPC itself would: with a status, and nothing of Tandem's.
+        patch.setattr(prefill, "_prefill", lambda _, __, context: context.abort(grpc.StatusCode.CANCELLED))
+        await _broken_off(house)
+    await collect(house.call())
+    await house.check_empty()
+
+
+async def _broken_off(house: House) -> None:
+    with pytest.raises(errors.Unavailable, match="the prefill worker broke off the call") as caught:
+        await collect(house.call())
+    assert not isinstance(caught.value, errors.WorkerLost)
 
 
 @pytest.mark.parametrize(

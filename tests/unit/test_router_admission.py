@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from router.admission import MAX_LABEL_CHARS, Admission, Admitted, Gate, choice_seed, deadline_s
+from router.admission import MAX_LABEL_CHARS, Admission, Admitted, Gate, answers_of, choice_seed, deadline_s
 from router.tokenizer import INLINE_CHARS, load_tokenizer
 from tandem.config import TINY_MODEL, ModelConfig, RouterConfig
 from tandem.errors import ConfigError, InvalidRequest, ModelNotFound, Overloaded, TandemError
@@ -136,6 +136,20 @@ def test_the_gate_counts_who_is_inside() -> None:
         raise TandemError("left by an error")
     with gate.enter():
         pass
+
+
+def test_the_gate_counts_answers() -> None:
+    gate = Gate(4)
+    with gate.enter(3):
+        with pytest.raises(Overloaded, match="3 answers are under way and 2 more"), gate.enter(2):
+            pass
+        with gate.enter(1):
+            pass
+    with pytest.raises(InvalidRequest, match="5 answers at once; the most this router takes is 4"), gate.enter(5):
+        pass
+    with gate.enter(4):
+        pass
+    assert [answers_of(GenerateRequest(n=n)) for n in (0, 1, 7, 10**6)] == [1, 1, 7, MAX_CHOICES]
 
 
 @pytest.mark.parametrize(("remaining", "expected"), [(None, 10.0), (3.0, 3.0), (99.0, 20.0), (0.0, 0.0)])
