@@ -3,9 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
-# A plain path entry, not the import hook that pip makes by default: with the hook, a checkout named `tandem` hides the
-# package from scripts that run in the folder above it.
-EDITABLE := --config-settings editable_mode=compat -e
 INPUTS := pyproject.toml constraints.txt
 
 .PHONY: demo test test-cluster check cluster-node clean
@@ -42,16 +39,16 @@ $(VENV)/torch.stamp: $(INPUTS)
 
 # What the tests need covers what the demo needs, and a later `make demo` must not install anything again.
 $(VENV)/serve.stamp: $(VENV)/torch.stamp
-	@$(PIP) $(EDITABLE) '.[serve]'
+	@$(PIP) -e '.[serve]'
 	@touch $@
 
 # A node of a Ray cluster: the launcher files (cluster.yaml, deploy/cluster.onprem.yaml) call `make cluster-node` there.
 cluster-node: $(VENV)/node.stamp
 
 $(VENV)/node.stamp: $(VENV)/torch.stamp
-	@$(PIP) $(EDITABLE) '.[serve,ray]'
+	@$(PIP) -e '.[serve,ray]'
 	@touch $(VENV)/serve.stamp $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp
-	@$(PIP) $(EDITABLE) '.[dev]'
+	@$(PIP) -e '.[dev]'
 	@touch $(VENV)/serve.stamp $@

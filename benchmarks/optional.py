@@ -22,7 +22,6 @@ def _can_run(case: str, transport: str) -> bool:
     name, modules, extra = _NEEDED[transport]
     if any(find_spec(module) for module in modules):
         return True
-    print(
-        f"left out: {case}, for {name} is not installed; pip install '.[{extra}]' in a checkout brings it", flush=True
-    )
+    hint = f"pip install -c constraints.txt -e '.[{extra}]' in a checkout brings it"
+    print(f"left out: {case}, for {name} is not installed; {hint}", flush=True)
     return False

@@ -26,7 +26,8 @@ def need_extra(*more: str) -> None:
         try:
             import_module(module)
         except ImportError as error:
-            raise ConfigError(f"load tests need {error.name}: pip install '.[bench]' in a checkout") from None
+            hint = "pip install -c constraints.txt -e '.[bench]' in a checkout"
+            raise ConfigError(f"load tests need {error.name}: {hint}") from None
 
 
 def check_writable(path: Path) -> None:

@@ -58,7 +58,8 @@ def _cluster(address: str) -> Iterator[Cluster]:
         if (error.name or "").partition(".")[0] != "ray":
             raise
         raise ConfigError(
-            "Ray is not installed here: `make cluster-node` in a checkout, or pip install '.[serve,ray]'"
+            "Ray is not installed here: in a checkout, `make cluster-node` "
+            "or pip install -c constraints.txt -e '.[serve,ray]'"
         ) from None
     # In this order: connecting, Ray takes the signals for itself.
     with connected(address, lambda line: typer.echo(line, err=True)) as cluster, _ending_by_signals():

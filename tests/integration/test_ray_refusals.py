@@ -32,7 +32,8 @@ def test_without_ray_it_says_how_to_get_it() -> None:
     ran = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert (ran.returncode, ran.stderr) == (
         2,
-        "tandem: Ray is not installed here: `make cluster-node` in a checkout, or pip install '.[serve,ray]'\n",
+        "tandem: Ray is not installed here: in a checkout, `make cluster-node` "
+        "or pip install -c constraints.txt -e '.[serve,ray]'\n",
     )
 
 
