@@ -78,7 +78,7 @@ class Outcome:
 def summarize(
     outcomes: Sequence[Outcome], duration_s: float, percentiles: Sequence[float], goodput: Goodput
 ) -> dict[str, Any]:
-    """All figures. Without any answer they are 0, as vLLM's."""
+    """All figures; a latency of which nothing was measured is None (vLLM writes 0, as if it had been reached)."""
     done = [outcome for outcome in outcomes if outcome.ok]
     tokens_in, tokens_out = (sum(getattr(each, name) for each in done) for name in ("prompt_tokens", "output_tokens"))
     return {
@@ -140,14 +140,13 @@ def missed(
     return [name for name, limit_ms in goodput.items() if seconds[name] * 1000 > limit_ms]
 
 
-def _spread(name: str, seconds: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:
-    values = np.asarray(seconds or [0.0]) * 1000
-    return {
-        f"mean_{name}_ms": float(values.mean()),
-        f"median_{name}_ms": float(np.median(values)),
-        f"std_{name}_ms": float(values.std()),
-        **{f"p{percentile:g}_{name}_ms": float(np.percentile(values, percentile)) for percentile in percentiles},
-    }
+def _spread(name: str, seconds: Sequence[float], percentiles: Sequence[float]) -> dict[str, float | None]:
+    keys = ["mean", "median", "std", *(f"p{percentile:g}" for percentile in percentiles)]
+    if not seconds:
+        return {f"{key}_{name}_ms": None for key in keys}
+    values = np.asarray(seconds) * 1000
+    found = [values.mean(), np.median(values), values.std(), *np.percentile(values, percentiles)]
+    return {f"{key}_{name}_ms": float(value) for key, value in zip(keys, found, strict=True)}
 
 
 def _peaks(done: Sequence[Outcome]) -> dict[str, float]:

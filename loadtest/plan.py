@@ -85,6 +85,14 @@ class Plan:
             raise ConfigError("--trace belongs to --workload mooncake or azure", field="trace")
         if self.workload == "azure" and self.trace is None:
             raise ConfigError("--workload azure needs --trace FILE", field="trace")
+        if self.workload == "random" and self.scale_lengths != 1:
+            raise ConfigError("--scale-lengths belongs to --workload mooncake or azure", field="scale_lengths")
+        for name, moves in (("scale_time", self.scale_time != 1), ("jitter", bool(self.jitter_s))):
+            if moves and self.has_rate:
+                words = "moves the arrivals of a trace: it needs --workload mooncake or azure, and no rate"
+                raise ConfigError(f"--{name.replace('_', '-')} {words}", field=name)
+        if self.trace is not None:
+            traces.check_readable(self.trace)
         if self.ramp_up is not None and self.request_rate is not None:
             raise ConfigError("a ramp-up has its own rates: leave --request-rate out", field="request_rate")
 
@@ -218,6 +226,8 @@ def parse_goodput(words: Iterable[str]) -> dict[Metric, float]:
                 f"--goodput takes ttft, tpot and e2el with milliseconds, such as ttft:500, not {shown(word)}",
                 field="goodput",
             )
+        if metric in found:
+            raise ConfigError(f"--goodput names {metric} twice", field="goodput")
         found[metric] = limit_ms
     return found
 

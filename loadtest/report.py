@@ -45,7 +45,7 @@ def _lines(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "request throughput", f"{figures['request_throughput']:.2f} requests/s"
     yield "output throughput", f"{figures['output_throughput']:.1f} tokens/s"
     yield "total token throughput", f"{figures['total_token_throughput']:.1f} tokens/s"
-    yield "most at once", f"{figures['max_concurrent_requests']} requests"
+    yield "most in one second", f"{figures['max_concurrent_requests']} requests under way"
     if figures["goodput"]:
         yield from _goodput_lines(figures)
 
@@ -65,5 +65,10 @@ def _latencies(figures: dict[str, Any], percentiles: Sequence[float]) -> Table:
         table.add_column(head, justify="right")
     for label, name, clock, path in _ROWS:
         found = figures[path[0]] if path else figures
-        table.add_row(label, clock, *(f"{found[f'{head}_{name}_ms']:.2f}" for head in heads))
+        table.add_row(label, clock, *(_shown(found[f"{head}_{name}_ms"]) for head in heads))
     return table
+
+
+def _shown(milliseconds: float | None) -> str:
+    """A dash where there was nothing to measure."""
+    return "-" if milliseconds is None else f"{milliseconds:.2f}"

@@ -41,11 +41,23 @@ def read_trace(kind: TraceKind, path: Path, limit: int) -> list[TraceRow]:
         with path.open(encoding="utf-8", newline="") as lines:
             found = list(islice(rows(path, lines), limit))
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"cannot read the trace {path}: {reason}", field="trace") from None
+        raise _unreadable(path, error) from None
     if not found:
         raise ConfigError(f"the trace {path} has no requests", field="trace")
     return found
+
+
+def check_readable(path: Path) -> None:
+    """Raises ConfigError when no file can be read there; what is in it is not looked at."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> ConfigError:
+    reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+    return ConfigError(f"cannot read the trace {path}: {reason}", field="trace")
 
 
 def _mooncake_rows(path: Path, lines: Iterable[str]) -> Iterator[TraceRow]:

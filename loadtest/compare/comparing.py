@@ -123,19 +123,26 @@ class Comparing:
         return self._comparison(entries, command)
 
     async def _entries(self, services: AsyncExitStack) -> list[_Entry]:
-        entries = []
+        entries: list[_Entry] = []
         for shape in all_shapes(self._question.workers, self._question.step_tokens):
             self._check_stop()
             self._progress.stage(f"starting {shape.name}")
             address = await services.enter_async_context(self._start(shape))
             sending = SendOptions(timeout_s=self._question.timeout_s)
             contender = await services.enter_async_context(Contender.at(address, shape, sending))
+            if not entries:  # before the other services start: a load that the model cannot take fits none of them
+                self._question.plan.schedule(contender.served)
             entries.append(_Entry(contender, Search(1.0, self._question.resolution)))
         for entry in entries:
-            with self._surviving(entry):
+            try:
                 entry.alone = await self._alone(entry)
-        self._begin([(entry, entry.alone) for entry in entries if entry.alone is not None])
+            except TandemError as error:
+                entry.failure = error
         _check_some_work(entries)
+        for entry in entries:
+            if entry.failure is not None:
+                self._progress.failed(entry.shape, entry.failure.message)
+        self._begin([(entry, entry.alone) for entry in entries if entry.alone is not None])
         return entries
 
     def _begin(self, alone: Sequence[tuple[_Entry, model.Run]]) -> None:

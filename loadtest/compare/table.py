@@ -25,6 +25,7 @@ def _cells(measured: Measured) -> list[str]:
     if best is None:
         return [f"below {min(run.rate_rps for run in measured.probes):.2f}/s" if measured.probes else "not measured"]
     figures = {**best.figures, **best.figures["from_schedule"]}
-    latencies = [f"{figures[f'{head}_{name}_ms']:.0f} ms" for name in ("ttft", "tpot") for head in ("median", "p90")]
+    found = [figures[f"{head}_{name}_ms"] for name in ("ttft", "tpot") for head in ("median", "p90")]
+    latencies = ["-" if value is None else f"{value:.0f} ms" for value in found]
     busy = " ".join(f"{use.pool} {use.busy:.0%}" for use in best.use)
     return [f"{best.rate_rps:.2f}/s", f"{best.goodput_rps:.2f}", *latencies, busy]

@@ -14,7 +14,7 @@ from tandem.cli.bench_options import ArrivalOptions, ObjectiveOptions, WorkloadO
 from tandem.cli.common import RouterOption, make_console, reported
 from tandem.client.request import DEFAULT_ADDRESS
 from tandem.entry import INTERRUPTED
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:  # numpy and aiohttp: only for whoever runs a load test
     from loadtest.plan import Plan
@@ -68,8 +68,10 @@ def run(
             typer.echo("tandem: cancelled", err=True)
             raise typer.Exit(INTERRUPTED) from None
         _show(result, measuring, output, save_detailed)
-    if result.run.interrupted:
-        raise typer.Exit(INTERRUPTED)
+        if result.run.interrupted:
+            raise typer.Exit(INTERRUPTED)
+        if not result.figures["completed"]:
+            raise Unavailable("no request was answered: nothing was measured")
 
 
 async def _measured(

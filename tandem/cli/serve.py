@@ -19,19 +19,19 @@ from tandem.launch.processes import Supervisor
 
 
 def pool_sizes(prefill: int | None, decode: int | None, colocated: int | None) -> dict[str, Any]:
-    """The `serve` section's overrides: colocated workers alone mean that nobody is split."""
-    if colocated is not None and prefill is None and decode is None:
-        prefill = decode = 0
+    """The `serve` section's overrides: beside colocated workers, who play both roles, only those that are asked for."""
+    if colocated:
+        prefill, decode = prefill or 0, decode or 0
     return {"prefill": prefill, "decode": decode, "colocated": colocated}
 
 
 def serve(
     model: ModelOption = None,
-    prefill: Annotated[int | None, typer.Option(help="Prefill workers; 1 if nothing is said.")] = None,
-    decode: Annotated[int | None, typer.Option(help="Decode workers; 1 if nothing is said.")] = None,
-    colocated: Annotated[
-        int | None, typer.Option(help="Workers that play both roles; alone, it means no split workers.")
+    prefill: Annotated[
+        int | None, typer.Option(help="Prefill workers; if nothing is said: 1, or 0 beside colocated ones.")
     ] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode workers; as many, if nothing is said.")] = None,
+    colocated: Annotated[int | None, typer.Option(help="Workers that play both roles.")] = None,
     config: ConfigOption = None,
     device: Annotated[Device | None, typer.Option(help="Where the engines run.")] = None,
     load_format: Annotated[LoadFormat | None, typer.Option(help="dummy: random weights, for load tests.")] = None,

@@ -20,7 +20,7 @@ from loadtest.compare.question import Question
 from loadtest.plan import Plan
 from loadtest.runner import Run
 from loadtest.workloads import Lengths
-from tandem.errors import DeadlineExceeded, Unavailable
+from tandem.errors import ConfigError, DeadlineExceeded, Overloaded, Unavailable
 from tandem.types import Accepted, ChoiceFinished, Completed, Delta, FinishReason, Token, Usage
 from tandem.v1 import generation_pb2, registry_pb2
 
@@ -183,6 +183,25 @@ async def test_a_shape_that_is_too_slow_even_alone_is_not_searched() -> None:
     assert colocated.probes[0].figures["missed"] == {"ttft": 3}
     assert found.verdict.ratio is None
     assert found.verdict.pays
+
+
+async def test_a_load_that_the_model_cannot_take_is_told_once() -> None:
+    scripted = Scripted(0.02, 0.02)
+    with pytest.raises(ConfigError, match="longer than the model's 4096 tokens"):
+        await compared(scripted, question(plan=Plan(num_prompts=20, lengths=Lengths(5000, OUTPUT))))
+    assert len(scripted.routers) == 1, "no other service is started for it"
+
+
+async def test_what_all_shapes_fail_for_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(_line: Line, _request: Any, _emit: Any) -> None:
+        raise Overloaded("full")
+
+    told: list[str] = []
+    monkeypatch.setattr(Line, "answer", refuse)
+    monkeypatch.setattr(Notes, "failed", lambda _notes, shape, _why: told.append(shape.name))
+    with pytest.raises(Unavailable, match="no warm-up request was answered"):
+        await compared(Scripted(0.02, 0.02), question())
+    assert told == []
 
 
 async def test_stopped_in_the_search_it_says_what_was_found() -> None:

@@ -19,6 +19,7 @@ from service import ROOT
 from typer.testing import CliRunner
 
 from tandem.cli.app import app
+from tandem.errors import Overloaded
 
 
 def bench(*args: str) -> list[str]:
@@ -76,9 +77,24 @@ def test_ctrl_c_gives_the_report_so_far(tmp_path: Path) -> None:
     assert found["failures"] == {"interrupted": found["offered"] - found["completed"]}
 
 
+def test_no_answer_at_all_is_a_failure(tmp_path: Path) -> None:
+    async def refuse(request: Any, emit: Any) -> None:
+        raise Overloaded("full")
+
+    output = tmp_path / "out.json"
+    with serving(ScriptedRouter(refuse, joined())) as router:
+        command = ["bench", "run", "--router", router.address, "--num-prompts", "3", "--input-len", "4"]
+        result = CliRunner().invoke(app, [*command, "--output", str(output)])
+    assert (result.exit_code, result.stderr) == (1, "tandem: no request was answered: nothing was measured\n")
+    assert "overloaded      3" in result.stdout
+    found = json.loads(output.read_text())
+    assert (found["failed"], found["mean_ttft_ms"]) == (3, None)
+
+
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
+        (["--workload", "mooncake", "--trace", "/nope"], 2, "cannot read the trace /nope"),
         (["--goodput", "itl:5"], 2, "--goodput takes ttft, tpot and e2el"),
         (["--request-rate", "0"], 2, "--request-rate must be above 0"),
         (["--workload", "azure"], 2, "--workload azure needs --trace FILE"),

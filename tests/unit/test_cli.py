@@ -240,11 +240,13 @@ def test_serve_refuses_what_cannot_be_before_it_starts(args: list[str], words: s
     [
         ((None, None, None), (None, None, None)),
         ((None, None, 2), (0, 0, 2)),
-        ((1, None, 2), (1, None, 2)),
+        ((1, None, 2), (1, 0, 2)),
+        ((1, 3, 2), (1, 3, 2)),
         ((2, 3, None), (2, 3, None)),
+        ((None, None, 0), (None, None, 0)),
     ],
 )
-def test_colocated_alone_means_no_split(flags: tuple[Any, Any, Any], sizes: tuple[Any, Any, Any]) -> None:
+def test_nobody_is_split_unasked_beside_colocated(flags: tuple[Any, Any, Any], sizes: tuple[Any, Any, Any]) -> None:
     assert tuple(pool_sizes(*flags).values()) == sizes
 
 

@@ -256,20 +256,25 @@ def test_shapes_without_a_run_at_a_shared_rate_are_not_in_the_legend_there(two: 
 def test_a_shape_that_did_not_run_at_every_shared_rate_is_said_so(two: Comparison) -> None:
     short = two.measured[0].model_copy(update={"shown": two.measured[0].shown[:1]})
     text = Page(render(two.model_copy(update={"measured": [short, two.measured[1]]}))).text
-    assert text.count("Without 2 colocated, 64-token steps: not run at this rate.") == 1
+    assert text.count("Without 2 colocated, 64-token steps: no whole run with these arrivals at this rate.") == 1
     assert "of a run at 1.00 requests/s" in text
+    cut = Page(render(two.model_copy(update={"measured": [short, two.measured[1]], "interrupted": True}))).text
+    assert "at this rate; the comparison was cut off before it had ended." in cut
 
 
-def test_a_split_that_waits_as_long_is_not_praised(two: Comparison) -> None:
+@pytest.mark.parametrize("words", ["longer", "as long"])
+def test_a_split_that_waits_as_long_is_not_praised(two: Comparison, words: str) -> None:
     def late(run: ShownRun) -> ShownRun:
         answers = [
             each.model_copy(update={"arrivals_s": each.arrivals_s[:1] + each.arrivals_s[20:]}) for each in run.answers
         ]
         return run.model_copy(update={"answers": answers})
 
-    split = two.measured[1].model_copy(update={"shown": [late(run) for run in two.measured[1].shown]})
+    colocated, split = two.measured
+    shown = [late(run) for run in split.shown] if words == "longer" else colocated.shown
+    split = split.model_copy(update={"shown": shown})
     text = Page(render(two.model_copy(update={"measured": [two.measured[0], split]}))).text
-    assert "So 1P1D waits as long here" in text
+    assert f"So 1P1D waits {words} here" in text
 
 
 def test_failed_answers_and_answers_without_marks_are_no_trouble(two: Comparison) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 
 from loadtest.metrics import Outcome, details, summarize
+from loadtest.report import report
 from loadtest.sse import MAX_EVENT_BYTES, EventSplitter
 
 
@@ -85,11 +87,23 @@ def test_peaks_are_of_whole_seconds_from_the_first_start() -> None:
     assert found["max_concurrent_requests"] == 2
 
 
-def test_without_any_answer_all_is_zero() -> None:
+def test_without_any_answer_nothing_is_measured() -> None:
     for outcomes in ([], [failed("unavailable")]):
         found = summarize(outcomes, 1.0, (99,), {"ttft": 1})
-        assert found["mean_ttft_ms"] == found["p99_itl_ms"] == found["request_goodput"] == 0
+        assert {found[name] for name in found if name.endswith("_ms")} == {None}
+        assert found["from_schedule"]["p99_e2el_ms"] is None
+        assert found["request_throughput"] == found["request_goodput"] == 0
         assert found["attainment"] == (0 if outcomes else None)
+
+
+def test_answers_of_one_token_have_no_further_ones_to_measure() -> None:
+    found = summarize([answered(0, 0, 1.0)], 1.0, (99,), {})
+    assert (found["mean_ttft_ms"], found["median_tpot_ms"], found["p99_itl_ms"]) == (1000, None, None)
+    console = Console(record=True, width=120)
+    with console.capture():
+        console.print(report({"interrupted": False, "left_out": 0, "goodput": {}, **found}, (99,)))
+    (row,) = [line.split() for line in console.export_text().splitlines() if "TPOT" in line]
+    assert row == ["TPOT", "-", "-", "-"]
 
 
 def test_a_server_that_does_not_count_is_counted_by_arrivals() -> None:

@@ -184,6 +184,12 @@ def test_a_rate_replaces_the_times_of_a_trace() -> None:
         ({"lengths": Lengths(1, 1, 1.0)}, r"--range-ratio must be in \[0, 1\)"),
         ({"workload": "azure"}, "--workload azure needs --trace"),
         ({"trace": Path("x")}, "--trace belongs to"),
+        ({"trace": Path("/nope"), "workload": "mooncake"}, "cannot read the trace /nope: No such file"),
+        ({"trace": Path("/"), "workload": "azure"}, "cannot read the trace /: Is a directory"),
+        ({"scale_lengths": 2.0}, "--scale-lengths belongs to --workload mooncake or azure"),
+        ({"scale_time": 2.0}, "--scale-time moves the arrivals of a trace"),
+        ({"jitter_s": 1.0}, "--jitter moves the arrivals of a trace"),
+        ({"jitter_s": 1.0, "workload": "mooncake", "request_rate": 2.0}, "and no rate"),
         ({"vocab_size": 0}, "--vocab-size must be 1 or more"),
     ],
 )
@@ -202,6 +208,8 @@ def test_objectives_come_in_one_text_or_several() -> None:
     for wrong in ("ttft", "itl:5", "ttft:0", "ttft:nan", "ttft:inf", "ttft:x"):
         with pytest.raises(ConfigError, match="--goodput takes"):
             parse_goodput([wrong])
+    with pytest.raises(ConfigError, match="--goodput names ttft twice"):
+        parse_goodput(["ttft:5", "tpot:5 ttft:6"])
 
 
 def test_percentiles_are_numbers_up_to_100() -> None:

@@ -4,12 +4,8 @@
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const touch = matchMedia("(pointer: coarse)").matches;
-  const config = {
-    responsive: true,
-    displaylogo: false,
-    displayModeBar: touch ? false : "hover",
-    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
-  };
+  // Dragging zooms and a double click goes back; a bar of buttons would cover what is at the top right.
+  const config = { responsive: true, displayModeBar: false };
 
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 

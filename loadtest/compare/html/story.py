@@ -14,6 +14,9 @@ from loadtest.compare.html.goodput import milliseconds
 from loadtest.compare.html.interference import Waits, Window, busiest_window, waits, worst_window
 from loadtest.compare.model import Comparison, ShownRun
 
+# Of two waits that differ by less, neither is called the longer one.
+_AS_LONG = 1.05
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -154,9 +157,11 @@ def _sentences(scenes: Sequence[_Scene]) -> list[str]:
 
 def _but(scenes: Sequence[_Scene]) -> str:
     """What not to read into the picture."""
-    if len(scenes) < 2 or (scenes[1].longest_ms or 0) < (scenes[0].longest_ms or 0):
+    longest = [scene.longest_ms or 0.0 for scene in scenes]
+    if len(longest) < 2 or longest[1] < longest[0]:
         return ""
-    return f" So {scenes[1].name} waits as long here, though for no prefill on the worker that decodes."
+    more = "longer" if longest[1] > _AS_LONG * longest[0] else "as long"
+    return f" So {scenes[1].name} waits {more} here, though for no prefill on the worker that decodes."
 
 
 def _share(found: Waits) -> str:
