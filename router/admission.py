@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from tokenizers import Tokenizer
 
 from router.prefix_index import name_blocks
-from router.tokenizer import encode
+from router.tokenizer import Encoder
 from tandem.config import RouterConfig
 from tandem.errors import InvalidRequest, ModelNotFound, Overloaded
 from tandem.types import (
@@ -117,9 +117,9 @@ class Gate:
         """Raises Overloaded when they do not fit into the house now, InvalidRequest when they never will."""
         self.check(answers)
         if self._inside + answers > self._limit:
-            words = f"{self._inside} answers are under way and {answers} more are asked for"
+            words = f"{self._inside} answers are under way, and {answers} more would be too many"
             raise Overloaded(
-                f"{words}; the most this router takes is {self._limit} (router.max_live_requests)",
+                f"{words}: the most this router takes is {self._limit} (router.max_live_requests)",
                 retry_after_ms=RETRY_AFTER_MS,
             )
         self._inside += answers
@@ -132,9 +132,13 @@ class Gate:
 class Admission:
     def __init__(self, tokenizer: Tokenizer | None, served: Callable[[], ModelInfo], max_message_bytes: int) -> None:
         """max_message_bytes: of an answer."""
-        self.tokenizer = tokenizer
+        self.encoder = None if tokenizer is None else Encoder(tokenizer)
         self._served = served
         self._max_message_bytes = max_message_bytes
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return None if self.encoder is None else self.encoder.tokenizer
 
     async def admit(self, request: generation_pb2.GenerateRequest) -> Admitted:
         """Raises InvalidRequest naming the field and its limit, ModelNotFound, or Unavailable."""
@@ -207,7 +211,7 @@ class Admission:
     ) -> tuple[int, ...]:
         match request.WhichOneof("prompt"):
             case "text":
-                ids = await self._encode(request.text)
+                ids = await self._encode(request.text, model.max_model_len)
             case "token_ids":
                 ids = tuple(request.token_ids.ids)
             case _:
@@ -216,15 +220,15 @@ class Admission:
         _require(max(ids) < model.vocab_size, "prompt", f"token ids must be below {model.vocab_size}, not {max(ids)}")
         return ids
 
-    async def _encode(self, data: bytes) -> tuple[int, ...]:
-        if self.tokenizer is None:
+    async def _encode(self, data: bytes, limit: int) -> tuple[int, ...]:
+        if self.encoder is None:
             raise InvalidRequest("the model has no tokenizer: the prompt must be token ids", field="prompt")
         try:
             text = data.decode()
         except UnicodeDecodeError as error:
             raise InvalidRequest(f"the prompt is not valid UTF-8 at byte {error.start}", field="prompt") from None
         _require(bool(text), "prompt", "the prompt is empty")
-        return await encode(self.tokenizer, text)
+        return await self.encoder.encode(text, limit)
 
 
 def _require(ok: bool, field: str, message: str) -> None:

@@ -97,8 +97,8 @@ def _http_door(
         from router.http.door import open_door
     except ModuleNotFoundError as error:
         words = (
-            f"the HTTP door needs {error.name}: pip install '.[http]' in a checkout, "
+            f"the HTTP door needs {error.name}: pip install -c constraints.txt -e '.[http]' in a checkout, "
             "or say router.http_port: -1 (no such door)"
         )
         raise ConfigError(words, field="router.http_port") from None
-    return open_door(config, hosts, orchestrator, registry, admission.tokenizer)
+    return open_door(config, hosts, orchestrator, registry, admission.encoder)

@@ -94,7 +94,7 @@ class Orchestrator:
         return tuple(self._live.values())
 
     def check_size(self, requests: Sequence[generation_pb2.GenerateRequest]) -> None:
-        """Raises InvalidRequest when so many, which differ in nothing but their prompts, could never be live at once."""
+        """Raises InvalidRequest when so many, the prompts of one body, could never be live at once."""
         answers = sum(map(answers_of, requests))
         self._gate.check(answers, "n" if answers > len(requests) else "prompt")
 

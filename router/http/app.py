@@ -5,19 +5,20 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from tokenizers import Tokenizer
 
 from router.http import failures
 from router.http.answers import Answer, ChatShape, CompletionShape, Progress, Shape
 from router.http.body import parse, read_body
 from router.http.chat_template import ChatTemplate
 from router.http.exchange import Exchange
+from router.http.failures import named_as_sent
 from router.http.fields import ChatRequest, CompletionRequest
 from router.http.fields import Request as Fields
 from router.http.metrics import Metrics
@@ -26,7 +27,7 @@ from router.http.prompts import chat_request, completion_requests
 from router.http.token_text import TokenText
 from router.orchestrator import Orchestrator
 from router.registry import Registry
-from router.tokenizer import encode
+from router.tokenizer import Encoder
 from tandem.config import RouterConfig
 from tandem.errors import InvalidRequest, ModelNotFound, TandemError
 from tandem.types import ModelInfo
@@ -41,14 +42,14 @@ class OpenAIDoor:
         config: RouterConfig,
         orchestrator: Orchestrator,
         registry: Registry,
-        tokenizer: Tokenizer | None,
+        encoder: Encoder | None,
         template: ChatTemplate | None,
     ) -> None:
         self._limit = config.max_message_bytes
         self._orchestrator = orchestrator
         self._registry = registry
-        self._tokenizer = tokenizer
-        self._spell = tokenizer and TokenText(tokenizer)
+        self._encoder = encoder
+        self._spell = None if encoder is None else TokenText(encoder.tokenizer)
         self._template = template
         self._probe = Probe(orchestrator)
         self._metrics = Metrics(orchestrator, registry)
@@ -63,30 +64,34 @@ class OpenAIDoor:
         routes = APIRouter(default_response_class=Response)
         routes.post("/v1/completions")(self.completions)
         routes.post("/v1/chat/completions")(self.chat)
-        routes.get("/v1/models")(self.models)
-        routes.get("/v1/models/{name:path}")(self.one_model)
-        routes.get("/health")(self.health)
-        routes.get("/ready")(self.ready)
-        routes.get("/metrics")(self.metrics)
+        # HEAD too: probes ask so.
+        get = partial(routes.api_route, methods=["GET", "HEAD"])
+        get("/v1/models")(self.models)
+        get("/v1/models/{name:path}")(self.one_model)
+        get("/health")(self.health)
+        get("/ready")(self.ready)
+        get("/metrics")(self.metrics)
         app.include_router(routes)
         return app
 
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionRequest, await read_body(request, self._limit))
         shape = CompletionShape(self._spell, body.logprobs is not None)
-        return self._exchange(body, shape, completion_requests(body))
+        with named_as_sent(body.names):
+            return self._exchange(body, shape, completion_requests(body))
 
     async def chat(self, request: Request) -> Response:
         body = parse(ChatRequest, await read_body(request, self._limit))
         model = self._model(body.model)
-        if self._template is None or self._tokenizer is None:
-            lacks = "tokenizer" if self._tokenizer is None else "chat template"
+        if self._template is None or self._encoder is None:
+            lacks = "tokenizer" if self._encoder is None else "chat template"
             raise InvalidRequest(f"model {model.name} has no {lacks}: use /v1/completions", field="messages")
         # The template writes the special tokens itself.
         text = self._template.render(body.messages)
-        prompt_ids = await encode(self._tokenizer, text, add_special_tokens=False)
         shape = ChatShape(self._spell, bool(body.logprobs))
-        return self._exchange(body, shape, [chat_request(body, list(prompt_ids), model.max_model_len)])
+        with named_as_sent(body.names):
+            prompt_ids = await self._encoder.encode(text, model.max_model_len, add_special_tokens=False)
+            return self._exchange(body, shape, [chat_request(body, list(prompt_ids), model.max_model_len)])
 
     def _exchange(self, body: Fields, shape: Shape, requests: Sequence[generation_pb2.GenerateRequest]) -> Response:
         if body.stream_options is not None and not body.streamed:
@@ -95,7 +100,7 @@ class OpenAIDoor:
         choices = [Progress() for request in requests for _ in range(request.n)]
         name = self._model(body.model).name
         answer = Answer(shape, name, secrets.token_hex(16), bool(body.return_token_ids), choices)
-        return Exchange(self._orchestrator, requests, answer, body.streamed, body.usage_in_stream)
+        return Exchange(self._orchestrator, requests, answer, body)
 
     def _model(self, name: str | None) -> ModelInfo:
         """Raises ModelNotFound or Unavailable."""
@@ -109,6 +114,8 @@ class OpenAIDoor:
         return JSONResponse({"object": "list", "data": [] if model is None else [self._model_object(model)]})
 
     async def one_model(self, name: str) -> Response:
+        if not name:
+            raise HTTPException(HTTPStatus.NOT_FOUND)
         return JSONResponse(self._model_object(self._model(name)))
 
     def _model_object(self, model: ModelInfo) -> dict[str, Any]:

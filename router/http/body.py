@@ -23,7 +23,7 @@ LINGER_BYTES = 64 << 20
 # By pydantic's name of the error: words, and which of its figures is the limit.
 _LENGTHS = {"too_short": ("least", "min_length"), "too_long": ("most", "max_length")}
 # Of fields that may be several things pydantic would say only why they are not the first.
-_UNIONS = {"content": "a string or a list of text parts"}
+_UNIONS = {"content": "a string or a list of text parts", "stop": "a string or a list of strings"}
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -82,7 +82,10 @@ def _explain(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"{field} is not supported", field=field)
     if first["type"] in _LENGTHS:
         most, limit = _LENGTHS[first["type"]]
-        return InvalidRequest(f"{field} must hold at {most} {first['ctx'][limit]} entries", field=field)
+        count = first["ctx"][limit]
+        return InvalidRequest(
+            f"{field} must hold at {most} {count} {'entry' if count == 1 else 'entries'}", field=field
+        )
     if first["type"] == "missing":
         return InvalidRequest(f"{field} is missing", field=field)
     if (words := _UNIONS.get(field.rpartition(".")[2])) is not None:

@@ -7,18 +7,21 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from http import HTTPStatus
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
-from tokenizers import Tokenizer
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from router.http.app import OpenAIDoor
 from router.http.chat_template import load_chat_template
+from router.http.failures import refusal
 from router.http.host_check import HostCheck
 from router.orchestrator import Orchestrator
 from router.registry import Registry
+from router.tokenizer import Encoder
 from tandem.addresses import check_listening, join_address
 from tandem.config import TandemConfig
 from tandem.errors import ConfigError
@@ -37,7 +40,6 @@ SEND_BUFFER_BYTES = 128 << 10
 SPARE_CONNECTIONS = 512
 # Of a stopping door, for answers that are on their way.
 STOP_S = 1
-_FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
 
 
 @asynccontextmanager
@@ -46,12 +48,12 @@ async def open_door(
     hosts: Sequence[str],
     orchestrator: Orchestrator,
     registry: Registry,
-    tokenizer: Tokenizer | None,
+    encoder: Encoder | None,
 ) -> AsyncIterator[int]:
     """A serving door; yields its port. Raises ConfigError."""
     template = load_chat_template(config.model)
     sockets = _listen(hosts, config.router.http_port)
-    door = OpenAIDoor(config.router, orchestrator, registry, tokenizer, template)
+    door = OpenAIDoor(config.router, orchestrator, registry, encoder, template)
     app = HostCheck(door.app(), config.router.http_names)
     async with _serving(app, sockets, config.router.max_live_requests):
         yield sockets[0].getsockname()[1]
@@ -132,8 +134,8 @@ class Patience(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
-            transport.write(_FULL)
-            transport.close()
+            words = f"{self.max_connections} connections are open, the most this router takes"
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, words, [(b"retry-after", b"1")])
             return
         # Not only much counts as stalled: a closed transport would wait for ever until its last bytes are taken.
         transport.set_write_buffer_limits(high=0)
@@ -154,6 +156,27 @@ class Patience(H11Protocol):
 
     def _expect_headers(self) -> None:
         self._headers_due = self.loop.call_later(HEADERS_S, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP, or more of it than the parser takes. msg: the parser's own words."""
+        self._refuse(HTTPStatus.BAD_REQUEST, "what came is not an HTTP/1.1 request that this server can read")
+
+    def _refuse(self, status: HTTPStatus, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """The answer to a connection that gets no other, and its end."""
+        body = refusal(status, message)
+        fields = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+            *headers,
+        ]
+        events = (
+            h11.Response(status_code=status, headers=fields, reason=status.phrase.encode()),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        )
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

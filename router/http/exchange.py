@@ -13,7 +13,8 @@ from starlette.types import Receive, Scope, Send
 from router.aio import first_error, first_of
 from router.http import failures
 from router.http.answers import Answer
-from router.http.failures import stream_event
+from router.http.failures import named_as_sent, stream_event
+from router.http.fields import Request
 from router.orchestrator import Orchestrator
 from tandem.errors import TandemError
 from tandem.types import Accepted, ChoiceFinished, Completed, Delta, Event, Usage
@@ -67,15 +68,13 @@ class Exchange(Response):
     The status line waits for the first token, so a request that is refused, or fails before, gets the right one.
     """
 
-    def __init__(
-        self, orchestrator: Orchestrator, requests: Requests, answer: Answer, streamed: bool, usage_in_stream: bool
-    ) -> None:
+    def __init__(self, orchestrator: Orchestrator, requests: Requests, answer: Answer, body: Request) -> None:
+        """requests: what the body asks of the orchestrator."""
         super().__init__()
         self._orchestrator = orchestrator
         self._requests = requests
         self._answer = answer
-        self._streamed = streamed
-        self._usage_in_stream = usage_in_stream
+        self._body = body
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,10 +82,11 @@ class Exchange(Response):
 
     async def _answer_with(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if self._streamed:
-                await self._stream(send)
-                return
-            await run_all(self._orchestrator, self._requests, self._answer, self._note)
+            with named_as_sent(self._body.names):
+                if self._body.streamed:
+                    await self._stream(send)
+                    return
+                await run_all(self._orchestrator, self._requests, self._answer, self._note)
             response: Response = JSONResponse(self._answer.object())
         except TandemError as error:
             if self._begun:
@@ -101,7 +101,7 @@ class Exchange(Response):
     async def _stream(self, send: Send) -> None:
         async def take(index: int, event: Delta) -> None:
             chunk = self._answer.chunk(index, event)
-            if self._usage_in_stream:
+            if self._body.usage_in_stream:
                 chunk["usage"] = None
             if not self._begun:
                 self._begun = True
@@ -109,7 +109,7 @@ class Exchange(Response):
             await send({"type": "http.response.body", "body": stream_event(chunk), "more_body": True})
 
         await run_all(self._orchestrator, self._requests, self._answer, take)
-        last = stream_event(self._answer.usage_chunk()) if self._usage_in_stream else b""
+        last = stream_event(self._answer.usage_chunk()) if self._body.usage_in_stream else b""
         await send({"type": "http.response.body", "body": last + b"data: [DONE]\n\n", "more_body": False})
 
     async def _break_off(self, send: Send, error: TandemError) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -54,6 +57,30 @@ def _retry_headers(error: errors.TandemError) -> dict[str, str]:
     return {"retry-after": str(math.ceil(error.retry_after_ms / 1000)), "retry-after-ms": str(error.retry_after_ms)}
 
 
+def refusal(status: HTTPStatus, message: str) -> bytes:
+    """The body of an answer that no handler gives."""
+    return json.dumps(error_object(message, status, _code(status))).encode()
+
+
+def _code(status: int) -> str:
+    return HTTPStatus(status).phrase.lower().replace(" ", "_")
+
+
+@contextmanager
+def named_as_sent(names: Mapping[str, str]) -> Iterator[None]:
+    """Inside, what is wrong with a field is told by the name that the client used. names: ours → the client's."""
+    try:
+        yield
+    except errors.InvalidRequest as error:
+        field = error.field or ""
+        if field not in names:
+            raise
+        message = re.sub(
+            rf"^{field}\b|\b{field} (?=\()", lambda found: found[0].replace(field, names[field]), error.message
+        )
+        raise errors.InvalidRequest(message, field=names[field]) from None
+
+
 class Impolite(HTTPException):
     """What is wrong with the HTTP around a request. Nothing more of it is read: the connection ends."""
 
@@ -75,8 +102,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "another method")
         message = f"{request.url.path[:200]} takes {allowed}, not {request.method}"
-    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-    return JSONResponse(error_object(message, error.status_code, code), error.status_code, error.headers)
+    content = error_object(message, error.status_code, _code(error.status_code))
+    return JSONResponse(content, error.status_code, error.headers)
 
 
 async def on_bug(_request: Request, _error: Exception) -> Response:

@@ -61,6 +61,8 @@ class Fields(BaseModel):
 
 class StreamOptions(Fields):
     include_usage: bool = False
+    # Padding against those who guess tokens by the size of chunks: true asks for it, and there is none.
+    include_obfuscation: Literal[False] | None = None
 
 
 def _listed(value: object) -> object:
@@ -123,6 +125,11 @@ class Request(Fields):
         return {name: value for name, value in body.items() if name not in UNSUPPORTED}
 
     @property
+    def names(self) -> dict[str, str]:
+        """Of fields that the house calls otherwise, what the client calls them."""
+        return {"user_tag": "user"}
+
+    @property
     def streamed(self) -> bool:
         return bool(self.stream)
 
@@ -154,3 +161,9 @@ class ChatRequest(Request):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The prompt is what the template makes of the messages."""
+        most = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {**super().names, "logprobs": "top_logprobs", "max_tokens": most, "prompt": "messages"}

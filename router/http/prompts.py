@@ -39,7 +39,7 @@ def completion_requests(body: CompletionRequest) -> list[generation_pb2.Generate
 
 def chat_request(body: ChatRequest, prompt_ids: list[int], max_model_len: int) -> generation_pb2.GenerateRequest:
     """Raises InvalidRequest."""
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", field="top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     max_tokens = _chat_tokens(body)

@@ -112,10 +112,31 @@ async def test_headers_of_a_second_request_that_do_not_arrive(door: HttpHouse, m
     assert await outcome(raw, 4) == b"", "sooner than an idle connection ends"
 
 
-async def test_bytes_that_are_no_http(door: HttpHouse) -> None:
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        HEAD + b"content-length: many\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"x" * (64 << 10),
+    ],
+    ids=["no http", "no host", "content-length", "headers"],
+)
+async def test_what_the_parser_refuses(door: HttpHouse, sent: bytes) -> None:
     raw = door.dial()
-    await asyncio.get_running_loop().sock_sendall(raw, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
-    assert (await read_all(raw)).startswith(b"HTTP/1.1 400 ")
+    await asyncio.get_running_loop().sock_sendall(raw, sent)
+    assert refused(await read_all(raw), 400)["code"] == "bad_request"
+
+
+def refused(answer: bytes, status: int) -> dict[str, Any]:
+    """The error object, as long as its headers say, of an answer that no handler gave."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status), head
+    headers = [line.lower() for line in head.split(b"\r\n")]
+    assert {b"content-type: application/json", b"connection: close", b"content-length: %d" % len(body)} <= set(headers)
+    error: dict[str, Any] = json.loads(body)["error"]
+    assert error["message"]
+    return error
 
 
 async def test_a_thousand_connections_that_never_send(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,9 +148,9 @@ async def test_a_thousand_connections_that_never_send(door: HttpHouse, monkeypat
         reads = [tasks.create_task(outcome(raw)) for raw in idle]
         assert (await door.complete()).status_code == 200
     answers = [read.result() for read in reads]
-    turned_away = sum(answer.startswith(b"HTTP/1.1 503 ") for answer in answers)
-    assert turned_away == 1000 + 1 - (8 + 512)
-    assert answers.count(b"") == 1000 - turned_away
+    turned_away = [answer for answer in answers if answer]
+    assert len(turned_away) == 1000 + 1 - (8 + 512)
+    assert {refused(answer, 503)["code"] for answer in turned_away} == {"service_unavailable"}
     assert (await door.complete()).status_code == 200
 
 

@@ -48,8 +48,11 @@ async def door() -> AsyncIterator[HttpHouse]:
         (b'{"prompt": "x", "n": 99}', "n", "n must be less than or equal to 32, not 99"),
         (b'{"prompt": "x", "stream": 1}', "stream", "stream must be a valid boolean, not 1"),
         (b'{"prompt": "x", "stop": [""]}', "stop", "a stop string must not be empty"),
+        (b'{"prompt": "x", "stop": 5}', "stop", "stop must be a string or a list of strings, not 5"),
         (b'{"prompt": "x", "stop": [7]}', "stop[0]", "stop[0] must be a valid string, not 7"),
         (b'{"prompt": "x", "logit_bias": {"a": 1}}', "logit_bias", "keyed by token ids, not 'a'"),
+        (b'{"prompt": "x", "user": "%s"}' % (b"u" * 300), "user", "user must have at most 256 characters, not 300"),
+        (b'{"prompt": "x", "max_tokens": 100000}', "max_tokens", "and max_tokens (100000) together exceed"),
         (b'{"prompt": "x", "logprobs": 21}', "logprobs", "logprobs must be in [0, 20], not 21"),
         (b'{"prompt": "x", "seed": 18446744073709551616}', "seed", "seed must be in [0, 2^64)"),
         (b'{"prompt": "x", "temprature": 1}', "temprature", "no field of this request; did you mean temperature?"),
@@ -58,7 +61,7 @@ async def door() -> AsyncIterator[HttpHouse]:
         (
             b'{"prompt": "x", "stream": true, "stream_options": {"include_obfuscation": true}}',
             "stream_options.include_obfuscation",
-            "stream_options.include_obfuscation is not supported",
+            "stream_options.include_obfuscation must be False, not True",
         ),
     ],
 )
@@ -74,7 +77,7 @@ async def test_a_bad_body_is_told_what_is_wrong(door: HttpHouse, body: bytes, pa
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"messages": []}, "messages", "messages must hold at least 1 entries"),
+        ({"messages": []}, "messages", "messages must hold at least 1 entry"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "messages[0].role must be"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "messages[0].content is missing"),
         (
@@ -90,6 +93,16 @@ async def test_a_bad_body_is_told_what_is_wrong(door: HttpHouse, body: bytes, pa
         ({"tools": [{"type": "function"}]}, "tools", "tools is not supported by this server"),
         ({"response_format": {"type": "json_object"}}, "response_format", "response_format is not supported"),
         ({"top_logprobs": 2}, "top_logprobs", "top_logprobs needs logprobs to be true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs must be in [0, 20], not 21"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "max_completion_tokens must be 1 or more, not 0"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens must be 1 or more, not 0"),
+        (
+            {"max_completion_tokens": 10**6},
+            "max_completion_tokens",
+            "and max_completion_tokens (1000000) together exceed",
+        ),
+        ({"max_completion_tokens": 2, "min_tokens": 3}, "min_tokens", "min_tokens must be in [0, "),
+        ({"messages": [{"role": "user", "content": "cat " * 3000}]}, "messages", "the model's limit is"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "say one of them"),
     ],
 )
@@ -105,6 +118,10 @@ async def test_a_bad_conversation_is_told_what_is_wrong(
 
 
 async def test_what_asks_for_nothing_is_taken(door: HttpHouse) -> None:
+    streamed = {"stream": True, "stream_options": {"include_obfuscation": False, "include_usage": False}}
+    assert (await door.complete(**streamed)).status_code == 200
+    chat = {"messages": [{"role": "user", "content": "x"}], "logprobs": False, "top_logprobs": 0}
+    assert (await door.client.post("/v1/chat/completions", json=chat)).status_code == 200
     neutral = {"best_of": 1, "echo": False, "suffix": None, "user": "u", "tools": None, "logprobs": None, "n": None}
     response = await door.complete(**neutral)
     assert response.status_code == 200, response.text
@@ -122,6 +139,8 @@ async def test_what_asks_for_nothing_is_taken(door: HttpHouse) -> None:
         ("OPTIONS", "/v1/completions", 405),
         ("POST", "/v1/models", 405),
         ("GET", "/v1/models/none", 404),
+        ("GET", "/v1/models/", 404),
+        ("GET", "/v1/models//", 404),
     ],
 )
 async def test_what_is_not_there(door: HttpHouse, method: str, path: str, status: int) -> None:
@@ -130,6 +149,13 @@ async def test_what_is_not_there(door: HttpHouse, method: str, path: str, status
     assert error_of(response)["type"] == "invalid_request_error"
     assert not [name for name in response.headers if name.startswith("access-control")]
     assert "server" not in response.headers
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/tiny"])
+async def test_head_is_get_without_a_body(door: HttpHouse, path: str) -> None:
+    response = await door.client.head(path)
+    assert (response.status_code, response.content) == (200, b"")
+    assert (await door.client.get(path)).headers["content-type"] == response.headers["content-type"]
 
 
 async def test_a_wrong_method_is_told_the_right_one(door: HttpHouse) -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
 from router.admission import MAX_LABEL_CHARS, Admission, Admitted, Gate, answers_of, choice_seed, deadline_s
-from router.tokenizer import INLINE_CHARS, load_tokenizer
+from router.tokenizer import INLINE_CHARS, load_tokenizer, most_bytes_of_a_token
 from tandem.config import TINY_MODEL, ModelConfig, RouterConfig
 from tandem.errors import ConfigError, InvalidRequest, ModelNotFound, Overloaded, TandemError
 from tandem.types import MAX_CHOICES, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, Fingerprint, ModelInfo, SamplingParams
@@ -141,7 +143,7 @@ def test_the_gate_counts_who_is_inside() -> None:
 def test_the_gate_counts_answers() -> None:
     gate = Gate(4)
     with gate.enter(3):
-        with pytest.raises(Overloaded, match="3 answers are under way and 2 more"), gate.enter(2):
+        with pytest.raises(Overloaded, match="3 answers are under way, and 2 more"), gate.enter(2):
             pass
         with gate.enter(1):
             pass
@@ -155,6 +157,37 @@ def test_the_gate_counts_answers() -> None:
 @pytest.mark.parametrize(("remaining", "expected"), [(None, 10.0), (3.0, 3.0), (99.0, 20.0), (0.0, 0.0)])
 def test_one_deadline(remaining: float | None, expected: float) -> None:
     assert deadline_s(remaining, RouterConfig(default_deadline_s=10, max_deadline_s=20)) == expected
+
+
+async def test_a_text_that_can_never_fit_is_refused_before_it_is_tokenized() -> None:
+    longest = most_bytes_of_a_token(TOKENIZER)
+    assert longest == max(len(TOKENIZER.decode([id_], skip_special_tokens=False)) for id_ in range(MODEL.vocab_size))
+    text = b"cat " * (1 << 20)
+    started = time.thread_time()
+    with pytest.raises(InvalidRequest, match="4194304 bytes, which are more tokens than the model's limit of 256"):
+        await admit(GenerateRequest(text=text))
+    assert time.thread_time() - started < 0.1
+    # The longest text that fits is read.
+    widest = max((TOKENIZER.id_to_token(id_) for id_ in range(6, MODEL.vocab_size)), key=len)
+    text = TOKENIZER.decode([TOKENIZER.token_to_id(widest)]).encode() * 250
+    assert len((await admit(GenerateRequest(text=text, sampling=sampling(max_tokens=1)))).prompt_ids) <= 255
+
+
+def test_what_shortens_text_has_no_longest_token() -> None:
+    state = json.loads(TOKENIZER.to_str())
+    for changes in (
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"truncation": {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}},
+        {"added_tokens": [{**state["added_tokens"][0], "rstrip": True}]},
+    ):
+        assert most_bytes_of_a_token(Tokenizer.from_str(json.dumps({**state, **changes}))) is None, changes
+    split = {"type": "Split", "pattern": {"Regex": "[0-9]"}, "behavior": "Isolated", "invert": False}
+    for behaviour, known in (("Isolated", True), ("Removed", False)):
+        steps = [{**split, "behavior": behaviour}, state["pre_tokenizer"]]
+        changed = {**state, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+        assert (most_bytes_of_a_token(Tokenizer.from_str(json.dumps(changed))) is not None) is known
 
 
 def test_a_directory_without_a_tokenizer_is_no_error_but_a_broken_one_is(tmp_path: Any) -> None:

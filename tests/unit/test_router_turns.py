@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import Callable
+
+import pytest
 
 from router.output import Step
 from router.subscriptions import Mailbox
@@ -84,3 +87,28 @@ async def test_a_turn_without_anything_to_hand_over_wakes_nobody() -> None:
     assert not taking.done()
     box.put_decoded(decoded(2))
     assert taken(await asyncio.wait_for(taking, 5)) == [2]
+
+
+async def test_what_waits_for_a_slow_client_is_small_and_whole() -> None:
+    count, top = 1000, 20
+    box = Mailbox(count + 1, lambda: 0.0, Turns(), lambda: None)
+    box.put_first(Step((Token(0),)))
+    tracemalloc.start()
+    try:
+        for position in range(1, count + 1):
+            entries = [common_pb2.TokenLogprob(token_id=position + rank, logprob=-rank / 3) for rank in range(top)]
+            message = decoded(position, FinishReason.LENGTH if position == count else None)
+            message.tokens[0].logprob = -position / 7
+            message.tokens[0].top_logprobs.extend(entries)
+            box.put_decoded(message)
+            del message, entries
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held / count < 600, "bytes a token; as objects they are over 2000"
+    steps = await box.take()
+    assert taken(steps) == list(range(count + 1))
+    assert [step.finish_reason for step in steps[-2:]] == [None, FinishReason.LENGTH]
+    one = steps[900].tokens[0]
+    assert one.logprob == pytest.approx(-900 / 7)
+    assert one.top_logprobs == tuple((900 + rank, pytest.approx(-rank / 3)) for rank in range(top))
