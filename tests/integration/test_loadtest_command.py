@@ -86,7 +86,7 @@ def test_no_answer_at_all_is_a_failure(tmp_path: Path) -> None:
         command = ["bench", "run", "--router", router.address, "--num-prompts", "3", "--input-len", "4"]
         result = CliRunner().invoke(app, [*command, "--output", str(output)])
     assert (result.exit_code, result.stderr) == (1, "tandem: no request was answered: nothing was measured\n")
-    assert "overloaded      3" in result.stdout
+    assert "failed: overloaded    3" in result.stdout
     found = json.loads(output.read_text())
     assert (found["failed"], found["mean_ttft_ms"]) == (3, None)
 

@@ -130,7 +130,7 @@ async def test_a_full_house_refuses_it(house: House) -> None:
     worker.hold("embed")
     two = [asyncio.ensure_future(answer(call(house, [1]))) for _ in range(2)]
     await house.cluster.saw("embed", 2)
-    with pytest.raises(Overloaded, match="2 requests are live"):
+    with pytest.raises(Overloaded, match="2 answers are under way, and 1 more"):
         await answer(call(house, [1]))
     worker.let("embed")
     await asyncio.gather(*two)
