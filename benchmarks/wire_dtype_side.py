@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from kv_transfer.checksum import crc32
 from kv_transfer.layout import KVLayout, cut
 from kv_transfer.wire_dtype import WireDtype, wire_dtype
 from tandem.config import TINY_MODEL, parse_config
@@ -50,15 +51,15 @@ def _copies(dtype: str, heads: int, head_dim: int) -> dict[str, Any]:
     target, blocks = torch.zeros_like(pool), torch.randperm(pool.shape[2]).tolist()
     native, int8 = wire_dtype("native", layout), wire_dtype("int8", layout)
     cells = frames(int8, 12, POOL_TOKENS)
-    payloads = [int8.pieces(pool, blocks, *frame).after(b"") for frame in cells]
+    payloads = [int8.pieces(pool, blocks, *frame).gathered() for frame in cells]
 
     def gather(wire: WireDtype) -> None:
         for frame in cells:
-            wire.pieces(pool, blocks, *frame).after(b"")
+            wire.pieces(pool, blocks, *frame).gathered()
 
     def write() -> None:
         for frame, payload in zip(cells, payloads, strict=True):
-            int8.scatter(target, blocks, *frame, payload)
+            int8.scatter(target, blocks, *frame, payload, crc32(payload))
 
     gigabytes = pool.nbytes / 1e9
     return {
@@ -152,8 +153,8 @@ def _through_int8(rows: Tensor) -> tuple[Tensor, int]:
     pool.flatten(2, 3)[:, :, :tokens] = rows
     target, wire, sent = torch.zeros_like(pool), wire_dtype("int8", layout), 0
     for frame in frames(wire, layers, tokens):
-        payload = wire.pieces(pool, range(count), *frame).after(b"")
-        wire.scatter(target, range(count), *frame, payload)
+        payload = wire.pieces(pool, range(count), *frame).gathered()
+        assert wire.scatter(target, range(count), *frame, payload, crc32(payload))
         sent += len(payload)
     return target.flatten(2, 3)[:, :, :tokens], sent
 

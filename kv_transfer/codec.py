@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
@@ -46,7 +46,7 @@ from kv_transfer.runs import Runs
 from tandem.errors import Refused, TransferFailed
 from tandem.types import Fingerprint
 
-VERSION = 2
+VERSION = 3
 # Frames are cut to at most 16 MiB of payload (config: worker.frame_bytes).
 MAX_PAYLOAD_BYTES = 1 << 24
 # Fits the longest texts that the schemas allow.
@@ -55,6 +55,7 @@ MAX_PLACE_BYTES = 512
 # A host of many network cards has an address on each.
 MAX_METADATA_BYTES = 1 << 16
 BLOCK_ID_BYTES = 4
+CHECKSUM_BYTES = 4
 _MAGIC = b"TKVF"
 _PRELUDE = struct.Struct(">4sHHI")
 _UNGUARDED = struct.Struct(">4sHH")
@@ -91,15 +92,18 @@ class _Text:
 @dataclass(frozen=True)
 class _Bytes:
     most: int
+    least: int = 1
 
     def allows(self, value: object) -> bool:
-        return isinstance(value, bytes) and 0 < len(value) <= self.most
+        return isinstance(value, bytes) and self.least <= len(value) <= self.most
 
     def __str__(self) -> str:
-        return f"1 to {self.most} bytes"
+        return f"{self.least} to {self.most} bytes" if self.least < self.most else f"{self.most} bytes"
 
 
-_COUNT, _SIZE, _CRC, _ID = _Whole(0, 2**31 - 1), _Whole(0, 2**53), _Whole(0, 2**32 - 1), _Text(128)
+_COUNT, _SIZE, _ID = _Whole(0, 2**31 - 1), _Whole(0, 2**53), _Text(128)
+# Of one length, so that a header's does not depend on it.
+_CRC = _Bytes(CHECKSUM_BYTES, CHECKSUM_BYTES)
 _POSITIVE = _Whole(1, 2**31 - 1)
 _Schema = Mapping[str, _Whole | _Text | _Bytes]
 _FINGERPRINT: _Schema = {
@@ -182,15 +186,33 @@ _KINDS: dict[str, tuple[_Schema, Callable[[dict[str, Any]], Message]]] = {
 
 
 def encode(message: Message, payload: Runs | None = None) -> bytes:
-    """One frame; the payload is copied once. Raises TransferFailed for a field that decode would refuse."""
-    kind, fields = type(message).__name__.lower(), asdict(message)
+    """One frame, with a small payload if it has one (see frame_of for others).
+
+    Raises TransferFailed for a field that decode would refuse.
+    """
+    kind, fields = type(message).__name__.lower(), dict(vars(message))
     if isinstance(message, Open):
-        fields.update(fields.pop("fingerprint"))
+        fields.update(vars(fields.pop("fingerprint")))
+    if "checksum" in fields:
+        fields["checksum"] = fields["checksum"].to_bytes(CHECKSUM_BYTES)
     _check(kind, fields)
     header: bytes = msgpack.packb({"kind": kind, **fields})
     guard = crc32(header, crc32(_UNGUARDED.pack(_MAGIC, VERSION, len(header))))
     head = _PRELUDE.pack(_MAGIC, VERSION, len(header), guard) + header
-    return head if payload is None else payload.after(head)
+    return head if payload is None else head + payload.gathered()
+
+
+def frame_of(sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
+    """A data frame, and what its header says. The payload is read once, for its checksum and its copy."""
+    data = Data(sequence, layers.start, len(layers), tokens.start, len(tokens), payload.nbytes, 0)
+
+    def head(crc: int) -> bytes:
+        nonlocal data
+        data = replace(data, checksum=crc)
+        return encode(data)
+
+    frame = payload.after(len(encode(data)), head)
+    return data, frame
 
 
 def describe(sequence: int, layers: range, tokens: range, payload: Runs) -> Data:
@@ -199,8 +221,7 @@ def describe(sequence: int, layers: range, tokens: range, payload: Runs) -> Data
 
 
 def decode(frame: bytes) -> tuple[Message, memoryview]:
-    """The header and the payload. That of a data frame must still be verified, by check_payload: that takes long and
-    belongs in a thread.
+    """The header and the payload. That of a data frame must still be verified: that takes long and belongs in a thread.
 
     Raises TransferFailed for anything malformed, Refused for an intact frame of another version.
     """
@@ -224,12 +245,6 @@ def decode(frame: bytes) -> tuple[Message, memoryview]:
     if isinstance(message, Mapped | Lent) and crc32(payload) != message.checksum:
         raise CorruptFrame("the block ids of a KV frame fail their checksum")
     return message, payload
-
-
-def check_payload(data: Data, payload: memoryview) -> None:
-    """Raises TransferFailed when the payload is not what was sent."""
-    if crc32(payload) != data.checksum:
-        raise CorruptFrame(f"the payload of KV frame {data.sequence} fails its checksum")
 
 
 def chain_checksum(chain: int, data: Data) -> int:
@@ -264,6 +279,8 @@ def _parse(header: memoryview) -> Message:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise TransferFailed(f"a KV frame of kind {str(kind)[:20]!r} is unknown")
     _check(kind, fields)
+    if "checksum" in fields:
+        fields["checksum"] = int.from_bytes(fields["checksum"])
     return _KINDS[kind][1](fields)
 
 

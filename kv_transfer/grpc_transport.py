@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kv_transfer.base import Source, Target
-from kv_transfer.codec import describe, encode
+from kv_transfer.codec import frame_of
 from kv_transfer.messages import Data
 from kv_transfer.push import PushLink, PushTransport
 from kv_transfer.runs import Runs
@@ -25,8 +25,7 @@ class GrpcTransport(PushTransport):
 class _GrpcLink(PushLink):
     def pack(self, sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
         """See Link."""
-        data = describe(sequence, layers, tokens, payload)
-        return data, encode(data, payload)
+        return frame_of(sequence, layers, tokens, payload)
 
     async def carry(self, data: Data, packed: bytes) -> None:
         """See Link."""

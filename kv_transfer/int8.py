@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kv_transfer.checksum import crc32
 from kv_transfer.layout import KVLayout, blocks_of
 from kv_transfer.pool_io import gather_slots, runs, write_slots
 from kv_transfer.runs import Runs
@@ -56,21 +57,34 @@ class Int8:
             layers * 2 * (self._shares(tokens) * self._layout.num_kv_heads * _SCALE_BYTES + len(tokens) * self._width)
         )
 
+    def is_quick(self, pool: Tensor, layers: range, tokens: range) -> bool:
+        """See WireDtype."""
+        return False
+
     def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Runs:
         """See WireDtype."""
         quantize = self.quantize_on_host if pool.device.type == "cpu" else self.quantize_on_device
         return Runs.of(*quantize(pool, blocks, layers, tokens))
 
     def scatter(
-        self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, payload: bytes | memoryview
-    ) -> None:
+        self,
+        pool: Tensor,
+        blocks: Sequence[int],
+        layers: range,
+        tokens: range,
+        payload: bytes | memoryview,
+        checksum: int,
+    ) -> bool:
         """See WireDtype."""
+        if crc32(payload) != checksum:
+            return False
         scales, values = self._parse(len(layers), tokens, payload)
         if pool.device.type == "cpu":
             self.write_on_host(pool, blocks, layers, tokens, scales, values)
         else:
             self.write_on_device(pool, blocks, layers, tokens, scales, values)
             torch.cuda.current_stream(pool.device).synchronize()
+        return True
 
     # Cpu.
 

@@ -13,32 +13,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kv_transfer.checksum import crc32
 from kv_transfer.layout import blocks_of
-from kv_transfer.runs import Runs
-
-# A pool's bytes: uint8 [L, 2, N * P, K * D * itemsize].
-Rows = NDArray[np.uint8]
+from kv_transfer.runs import Planes, Runs
 
 
 def gather(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> bytes:
     """The payload [layers, 2, tokens, K, D] of sequence positions `tokens`; `blocks` is the sequence's block table."""
-    return pieces(pool, blocks, layers, tokens).after(b"")
+    return pieces(pool, blocks, layers, tokens).gathered()
 
 
 def pieces(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Runs:
     """The payload where it lies; on cpu that is the pool itself, so it must be used before that changes."""
     if pool.device.type != "cpu":
         return Runs.of(_bytes_of(gather_slots(pool, blocks, layers, tokens).cpu()))
-    return places(_rows(pool), blocks, pool.shape[3], layers, tokens)
+    return places(planes_of(pool), blocks, pool.shape[3], layers, tokens)
 
 
-def scatter(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, payload: bytes | memoryview) -> None:
-    """Writes a payload (see gather) into the pool; returns when the pool's device has it."""
+def scatter(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, payload: bytes | memoryview) -> int:
+    """Writes a payload (see gather) into the pool; returns its crc32 when the pool's device has it."""
     if pool.device.type != "cpu":
         scatter_slots(pool, blocks, layers, tokens, payload)
         torch.cuda.current_stream(pool.device).synchronize()
-        return
-    Runs.of(payload).copy_to(places(_rows(pool), blocks, pool.shape[3], layers, tokens))
+        return crc32(payload)
+    return Runs.of(payload).copy_to(places(planes_of(pool), blocks, pool.shape[3], layers, tokens))
 
 
 def checksum(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> int:
@@ -46,29 +44,31 @@ def checksum(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) 
     return pieces(pool, blocks, layers, tokens).checksum()
 
 
-def copy_parts(payload: Runs, rows: Rows, blocks: Sequence[int], block_size: int, layers: range, tokens: range) -> int:
+def copy_parts(
+    payload: Runs, planes: Planes, blocks: Sequence[int], block_size: int, layers: range, tokens: range
+) -> int:
     """Copies a payload (see pieces) to its places in another pool; returns its crc32."""
-    return payload.copy_checked(places(rows, blocks, block_size, layers, tokens))
+    return payload.copy_to(places(planes, blocks, block_size, layers, tokens))
 
 
-def places(rows: Rows, blocks: Sequence[int], block_size: int, layers: range, tokens: range) -> Runs:
+def places(planes: Planes, blocks: Sequence[int], block_size: int, layers: range, tokens: range) -> Runs:
     """Where a payload has its cells: a piece for each layer, K or V, and block.
 
     Raises IndexError for cells outside the pool or the table: what is done to them is not checked again.
     """
-    num_layers, _, num_slots, width = rows.shape
     named = blocks_of(tokens, block_size)
-    slots = np.array(blocks[named.start : named.stop], np.int64) * block_size
-    if len(slots) < len(named):
+    table = blocks[named.start : named.stop]
+    if len(table) < len(named):
         raise IndexError("KV cells outside of the block table")
-    counts = np.full(len(named), block_size, np.int64)
-    before = tokens.start - named.start * block_size
-    slots[0], counts[0] = slots[0] + before, counts[0] - before
-    counts[-1] -= named.stop * block_size - tokens.stop
-    if not (0 <= layers.start < layers.stop <= num_layers and slots.min() >= 0 and (slots + counts).max() <= num_slots):
-        raise IndexError("KV cells outside of the pool")
-    planes = np.arange(2 * layers.start, 2 * layers.stop) * (num_slots * width) + rows.ctypes.data
-    return Runs(rows, np.add.outer(planes, slots * width).ravel(), np.tile(counts * width, len(planes)))
+    slot_bytes = planes.block_bytes // block_size
+    before = (tokens.start - named.start * block_size) * slot_bytes
+    after = (named.stop * block_size - tokens.stop) * slot_bytes
+    return Runs.of_blocks(planes, table, layers, before, after)
+
+
+def planes_of(pool: Tensor) -> Planes:
+    num_layers, _, num_blocks, size, heads, width = pool.shape
+    return Planes(pool, pool.data_ptr(), num_layers, num_blocks, size * heads * width * pool.element_size())
 
 
 def gather_slots(pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Tensor:
@@ -100,12 +100,8 @@ def _slots(pool: Tensor, blocks: Sequence[int], tokens: range) -> Tensor:
     return torch.from_numpy(slots).to(pool.device)
 
 
-def _rows(pool: Tensor) -> Rows:
-    """bfloat16, which numpy does not know, is bytes like the rest."""
-    return _bytes_of(pool).reshape(pool.shape[0], 2, pool.shape[2] * pool.shape[3], -1)
-
-
 def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """bfloat16, which numpy does not know, is bytes like the rest."""
     return tensor.detach().view(torch.uint8).numpy()
 
 

@@ -88,7 +88,7 @@ class _RayLink(PushLink):
 
     def pack(self, sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
         """See Link."""
-        return describe(sequence, layers, tokens, payload), payload.after(b"")
+        return describe(sequence, layers, tokens, payload), payload.gathered()
 
     async def carry(self, data: Data, packed: bytes) -> None:
         """See Link."""

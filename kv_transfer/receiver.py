@@ -6,11 +6,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any, Protocol
 
 from kv_transfer.admission import Admission
 from kv_transfer.base import Counters, Landing, TransferSummary
-from kv_transfer.codec import CorruptFrame, chain_checksum, check_payload, decode, encode
+from kv_transfer.codec import CorruptFrame, chain_checksum, decode, encode
 from kv_transfer.coverage import Coverage
 from kv_transfer.interrupt import Interrupt
 from kv_transfer.messages import Abandon, Data, Done, Message, Open, Seal
@@ -41,7 +42,10 @@ class Intake(Protocol):
         """payload: what came with the frame. The result is what `land` takes. Raises TransferFailed."""
 
     def land(self, landing: Landing, wire: WireDtype, data: Data, payload: memoryview) -> None:
-        """In a thread: verifies the payload, and puts it into the landing's blocks. Raises CorruptFrame."""
+        """In a thread, unless it is quick: verifies the payload, and puts it into the landing's blocks.
+
+        Raises CorruptFrame; the cells may hold anything then.
+        """
 
     async def taken(self, data: Data) -> None:
         """The payload is in the pool."""
@@ -67,8 +71,8 @@ class Copied:
 
     def land(self, landing: Landing, wire: WireDtype, data: Data, payload: memoryview) -> None:
         """See Intake."""
-        check_payload(data, payload)
-        wire.scatter(landing.pool, landing.blocks, data.layers, data.tokens, payload)
+        if not wire.scatter(landing.pool, landing.blocks, data.layers, data.tokens, payload, data.checksum):
+            raise CorruptFrame(f"the payload of KV frame {data.sequence} fails its checksum")
 
     async def taken(self, data: Data) -> None:
         """See Intake."""
@@ -92,7 +96,8 @@ class Receiver:
         refused              failed
         (landing untouched)  landing.failed(), after the last write
 
-    Frames are verified and written by threads, at most `frames_in_flight` at a time; then the sender waits.
+    Frames are verified and written by threads, those that are quick by itself, at most `frames_in_flight` at a time;
+    then the sender waits.
     """
 
     def __init__(
@@ -163,15 +168,20 @@ class Receiver:
         try:
             payload = await self._intake.fetch(data, payload)
             with landing.writing():
-                loop = asyncio.get_running_loop()
-                land = self._intake.land
-                await finish(loop.run_in_executor(self._threads, land, landing, filling.wire, data, payload))
+                await self._land(filling, data, payload)
             del payload  # nothing holds on to an object's memory that is said to be taken
             await self._intake.taken(data)
         finally:
             room.release()
         landing.touch()
         self._counters.moved(data.payload_bytes)
+
+    async def _land(self, filling: _Filling, data: Data, payload: memoryview) -> None:
+        work = partial(self._intake.land, filling.landing, filling.wire, data, payload)
+        if filling.wire.is_quick(filling.landing.pool, data.layers, data.tokens):
+            work()
+        else:
+            await finish(asyncio.get_running_loop().run_in_executor(self._threads, work))
 
 
 class _Filling:

@@ -3,14 +3,15 @@
 A payload of a few MiB is a hundred pieces of a pool, each of which is copied in microseconds. Done piece by piece from
 Python, threads spend more time on handing the lock to each other, to the event loop and to the engine than on copying.
 
-Importing this module compiles the two loops, or loads them from numba's cache, and calls each once: numba's first call
+Importing this module compiles the loops, or loads them from numba's cache, and calls each once: numba's first call
 takes 10 ms.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
@@ -112,53 +113,114 @@ def _copy(sources: _Numbers, sizes: _Numbers, targets: _Numbers, rooms: _Numbers
     return crc
 
 
+@_compiled("boolean(int64[::1], int64, int64, int64, int64, int64, int64, int64[::1], int64[::1])")
+def _lay_out(
+    blocks: _Numbers,
+    most: int,
+    address: int,
+    plane_bytes: int,
+    block_bytes: int,
+    before: int,
+    after: int,
+    addresses: _Numbers,
+    sizes: _Numbers,
+) -> Any:
+    """Of `most` blocks a plane, the pieces of these in each plane; False for a block that a plane does not have."""
+    count = len(blocks)
+    for at in range(count):
+        if not 0 <= blocks[at] < most:
+            return False
+    for piece in range(len(sizes)):
+        at = piece % count
+        first = before if at == 0 else 0
+        last = after if at == count - 1 else 0
+        addresses[piece] = address + piece // count * plane_bytes + blocks[at] * block_bytes + first
+        sizes[piece] = block_bytes - first - last
+    return True
+
+
+@dataclass(frozen=True)
+class Planes:
+    """The memory of a pool [L, 2, N, ...] on cpu: for each layer, K of all blocks, then V."""
+
+    # Keeps the memory.
+    owner: object
+    address: int
+    layers: int
+    blocks: int
+    block_bytes: int
+
+
 class Runs:
     """Where a payload lies: contiguous pieces, in its order. The memory lives as long as this does.
 
     Its methods take long, and run beside others' Python.
     """
 
-    def __init__(self, owner: object, addresses: _Numbers, sizes: _Numbers) -> None:
-        """owner: keeps all of the memory."""
+    def __init__(self, owner: object, addresses: _Numbers, sizes: _Numbers, nbytes: int) -> None:
+        """owner: keeps all of the memory. nbytes: of all pieces."""
         self._owner = owner
         self.addresses = addresses
         self.sizes = sizes
-        self.nbytes = int(sizes.sum())
+        self.nbytes = nbytes
 
     @classmethod
     def of(cls, *parts: bytes | memoryview | NDArray[Any]) -> Runs:
         """Each part is contiguous."""
         arrays = [np.frombuffer(part, dtype=np.uint8) for part in parts if len(part)]
+        sizes = [array.nbytes for array in arrays]
         addresses = np.array([array.ctypes.data for array in arrays], np.int64)
-        return cls(arrays, addresses, np.array([array.nbytes for array in arrays], np.int64))
+        return cls(arrays, addresses, np.array(sizes, np.int64), sum(sizes))
+
+    @classmethod
+    def of_blocks(cls, planes: Planes, blocks: Sequence[int], layers: range, before: int, after: int) -> Runs:
+        """K and V of these blocks in each layer, but for so many bytes of the first one and of the last.
+
+        Raises IndexError for what the planes do not have: what is done to the memory is not checked again.
+        """
+        if not 0 <= layers.start < layers.stop <= planes.layers:
+            raise IndexError("KV layers outside of the pool")
+        count = 2 * len(layers) * len(blocks)
+        addresses, sizes = np.empty(count, np.int64), np.empty(count, np.int64)
+        plane_bytes = planes.blocks * planes.block_bytes
+        first = planes.address + 2 * layers.start * plane_bytes
+        cells = (plane_bytes, planes.block_bytes, before, after)
+        if not _lay_out(np.array(blocks, np.int64), planes.blocks, first, *cells, addresses, sizes):
+            raise IndexError("KV blocks outside of the pool")
+        nbytes = 2 * len(layers) * (len(blocks) * planes.block_bytes - before - after)
+        return cls(planes.owner, addresses, sizes, nbytes)
 
     def checksum(self) -> int:
         """crc32 of the payload."""
         return int(_checksum(self.addresses, self.sizes))
 
-    def copy_to(self, target: Runs) -> None:
-        """Into memory that nobody reads soon, a pool: past the caches, for they would read it before it is written."""
-        self._copy_to(target, streamed=True)
+    def copy_to(self, target: Runs) -> int:
+        """Into memory that nobody reads soon, a pool: past the caches, for they would read it before it is written.
 
-    def copy_checked(self, target: Runs) -> int:
-        """As copy_to; returns the crc32 of what was copied."""
-        return self._copy_to(target, checked=True, streamed=True)
+        Returns the crc32 of what was copied.
+        """
+        return self._fill(target, checked=True, streamed=True)
 
-    def after(self, head: bytes) -> bytes:
-        """The head and the payload in one piece."""
-        whole: bytes = _new_bytes(None, len(head) + self.nbytes)  # not filled yet, and nobody else's
-        Runs.of(head)._append(self)._copy_to(Runs.of(whole))
+    def after(self, room: int, head: Callable[[int], bytes]) -> bytes:
+        """The head of a payload with this crc32, `room` bytes long, and the payload, in one piece: read once."""
+        whole: bytes = _new_bytes(None, room + self.nbytes)  # not filled yet, and nobody else's
+        memory = memoryview(whole)
+        crc = self._fill(Runs.of(memory[room:]), checked=True)
+        Runs.of(head(crc))._fill(Runs.of(memory[:room]))
         return whole
 
-    def _append(self, other: Runs) -> Runs:
-        addresses = np.concatenate((self.addresses, other.addresses))
-        return Runs((self, other), addresses, np.concatenate((self.sizes, other.sizes)))
+    def gathered(self) -> bytes:
+        """The payload in one piece."""
+        whole: bytes = _new_bytes(None, self.nbytes)
+        self._fill(Runs.of(whole))
+        return whole
 
-    def _copy_to(self, target: Runs, checked: bool = False, streamed: bool = False) -> int:
+    def _fill(self, target: Runs, checked: bool = False, streamed: bool = False) -> int:
         if self.nbytes != target.nbytes:
             raise ValueError(f"{self.nbytes} bytes do not fill {target.nbytes}")
         return int(_copy(self.addresses, self.sizes, target.addresses, target.sizes, checked, streamed))
 
 
-Runs.of(bytes(_LINE)).after(b"")
+Runs.of(bytes(_LINE)).gathered()
 Runs.of(bytes(_LINE)).checksum()
+Runs.of_blocks(Planes(None, 0, 1, 1, _LINE), [0], range(1), 0, 0)

@@ -67,9 +67,9 @@ def check_source(source: Source, target: Target) -> None:
 class FrameSender:
     """A Sender that cuts, gathers and numbers frames.
 
-    Threads make them, and go from one to the next by themselves; a task carries what is made, in order, until nothing
-    is under way. `send` waits for neither while there is room for more (`Link.ahead`): the frames of one call are made
-    while those of the last one leave.
+    Threads make them, and go from one to the next by themselves; quick ones `send` makes itself. A task carries what is
+    made, in order, until nothing is under way. `send` waits for neither while there is room for more (`Link.ahead`):
+    the frames of one call are made while those of the last one leave.
     """
 
     def __init__(
@@ -178,6 +178,10 @@ class FrameSender:
         sequence = self._cut_frames
         self._cut_frames += 1
         loop = asyncio.get_running_loop()
+        if self._wire.is_quick(self._source.pool, layers, tokens):
+            made = loop.create_future()
+            made.set_result(self._gather(sequence, layers, tokens))
+            return made
         try:
             return loop.run_in_executor(self._threads, self._gather, sequence, layers, tokens)
         except RuntimeError:  # no thread takes work any more
@@ -219,7 +223,7 @@ class FrameSender:
         self._counters.moved(data.payload_bytes)
 
     def _gather(self, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
-        """In a thread."""
+        """In a thread, unless it is quick."""
         if self._unwanted:
             raise TransferFailed("the transfer is over")
         payload = self._wire.pieces(self._source.pool, self._source.blocks, layers, tokens)

@@ -70,10 +70,16 @@ _COUNTED_FROM_KEY = "tandem-counted-from"
 _CODE_KEY, _FIELD_KEY, _RETRY_KEY = "tandem-code", "tandem-field", "tandem-retry-after-ms"
 
 
+# Of HTTP/2: a larger message comes in several frames, and is copied in as many pieces. gRPC's default, 16 KiB, costs KV
+# about a tenth of its rate.
+_FRAME_BYTES = 1 << 20
+
+
 def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.http2.max_frame_size", _FRAME_BYTES),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
@@ -92,6 +98,7 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.http2.max_frame_size", _FRAME_BYTES),
         # Allow the clients' pings above, on idle connections too; the default would answer "too many pings".
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 1000),

@@ -25,6 +25,12 @@ def nixl() -> None:
     pytest.importorskip("nixl_cu12._bindings", reason="NIXL is not installed: pip install 'tandem[nixl]'")
 
 
+@pytest.fixture
+def by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every KV copy is made by a thread, as large ones are: a test may hold it up, and the event loop goes on."""
+    monkeypatch.setattr("kv_transfer.wire_dtype.QUICK_BYTES", 0)
+
+
 @pytest.fixture(scope="session")
 def ray_node() -> Iterator[str]:
     """Its address. This process is part of a private Ray cluster of one node until the last test is over."""

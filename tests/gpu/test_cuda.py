@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_kv_leaves_and_enters_gpu_memory_bit_by_bit(dtype: torch.dtype) -> None:
     source = torch.randn(3, 2, 8, 16, 2, 32, device="cuda").to(dtype)
     target = torch.zeros_like(source)
     payload = gather(source, [5, 2, 7], range(1, 3), range(3, 40))
-    scatter(target, [0, 6, 1], range(1, 3), range(3, 40), payload)
+    assert scatter(target, [0, 6, 1], range(1, 3), range(3, 40), payload) == zlib.crc32(payload)
     for position in range(3, 40):
         at, to = [5, 2, 7][position // 16], [0, 6, 1][position // 16]
         assert torch.equal(source[1:, :, at, position % 16], target[1:, :, to, position % 16])
@@ -102,11 +103,11 @@ def test_int8_on_the_gpu_is_int8_on_the_host(dtype: str) -> None:
     wire = Int8(KVLayout(3, 2, 64, 16, dtype))
     pool = torch.randn(3, 2, 8, 16, 2, 64, device="cuda").to(getattr(torch, dtype))
     cells = ([5, 2, 7], range(1, 3), range(3, 40))
-    payload = wire.pieces(pool, *cells).after(b"")
-    assert payload == wire.pieces(pool.cpu(), *cells).after(b"")
+    payload = wire.pieces(pool, *cells).gathered()
+    assert payload == wire.pieces(pool.cpu(), *cells).gathered()
     there, here = torch.zeros_like(pool), torch.zeros_like(pool, device="cpu")
-    wire.scatter(there, *cells, payload)
-    wire.scatter(here, *cells, payload)
+    assert wire.scatter(there, *cells, payload, zlib.crc32(payload))
+    assert wire.scatter(here, *cells, payload, zlib.crc32(payload))
     assert torch.equal(there.cpu(), here)
 
 

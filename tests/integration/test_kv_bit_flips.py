@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from kv_rig import FINGERPRINT, POOL_BLOCKS, RIGS, Job, Rig, config_with, until
 from links import FlippingLink
 
 import kv_transfer.shm_transport
-from kv_transfer.pool_io import Rows, copy_parts
-from kv_transfer.runs import Runs
+from kv_transfer.pool_io import copy_parts
+from kv_transfer.runs import Planes, Runs
 from tandem.errors import TransferFailed
 from tandem.types import Fingerprint
 
@@ -173,12 +174,13 @@ async def test_a_bit_of_the_shared_memory(link: FlippingLink, monkeypatch: pytes
     """Transport shm: flipped after the sender took the checksum, before the receiver looks."""
     spoiled: list[int] = []
 
-    def spoil(payload: Runs, rows: Rows, blocks: Sequence[int], size: int, *cells: range) -> int:
-        crc = copy_parts(payload, rows, blocks, size, *cells)
+    def spoil(payload: Runs, planes: Planes, blocks: Sequence[int], size: int, *cells: range) -> int:
+        crc = copy_parts(payload, planes, blocks, size, *cells)
         if not spoiled:
             layers, tokens = cells
             slot = blocks[tokens.start // size] * size + tokens.start % size
-            rows[layers.start, 1, slot, 0] ^= 1
+            rows: Any = planes.owner
+            rows.reshape(planes.layers, 2, planes.blocks * size, -1)[layers.start, 1, slot, 0] ^= 1
             spoiled.append(slot)
         return crc
 

@@ -167,7 +167,7 @@ async def test_a_seal_over_blocks_that_are_still_locked_is_refused(
 
 
 async def test_a_cancel_while_a_transfer_ends_waits_for_the_last_copy(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    house: House, monkeypatch: pytest.MonkeyPatch, by_threads: None
 ) -> None:
     """A failure is on its way out when the cancel comes: copies still go on, and the lock is still to be given up."""
     gates, begun = [threading.Event(), threading.Event()], []

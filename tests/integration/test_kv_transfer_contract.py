@@ -18,11 +18,14 @@ from tandem.errors import DeadlineExceeded, Refused, TransferFailed
 NEEDS = {"ray": "ray_node", "nixl": "nixl"}
 
 
-@pytest.fixture(params=RIGS)
+@pytest.fixture(params=[*RIGS, "grpc by threads", "shm by threads"])
 def make_rig(request: pytest.FixtureRequest) -> MakeRig:
-    if request.param in NEEDS:
-        request.getfixturevalue(NEEDS[request.param])
-    return RIGS[request.param]
+    transport, how, _ = request.param.partition(" by threads")
+    if how:
+        request.getfixturevalue("by_threads")
+    if transport in NEEDS:
+        request.getfixturevalue(NEEDS[transport])
+    return RIGS[transport]
 
 
 @pytest.fixture

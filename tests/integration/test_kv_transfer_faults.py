@@ -15,7 +15,7 @@ from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, stands_still, u
 
 import kv_transfer.grpc_transport
 import kv_transfer.wire_dtype
-from kv_transfer.codec import describe
+from kv_transfer.codec import frame_of
 from kv_transfer.messages import Data
 from kv_transfer.pool_io import scatter
 from tandem.errors import DeadlineExceeded, TransferFailed, WorkerLost
@@ -36,18 +36,18 @@ class Gate:
         self._blocks = job.landing.blocks
         self._open = threading.Event()
 
-    def scatter(self, pool: Any, blocks: Any, *rest: Any) -> None:
+    def scatter(self, pool: Any, blocks: Any, *rest: Any) -> int:
         if blocks is self._blocks:
             self.held += 1
             assert self._open.wait(30)
-        scatter(pool, blocks, *rest)
+        return scatter(pool, blocks, *rest)
 
     def open(self) -> None:
         self._open.set()
 
 
 @pytest.fixture
-def shut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Job], Gate]]:
+def shut(monkeypatch: pytest.MonkeyPatch, by_threads: None) -> Iterator[Callable[[Job], Gate]]:
     gates: list[Gate] = []
 
     def shut(job: Job) -> Gate:
@@ -85,11 +85,11 @@ async def test_a_slow_receiver_bounds_what_is_in_memory(
     fingerprint = replace(FINGERPRINT, num_layers=16, num_kv_heads=8, head_dim=256)
     made: list[int] = []
 
-    def counting(sequence: int, *rest: Any) -> Data:
+    def counting(sequence: int, *rest: Any) -> tuple[Data, bytes]:
         made.append(sequence)
-        return describe(sequence, *rest)
+        return frame_of(sequence, *rest)
 
-    monkeypatch.setattr(kv_transfer.grpc_transport, "describe", counting)
+    monkeypatch.setattr(kv_transfer.grpc_transport, "frame_of", counting)
     async with grpc_rig(fingerprint, config_with(frame_bytes=16384, frames_in_flight=4)) as rig:
         job = rig.job(prompt_tokens=200)
         gate = shut(job)

@@ -15,7 +15,7 @@ from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, until
 
 import kv_transfer.receiver
 import kv_transfer.sender
-from kv_transfer.codec import MAX_FRAME_BYTES, decode, describe, encode
+from kv_transfer.codec import MAX_FRAME_BYTES, decode, encode, frame_of
 from kv_transfer.messages import Data, Done, Seal
 from kv_transfer.pool_io import gather
 from kv_transfer.runs import Runs
@@ -54,8 +54,7 @@ async def status_of_push(rig: Rig, frames: list[bytes]) -> Any:
 
 def data_frame(job: Job, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
     payload = gather(job.source.pool, job.source.blocks, layers, tokens)
-    data = describe(sequence, layers, tokens, Runs.of(payload))
-    return data, encode(data, Runs.of(payload))
+    return frame_of(sequence, layers, tokens, Runs.of(payload))
 
 
 def good_frames(job: Job) -> list[bytes]:
@@ -145,8 +144,7 @@ async def test_garbage_instead_of_an_opening_touches_no_landing(rig: Rig, frames
 async def test_a_frame_of_the_wrong_size_for_its_cells_is_refused(rig: Rig) -> None:
     job = rig.job()
     payload = gather(job.source.pool, job.source.blocks, range(1), range(20))
-    runs = Runs.of(payload)
-    frame = encode(describe(0, range(1), range(21), runs), runs)
+    _, frame = frame_of(0, range(1), range(21), Runs.of(payload))
     failure = await status_of_push(rig, [good_frames(job)[0], frame])
     assert "its cells take" in str(failure.details())
     assert len(job.landing.errors) == 1

@@ -81,7 +81,7 @@ async def test_nothing_stays_in_the_store_after_a_cancel(rig: Rig, plasma: Plasm
     await assert_empty(plasma, room)
 
 
-async def test_a_slow_receiver_bounds_what_is_in_the_store(ray_node: str, plasma: Plasma) -> None:
+async def test_a_slow_receiver_bounds_what_is_in_the_store(ray_node: str, plasma: Plasma, by_threads: None) -> None:
     room = plasma.room()
     async with ray_rig(LARGE, config_with(object_bytes=65536, frames_in_flight=4)) as rig:
         job = rig.job(prompt_tokens=200)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from kv_rig import FINGERPRINT, Rig, config_with, int8_rig, random_pool, shm_rig
 from service import running_service
 
 import kv_transfer.grpc_transport
-from kv_transfer.codec import describe, encode
+from kv_transfer.codec import encode, frame_of
 from kv_transfer.messages import Data
 from kv_transfer.runs import Runs
 from kv_transfer.sender import opening_of
@@ -62,16 +61,16 @@ async def test_a_flipped_bit_of_a_scale_or_a_value_fails_the_checksum(
 ) -> None:
     flipped: list[int] = []
 
-    def spoiled(sequence: int, layers: range, tokens: range, payload: Runs) -> Data:
+    def spoiled(sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
         """Its second frame's payload changes after its checksum was taken."""
-        data = describe(sequence, layers, tokens, payload)
+        data, frame = frame_of(sequence, layers, tokens, payload)
         if sequence == 1:
-            address = int(payload.addresses[0 if part == "scales" else 1]) + 3
-            ctypes.c_uint8.from_address(address).value ^= 0x40
+            at = len(frame) - payload.nbytes + (0 if part == "scales" else int(payload.sizes[0])) + 3
+            frame = frame[:at] + bytes([frame[at] ^ 0x40]) + frame[at + 1 :]
             flipped.append(sequence)
-        return data
+        return data, frame
 
-    monkeypatch.setattr(kv_transfer.grpc_transport, "describe", spoiled)
+    monkeypatch.setattr(kv_transfer.grpc_transport, "frame_of", spoiled)
     job = rig.job()
     with pytest.raises(TransferFailed, match="payload of KV frame 1 fails its checksum"):
         await rig.transfer(job)

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from kv_transfer.codec import chain_checksum, decode, describe, encode
+from kv_transfer.codec import chain_checksum, decode, encode, frame_of
 from kv_transfer.layout import KVLayout
 from kv_transfer.messages import Data, Done, Open, Seal
 from kv_transfer.runs import Runs
@@ -138,8 +138,7 @@ class DirectRouter:
         for layer in range(layout.num_layers):
             # Small numbers in any dtype: no infinity, no NaN.
             payload = bytes(byte & 0x0F for byte in os.urandom(layout.payload_bytes(1, len(tokens))))
-            header = describe(layer, range(layer, layer + 1), tokens, Runs.of(payload))
-            data.append((header, encode(header, Runs.of(payload))))
+            data.append(frame_of(layer, range(layer, layer + 1), tokens, Runs.of(payload)))
         checksum = 0
         for header, _ in data:
             checksum = chain_checksum(checksum, header)

@@ -34,9 +34,7 @@ from kv_transfer.messages import Place
 from kv_transfer.nixl_agent import Agent, Write
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.plasma import Plasma, connect
-from kv_transfer.pool_io import Rows
 from kv_transfer.ray_transport import RayTransport
-from kv_transfer.runs import Runs
 from kv_transfer.shared_memory import PeerMemory, SharedMemory
 from kv_transfer.shm_transport import ShmTransport
 from tandem.errors import TandemError
@@ -88,11 +86,11 @@ async def wait_in(address: str, where: str) -> None:
             print("waiting", flush=True)
             sys.stdin.readline()
 
-    def copy_slowly(payload: Runs, rows: Rows, *rest: Any) -> int:
+    def copy_slowly(*payload: Any) -> int:
         """Everything twice: what comes second is a late write."""
-        copy(payload, rows, *rest)
+        copy(*payload)
         wait()
-        return copy(payload, rows, *rest)
+        return copy(*payload)
 
     def lock_late(self: PeerMemory, key: int) -> None:
         wait()
@@ -106,6 +104,7 @@ async def wait_in(address: str, where: str) -> None:
         wait()
         return begin(self, *rest)
 
+    kv_transfer.wire_dtype.QUICK_BYTES = 0  # threads wait, not the event loop
     if where == "copy":
         kv_transfer.shm_transport.copy_parts = copy_slowly
     elif where == "lock":

@@ -17,10 +17,10 @@ from kv_transfer.codec import (
     MAX_HEADER_BYTES,
     VERSION,
     chain_checksum,
-    check_payload,
     decode,
     describe,
     encode,
+    frame_of,
 )
 from kv_transfer.messages import Done, Message, Seal
 from kv_transfer.runs import Runs
@@ -37,11 +37,9 @@ def test_messages_come_back(message: Message) -> None:
 @given(COUNTS, st.integers(0, 1000), st.integers(1, 99), st.lists(st.binary(min_size=1, max_size=300), min_size=1))
 def test_data_comes_back(sequence: int, start: int, count: int, parts: list[bytes]) -> None:
     cells = range(start, start + count)
-    runs = Runs.of(*parts)
-    data = describe(sequence, cells, cells, runs)
-    message, payload = decode(encode(data, runs))
-    check_payload(data, payload)
-    assert message == data
+    data, frame = frame_of(sequence, cells, cells, Runs.of(*parts))
+    message, payload = decode(frame)
+    assert message == data == describe(sequence, cells, cells, Runs.of(payload))
     assert (data.layers, data.tokens, data.sequence) == (cells, cells, sequence)
     assert bytes(payload) == b"".join(parts)
 
@@ -104,7 +102,7 @@ def test_another_version_is_refused_by_number() -> None:
         accept(raw_frame(header, version=VERSION + 1))
 
 
-GOOD = {"kind": "seal", "first_token": 1, "frames": 2, "bytes": 3, "checksum": 4}
+GOOD = {"kind": "seal", "first_token": 1, "frames": 2, "bytes": 3, "checksum": b"\0\0\0\4"}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +114,8 @@ GOOD = {"kind": "seal", "first_token": 1, "frames": 2, "bytes": 3, "checksum": 4
         ({"first_token": 1.0}, "first_token"),
         ({"first_token": "1"}, "first_token"),
         ({"bytes": 2**60}, "bytes"),
+        ({"checksum": 4}, "checksum .* must be 4 bytes"),
+        ({"checksum": b"\0\0\4"}, "checksum .* must be 4 bytes"),
         ({"more": 1}, "missing or unknown keys: 'more'"),
         ({"kind": "data"}, "missing or unknown keys"),
         ({"kind": "steal"}, "kind 'steal' is unknown"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kv_rig import int8_pool, random_pool, rows_of, shaped
 from torch import Tensor
 
+from kv_transfer.checksum import crc32
 from kv_transfer.int8 import Int8
 from kv_transfer.layout import KVLayout
 from kv_transfer.wire_dtype import WIRE_DTYPES, wire_dtype
@@ -43,13 +44,17 @@ def pool_of(layout: KVLayout, seed: int = 1) -> Tensor:
 
 
 def payload_of(wire: Int8, pool: Tensor, tokens: range) -> bytes:
-    return wire.pieces(pool, BLOCKS, LAYERS, tokens).after(b"")
+    return wire.pieces(pool, BLOCKS, LAYERS, tokens).gathered()
+
+
+def write(wire: Int8, pool: Tensor, tokens: range, payload: bytes) -> None:
+    assert wire.scatter(pool, BLOCKS, LAYERS, tokens, payload, crc32(payload))
 
 
 def travelled(wire: Int8, pool: Tensor, tokens: range) -> Tensor:
     """[layers, 2, T, K, D] as they arrive, in a pool that held something else."""
     other = torch.full_like(pool, 7.0)
-    wire.scatter(other, BLOCKS, LAYERS, tokens, payload_of(wire, pool, tokens))
+    write(wire, other, tokens, payload_of(wire, pool, tokens))
     return rows_of(other, BLOCKS, tokens)[LAYERS.start :]
 
 
@@ -114,7 +119,7 @@ def test_what_int8_holds_arrives_exactly_and_nowhere_else(layout: KVLayout, toke
     for token in tokens:
         place = (BLOCKS[token // layout.block_size], token % layout.block_size)
         wanted[LAYERS.start :, :, *place] = pool[LAYERS.start :, :, *place]
-    wire.scatter(target, BLOCKS, LAYERS, tokens, payload_of(wire, pool, tokens))
+    write(wire, target, tokens, payload_of(wire, pool, tokens))
     assert torch.equal(target, wanted)
 
 
@@ -172,7 +177,16 @@ def test_numbers_that_no_sender_makes_are_refused(dtype: str, spoil: Callable[[A
     scales, values = wire.quantize_on_host(pool, BLOCKS, LAYERS, tokens)
     spoil(scales, values)
     with pytest.raises(TransferFailed, match="out of range"):
-        wire.scatter(target, BLOCKS, LAYERS, tokens, scales.tobytes() + values.tobytes())
+        write(wire, target, tokens, scales.tobytes() + values.tobytes())
+    assert torch.equal(target, before)
+
+
+def test_a_payload_of_another_checksum_is_not_written() -> None:
+    layout = layout_of("float32")
+    wire, pool, target = Int8(layout), pool_of(layout), pool_of(layout, 2)
+    tokens, before = range(5, 12), target.clone()
+    payload = payload_of(wire, pool, tokens)
+    assert not wire.scatter(target, BLOCKS, LAYERS, tokens, payload, crc32(payload) ^ 1)
     assert torch.equal(target, before)
 
 

@@ -56,7 +56,7 @@ def good_frames(wire: str) -> list[Frame]:
     dtype = wire_dtype(wire, KVLayout.of(FINGERPRINT))
     frames: list[Frame] = [(opening_of(TARGET, wire), b"")]
     for sequence, (layer, tokens) in enumerate(product(range(3), (range(7), range(7, PROMPT)))):
-        payload = dtype.pieces(pool, BLOCKS, range(layer, layer + 1), tokens).after(b"")
+        payload = dtype.pieces(pool, BLOCKS, range(layer, layer + 1), tokens).gathered()
         data = describe(sequence, range(layer, layer + 1), tokens, Runs.of(payload))
         checksum, size = chain_checksum(checksum, data), size + data.payload_bytes
         frames.append((data, payload))

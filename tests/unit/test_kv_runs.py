@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kv_rig import FINGERPRINT, random_pool
 
-from kv_transfer.pool_io import pieces, places
+from kv_transfer.pool_io import pieces, places, planes_of
 from kv_transfer.runs import Runs
 
 FIRST_CALLS = """
@@ -21,7 +21,7 @@ import time
 from kv_transfer.runs import Runs
 
 runs, started = Runs.of(bytes(1 << 12)), time.thread_time()
-runs.after(b"")
+runs.gathered()
 runs.checksum()
 print(time.thread_time() - started)
 """
@@ -42,22 +42,33 @@ def test_the_checksum_is_crc32_of_the_pieces_in_order(parts: list[bytes]) -> Non
     assert Runs.of(*parts).checksum() == zlib.crc32(b"".join(parts))
 
 
-@given(st.binary(max_size=300), st.lists(st.integers(0, 300)), st.lists(st.integers(0, 300)), st.booleans())
-def test_a_copy_may_be_divided_otherwise(payload: bytes, cuts: list[int], others: list[int], checked: bool) -> None:
+@given(st.binary(max_size=300), st.lists(st.integers(0, 300)), st.lists(st.integers(0, 300)))
+def test_a_copy_may_be_divided_otherwise(payload: bytes, cuts: list[int], others: list[int]) -> None:
     """And reaches no byte beside its target."""
     source = [bytes(part) for part in np.split(np.frombuffer(payload, np.uint8), sorted(cuts))]
     room = np.full(len(payload) + 16, 7, np.uint8)
     target = np.split(room[8:-8], sorted(others))
-    if checked:
-        assert Runs.of(*source).copy_checked(Runs.of(*target)) == zlib.crc32(payload)
-    else:
-        Runs.of(*source).copy_to(Runs.of(*target))
+    assert Runs.of(*source).copy_to(Runs.of(*target)) == zlib.crc32(payload)
     assert room.tobytes() == b"\x07" * 8 + payload + b"\x07" * 8
 
 
 @given(st.binary(max_size=50), PARTS)
 def test_a_frame_is_its_head_and_its_payload(head: bytes, parts: list[bytes]) -> None:
-    assert Runs.of(*parts).after(head) == head + b"".join(parts)
+    payload, told = b"".join(parts), []
+
+    def tell(crc: int) -> bytes:
+        told.append(crc)
+        return head
+
+    assert Runs.of(*parts).after(len(head), tell) == head + payload
+    assert told == [zlib.crc32(payload)]
+    assert Runs.of(*parts).gathered() == payload
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_a_head_of_another_size_is_none(room: int) -> None:
+    with pytest.raises(ValueError, match=f"2 bytes do not fill {room}"):
+        Runs.of(b"payload").after(room, lambda crc: b"ab")
 
 
 def test_a_copy_of_another_size_is_none() -> None:
@@ -85,6 +96,6 @@ def test_cells_outside_of_the_pool_have_no_address(blocks: tuple[int, ...], laye
 
 @pytest.mark.parametrize("blocks", [(), (0,), (0, 1)])
 def test_a_table_that_is_too_short_has_no_address(blocks: tuple[int, ...]) -> None:
-    rows = torch.zeros(3, 2, 96, 16).view(torch.uint8).numpy()
+    planes = planes_of(torch.zeros(3, 2, 12, 8, 2, 8))
     with pytest.raises(IndexError, match="block table"):
-        places(rows, blocks, 8, range(3), range(17))
+        places(planes, blocks, 8, range(3), range(17))
