@@ -221,7 +221,7 @@ def describe(sequence: int, layers: range, tokens: range, payload: Runs) -> Data
 
 
 def decode(frame: bytes) -> tuple[Message, memoryview]:
-    """The header and the payload. That of a data frame must still be verified: that takes long and belongs in a thread.
+    """The header and the payload. That of a data frame must still be verified, by whoever copies it.
 
     Raises TransferFailed for anything malformed, Refused for an intact frame of another version.
     """
@@ -249,7 +249,7 @@ def decode(frame: bytes) -> tuple[Message, memoryview]:
 
 def chain_checksum(chain: int, data: Data) -> int:
     """The running checksum of checksums after one more frame; starts from 0."""
-    return crc32(data.checksum.to_bytes(4, "big"), chain)
+    return crc32(data.checksum.to_bytes(CHECKSUM_BYTES), chain)
 
 
 def _payload_of(message: Message) -> int:

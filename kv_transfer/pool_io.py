@@ -1,4 +1,4 @@
-"""Between a KV pool and payload bytes. Everything here copies, so it runs in a thread, never in the event loop.
+"""Between a KV pool and payload bytes. All of this copies, so it runs in a thread unless it is quick (wire_dtype.py).
 
 On cpu the copies are those of kv_transfer/runs.py and never torch's: torch would wake its OpenMP threads, which fight
 the engine's for the cores.

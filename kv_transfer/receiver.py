@@ -58,7 +58,7 @@ class Intake(Protocol):
 
 
 class Copied:
-    """Payloads that a thread copies into the blocks; this one comes with its frame."""
+    """Payloads that are copied into the blocks; this one comes with its frame."""
 
     kind: type[Data] = Data
 

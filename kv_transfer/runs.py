@@ -38,12 +38,12 @@ _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
 _new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t]
 
 
-def _compiled(signature: str) -> Callable[[_F], _F]:
+def _compiled(signature: str, nogil: bool = True) -> Callable[[_F], _F]:
     def compile_now(function: _F) -> _F:
         try:
-            return njit(signature, nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+            return njit(signature, nogil=nogil, cache=True)(function)  # type: ignore[no-any-return]
         except RuntimeError:  # read-only install and no home to write in: "no locator available"
-            return njit(signature, nogil=True)(function)  # type: ignore[no-any-return]
+            return njit(signature, nogil=nogil)(function)  # type: ignore[no-any-return]
 
     return compile_now
 
@@ -113,7 +113,7 @@ def _copy(sources: _Numbers, sizes: _Numbers, targets: _Numbers, rooms: _Numbers
     return crc
 
 
-@_compiled("boolean(int64[::1], int64, int64, int64, int64, int64, int64, int64[::1], int64[::1])")
+@_compiled("boolean(int64[::1], int64, int64, int64, int64, int64, int64, int64[::1], int64[::1])", nogil=False)
 def _lay_out(
     blocks: _Numbers,
     most: int,
@@ -154,7 +154,7 @@ class Planes:
 class Runs:
     """Where a payload lies: contiguous pieces, in its order. The memory lives as long as this does.
 
-    Its methods take long, and run beside others' Python.
+    Its methods take as long as memory does, and run beside others' Python.
     """
 
     def __init__(self, owner: object, addresses: _Numbers, sizes: _Numbers, nbytes: int) -> None:

@@ -125,6 +125,7 @@ class FrameSender:
                     return
                 self._made.append(self._make(part_layers, part_tokens))
                 self._carry()
+                await asyncio.sleep(0)  # others get the event loop between two frames that it makes itself
 
     async def seal(self, first_token: int, prefilled_s: float | None = None) -> TransferSummary:
         """See Sender."""

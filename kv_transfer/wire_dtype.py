@@ -39,7 +39,7 @@ class WireDtype(Protocol):
         """Exactly. `tokens` are sequence positions: where blocks begin may matter."""
 
     def is_quick(self, pool: Tensor, layers: range, tokens: range) -> bool:
-        """Whether a copy of these cells takes less time than having a thread do it."""
+        """Whether a copy of these cells may be made in the event loop: it takes a fraction of a millisecond."""
 
     def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Runs:
         """The payload where it lies, to be used before the pool changes.

@@ -23,6 +23,8 @@ from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2, registr
 
 log = logging.getLogger(__name__)
 
+# Calls that wait for the event loop, as many as gRPC lets wait by itself.
+_LEAST_UNTAKEN = 1000
 _SERVICES = tuple(
     service.full_name
     for file in (generation_pb2.DESCRIPTOR, registry_pb2.DESCRIPTOR)
@@ -69,7 +71,9 @@ async def open_router(config: TandemConfig) -> AsyncIterator[str]:
     orchestrator = Orchestrator(config.router, registry, admission)
     hosts = [host] if loopback is None else [host, loopback]
     async with _http_door(config, hosts, orchestrator, registry, admission) as http_port:
-        server = rpc.make_server(config.router.max_message_bytes)
+        # Strangers fill it: room for twice what is served at once, and what is beyond that gets refused by the gate.
+        untaken = max(_LEAST_UNTAKEN, 2 * config.router.max_live_requests)
+        server = rpc.make_server(config.router.max_message_bytes, untaken)
         generation, join = GenerationService(orchestrator, registry, http_port), JoinService(registry, config.router)
         generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
         registry_pb2_grpc.add_RegistryServicer_to_server(join, server)

@@ -14,8 +14,10 @@ from tandem import errors, rpc, wire
 from tandem.types import FinishReason
 from tandem.v1 import worker_pb2
 
-# A client that reads leaves fewer steps waiting, and they are not packed in vain.
+# A client that reads leaves fewer steps waiting. Where thousands of answers wait for turns, some are packed in vain.
 UNPACKED_STEPS = 64
+# Steps of one taking: with 20 log probabilities a token, unpacking so many takes the event loop about 10 ms.
+MOST_AT_ONCE = 256
 
 
 class Mailbox:
@@ -103,12 +105,12 @@ class Mailbox:
         raise await self._failure
 
     async def take(self) -> list[Step]:
-        """Everything that arrived, at least one step."""
+        """What has arrived, at least one step; of much, the first part."""
         await self._arrival.wait()
-        self._arrival.clear()
-        taken = [_unpacked(each) if isinstance(each, bytes) else each for each in self._steps]
-        self._steps.clear()
-        return taken
+        some = [self._steps.popleft() for _ in range(min(len(self._steps), MOST_AT_ONCE))]
+        if not self._steps:
+            self._arrival.clear()
+        return [_unpacked(each) if isinstance(each, bytes) else each for each in some]
 
 
 def _step(message: worker_pb2.RequestTokens) -> Step:

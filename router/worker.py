@@ -255,7 +255,8 @@ class Worker:
         if call.code() is grpc.StatusCode.UNAVAILABLE or (broken_off and self.loss is not None):
             return errors.WorkerLost(f"{role} worker {self.id} was lost: {self.loss or call.details()}")
         if broken_off:
-            # By its server's gRPC, not by its handler. It still heartbeats: the call is over, the worker is not.
+            # By its server's gRPC, not by its handler. As far as is known the call is over and the worker is not; if it
+            # is on its way out, its registration ends next.
             log.warning("%s worker %s broke off a call", role, self.id)
             return errors.Unavailable(f"the {role} worker broke off the call; send the request again")
         if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:

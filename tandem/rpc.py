@@ -28,7 +28,7 @@ MAX_WORKER_MESSAGE_BYTES = (1 << 24) + 4096
 KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 2000, 3000
 # Calls that have arrived and no handler has taken yet. gRPC begins to cancel some at random from 1000 on, and its
 # client cannot tell that from a server that went away; what Tandem serves at once is bounded by its own queues, whose
-# refusals say so. Above any router.max_live_requests, for aborts may be waiting as well.
+# refusals say so. Four times the largest router.max_live_requests, for aborts may be waiting as well.
 MAX_UNTAKEN_CALLS = 1 << 16
 # Dialling a host that does not answer ends after this long, not after gRPC's 20 s: the next try may find it back.
 DIAL_TIMEOUT_MS = 2000
@@ -94,7 +94,7 @@ def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
     ]
 
 
-def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
+def server_options(max_message_bytes: int, most_untaken: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
@@ -105,8 +105,8 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-        ("grpc.server.max_pending_requests", MAX_UNTAKEN_CALLS),
-        ("grpc.server.max_pending_requests_hard_limit", MAX_UNTAKEN_CALLS),
+        ("grpc.server.max_pending_requests", most_untaken),
+        ("grpc.server.max_pending_requests_hard_limit", most_untaken),
         # A second process on the same port must fail, not share it.
         ("grpc.so_reuseport", 0),
     ]
@@ -116,9 +116,9 @@ def make_channel(address: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> gr
     return grpc.aio.insecure_channel(address, options=client_options(max_message_bytes))
 
 
-def make_server(max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
-    """A server whose handlers may raise TandemError."""
-    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes))
+def make_server(max_message_bytes: int = MAX_MESSAGE_BYTES, most_untaken: int = MAX_UNTAKEN_CALLS) -> grpc.aio.Server:
+    """A server whose handlers may raise TandemError. most_untaken: calls that wait for the event loop to see them."""
+    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes, most_untaken))
 
 
 def bind(server: grpc.aio.Server, host: str, port: int, section: str = "router") -> int:

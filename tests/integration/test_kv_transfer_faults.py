@@ -78,6 +78,46 @@ async def test_a_cancelled_transfer_gives_no_block_back_under_a_writing_thread(s
         assert len(job.landing.errors) == 1
 
 
+async def test_a_frame_that_cannot_be_made_fails_its_transfer_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the event loop, with one under way before it."""
+
+    def failing(sequence: int, *rest: Any) -> tuple[Data, bytes]:
+        if sequence == 2:
+            raise ZeroDivisionError
+        return frame_of(sequence, *rest)
+
+    monkeypatch.setattr(kv_transfer.grpc_transport, "frame_of", failing)
+    job = rig.job()
+    with pytest.raises(ZeroDivisionError):
+        await rig.transfer(job)
+    await until(lambda: job.landing.ended)
+    assert job.landing.first_token is None
+    monkeypatch.undo()
+    await rig.assert_healthy()
+
+
+async def test_a_frame_that_cannot_be_written_fails_its_transfer_alone(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[range] = []
+
+    def failing(pool: Any, blocks: Any, layers: range, *rest: Any) -> int:
+        written.append(layers)
+        if len(written) == 3:
+            raise MemoryError
+        return scatter(pool, blocks, layers, *rest)
+
+    monkeypatch.setattr(kv_transfer.wire_dtype, "scatter", failing)
+    job = rig.job()
+    with pytest.raises(TransferFailed):
+        await rig.transfer(job)
+    await until(lambda: job.landing.ended and not job.landing.writers)
+    assert len(written) >= 3
+    assert job.landing.first_token is None
+    monkeypatch.undo()
+    await rig.assert_healthy()
+
+
 async def test_a_slow_receiver_bounds_what_is_in_memory(
     monkeypatch: pytest.MonkeyPatch, shut: Callable[[Job], Gate]
 ) -> None:

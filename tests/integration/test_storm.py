@@ -183,6 +183,8 @@ def test_a_storm_leaves_exact_answers_and_nothing_else(service: Service) -> None
     wait_until(service.idle, 3, "no orphan on any worker")
     status = service.status()
     completed = sum(outcome.end == "complete" for outcome in outcomes)
-    assert status.finished_requests == completed
+    # An answer may be over before the router hears that its client has left in the midst of it.
+    late = sum(order.fate in ("mid-decode", "task cancelled", "deadline") for order in orders)
+    assert completed <= status.finished_requests <= completed + late
     ended_early = status.cancelled_requests + status.failed_requests
     assert sum(outcome.accepted for outcome in outcomes) <= completed + ended_early <= len(orders)

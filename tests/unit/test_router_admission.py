@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from router.admission import MAX_LABEL_CHARS, Admission, Admitted, Gate, answers_of, choice_seed, deadline_s
-from router.tokenizer import INLINE_CHARS, load_tokenizer, most_bytes_of_a_token
+from router.tokenizer import INLINE_CHARS, Encoder, load_tokenizer, most_bytes_of_a_token
 from tandem.config import TINY_MODEL, ModelConfig, RouterConfig
 from tandem.errors import ConfigError, InvalidRequest, ModelNotFound, Overloaded, TandemError
 from tandem.types import MAX_CHOICES, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, Fingerprint, ModelInfo, SamplingParams
@@ -167,10 +168,22 @@ async def test_a_text_that_can_never_fit_is_refused_before_it_is_tokenized() -> 
     with pytest.raises(InvalidRequest, match="4194304 bytes, which are more tokens than the model's limit of 256"):
         await admit(GenerateRequest(text=text))
     assert time.thread_time() - started < 0.1
-    # The longest text that fits is read.
-    widest = max((TOKENIZER.id_to_token(id_) for id_ in range(6, MODEL.vocab_size)), key=len)
-    text = TOKENIZER.decode([TOKENIZER.token_to_id(widest)]).encode() * 250
-    assert len((await admit(GenerateRequest(text=text, sampling=sampling(max_tokens=1)))).prompt_ids) <= 255
+
+
+async def test_the_longest_text_that_may_fit_is_tokenized() -> None:
+    longest, encoder = most_bytes_of_a_token(TOKENIZER), Encoder(TOKENIZER)
+    assert longest is not None
+    limit = INLINE_CHARS // longest + 1
+    text = ("cat " * INLINE_CHARS)[: longest * limit]
+    assert len(await encoder.encode(text, limit)) > limit, "the caller counts"
+    with pytest.raises(InvalidRequest, match=f"{longest * limit + 1} bytes"):
+        await encoder.encode(text + "c", limit)
+
+
+def _without_a_byte(model: dict[str, Any]) -> dict[str, int]:
+    merged = {character for pair in model["merges"] for part in pair for character in part}
+    left_out = next(character for character in ByteLevel.alphabet() if character not in merged)
+    return {token: id_ for token, id_ in model["vocab"].items() if token != left_out}
 
 
 def test_what_shortens_text_has_no_longest_token() -> None:
@@ -181,6 +194,12 @@ def test_what_shortens_text_has_no_longest_token() -> None:
         {"pre_tokenizer": {"type": "Whitespace"}},
         {"truncation": {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}},
         {"added_tokens": [{**state["added_tokens"][0], "rstrip": True}]},
+        {"added_tokens": [{**state["added_tokens"][0], "lstrip": True}]},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}]}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [state["pre_tokenizer"]] * 2}},
+        {"model": {**state["model"], "end_of_word_suffix": "</w>"}},
+        {"model": {**state["model"], "vocab": _without_a_byte(state["model"])}},
+        {"model": {"type": "WordLevel", "vocab": state["model"]["vocab"], "unk_token": "e"}},
     ):
         assert most_bytes_of_a_token(Tokenizer.from_str(json.dumps({**state, **changes}))) is None, changes
     split = {"type": "Split", "pattern": {"Regex": "[0-9]"}, "behavior": "Isolated", "invert": False}
