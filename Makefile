@@ -11,8 +11,9 @@ INPUTS := pyproject.toml constraints.txt
 demo: $(VENV)/serve.stamp
 	@$(BIN)/tandem demo
 
+# Two at once: most tests wait for processes of their own. File by file, for files share what is slow to start.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Real `ray up` on hosts made of namespaces: needs root, and Debian's packages, which root gets installed.
 test-cluster: $(VENV)/dev.stamp

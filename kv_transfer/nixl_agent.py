@@ -51,7 +51,8 @@ def check_devices(devices: str) -> None:
         return
     if _package() is None:
         raise ConfigError(
-            "config key worker.nixl_devices: NIXL is not installed; pip install '.[nixl]' in a checkout brings it",
+            "config key worker.nixl_devices: NIXL is not installed; "
+            "pip install -c constraints.txt -e '.[nixl]' in a checkout brings it",
             field="worker.nixl_devices",
         )
     for device in devices.split(","):

@@ -58,16 +58,15 @@ class PrefillCall:
         async with self._in_engine():
             await rpc.say_counted_from(self._context, self._host.next_heartbeat)
             started = await self._next(Started)
-            started_s = time.monotonic()
             await self._tell(
                 started=worker_pb2.PrefillStarted(queued_ms=started.queued_ms, cached_tokens=started.cached_tokens)
             )
             self._written.put_nowait((range(self._host.engine.fingerprint.num_layers), range(started.cached_tokens)))
             try:
                 if self._sequence.request.sampling.max_tokens == 1:
-                    await self._compute_only(started_s)
+                    await self._compute_only(started.at_s)
                 else:
-                    await self._compute_and_send(started_s)
+                    await self._compute_and_send(started.at_s)
             except ExceptionGroup as group:
                 raise group.exceptions[0] from None
 

@@ -220,7 +220,7 @@ class Attempt:
                 self._timeline.mark(Phase.PREFILL_STARTED)
             case "first_token":
                 self.first_ms = self._timeline.now_ms()
-                self._timeline.mark(Phase.FIRST_TOKEN, self.first_ms)
+                self._mark_first(self.first_ms, event.first_token.compute_ms)
                 self._prefill_on.prefixes.expect(self._brief.block_names)
                 return self._note_first_token(event.first_token)
             case "sealed":
@@ -228,6 +228,14 @@ class Attempt:
                 self._decode_on.prefixes.expect(self._brief.block_names)
                 return True
         return False
+
+    def _mark_first(self, first_ms: float, compute_ms: float) -> None:
+        """A short prompt is computed before its start is heard of: often both come at once."""
+        marks = self._timeline.marks
+        if Phase.FIRST_TOKEN not in marks:
+            started_ms = max(marks[Phase.RESERVED], first_ms - compute_ms)
+            self._timeline.correct(Phase.PREFILL_STARTED, min(started_ms, first_ms))
+        self._timeline.mark(Phase.FIRST_TOKEN, first_ms)
 
     def _note_first_token(self, first: worker_pb2.FirstToken) -> bool:
         reason = reason_from_wire(first.finish_reason)

@@ -36,6 +36,10 @@ class Timeline:
         """Records the first time a phase is reached; later calls for the same phase change nothing."""
         self.marks.setdefault(phase, self.now_ms() if at_ms is None else at_ms)
 
+    def correct(self, phase: Phase, at_ms: float) -> None:
+        """For what was heard of late, when whoever was there says when it was."""
+        self.marks[phase] = at_ms
+
     @property
     def phase(self) -> Phase:
         """The furthest phase reached."""

@@ -22,7 +22,7 @@ settings.load_profile("tandem")
 @pytest.fixture(scope="session")
 def nixl() -> None:
     """Skips where the optional NIXL is not installed."""
-    pytest.importorskip("nixl_cu12._bindings", reason="NIXL is not installed: pip install 'tandem[nixl]'")
+    pytest.importorskip("nixl_cu12._bindings", reason="NIXL is not installed: see the extra [nixl]")
 
 
 @pytest.fixture

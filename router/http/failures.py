@@ -72,13 +72,11 @@ def named_as_sent(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except errors.InvalidRequest as error:
+        ours = "|".join(map(re.escape, names))
+        # Where a message names a field: at its start, or before the field's value.
+        told = re.sub(rf"^({ours})\b|\b({ours})(?= \(|=)", lambda found: names[found[0]], error.message)
         field = error.field or ""
-        if field not in names:
-            raise
-        message = re.sub(
-            rf"^{field}\b|\b{field} (?=\()", lambda found: found[0].replace(field, names[field]), error.message
-        )
-        raise errors.InvalidRequest(message, field=names[field]) from None
+        raise errors.InvalidRequest(told, field=names.get(field, error.field)) from None
 
 
 class Impolite(HTTPException):

@@ -213,7 +213,7 @@ class Engine:
     def _announce(self, plan: StepPlan) -> None:
         now = time.monotonic()
         if started := plan.started:
-            self._publish([(s, Started((now - s.arrived_s) * 1000, s.num_computed)) for s in started])
+            self._publish([(s, Started((now - s.arrived_s) * 1000, s.num_computed, now)) for s in started])
             self._hit_tokens += sum(sequence.num_computed for sequence in started)
             self._query_tokens += sum(sequence.prompt_len for sequence in started if not sequence.averages)
 

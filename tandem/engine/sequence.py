@@ -20,6 +20,8 @@ class Started:
     queued_ms: float
     # Prompt tokens whose KV was found in the prefix cache.
     cached_tokens: int
+    # When, on time.monotonic(): whoever is told may hear of it while the engine computes, or later.
+    at_s: float
 
 
 @dataclass(frozen=True)

@@ -329,7 +329,7 @@ def test_devices_are_checked() -> None:
 
 def test_without_nixl_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kv_transfer.nixl_agent.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"NIXL is not installed; pip install '\.\[nixl\]'"):
+    with pytest.raises(ConfigError, match=r"NIXL is not installed; pip install -c constraints\.txt -e '\.\[nixl\]'"):
         check_devices("lo")
 
 

@@ -11,6 +11,7 @@ from router_house import (
     House,
     collect,
     configuration,
+    eventually_status,
     finish_of,
     ids_of,
     next_event,
@@ -19,6 +20,7 @@ from router_house import (
     text_of,
 )
 from scripted_member import FINGERPRINT
+from scripted_worker import COMPUTE_MS
 
 from tandem import errors, wire
 from tandem.timeline import Phase
@@ -77,6 +79,18 @@ async def test_the_report_of_a_split_request(house: House) -> None:
     marks = report.timeline.marks
     assert set(marks) == set(Phase)
     assert [marks[phase] for phase in Phase] == sorted(marks.values())
+
+
+async def test_prefill_took_as_long_as_its_worker_says(house: House) -> None:
+    """However late the router hears of its start, or of its end."""
+    prefill, _ = await house.pair()
+    prefill.hold("first")
+    call = house.call(2)
+    assert isinstance(await next_event(call), Accepted)
+    await eventually_status(house, lambda status: [each.phase for each in status.requests] == ["prefill_started"])
+    prefill.let("first")
+    timeline = finish_of(await collect(call)).report.timeline
+    assert timeline.between_ms(Phase.PREFILL_STARTED, Phase.FIRST_TOKEN) == pytest.approx(COMPUTE_MS)
 
 
 async def test_colocated_hands_off_locally(house: House) -> None:

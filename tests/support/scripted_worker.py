@@ -18,6 +18,8 @@ from tandem.v1 import common_pb2, registry_pb2, worker_pb2, worker_pb2_grpc
 
 # Where a test can hold a request or make it fail.
 PHASES = ("reserve", "start", "first", "seal", "decode", "rest", "embed")
+# What a prefill is said to have taken, and has not.
+COMPUTE_MS = 0.5
 
 
 async def eventually(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
@@ -205,7 +207,7 @@ class ScriptedWorker(
         await self.reach("first", request_id)
         reason = self.cluster.reason_at(0, request.request.sampling.max_tokens)
         token = self.cluster.wire_token(self.cluster.token(0))
-        first = worker_pb2.FirstToken(token=token, finish_reason=wire.reason_to_wire(reason), compute_ms=1)
+        first = worker_pb2.FirstToken(token=token, finish_reason=wire.reason_to_wire(reason), compute_ms=COMPUTE_MS)
         await context.write(worker_pb2.PrefillEvent(first_token=first))
         if reason is not None:
             return

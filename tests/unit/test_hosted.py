@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from service import wait_until
+from service import START_S, wait_until
 
 from tandem.client import Client
 from tandem.config import load_config
@@ -25,8 +25,8 @@ def never(code: int) -> None:
     raise AssertionError(f"the process would end with {code}")
 
 
-def in_phase(it: Hosted, phase: Phase) -> None:
-    wait_until(lambda: it.phase is phase, what=f"phase {phase}, now {it.phase} {it.error}")
+def in_phase(it: Hosted, phase: Phase, timeout_s: float = 10.0) -> None:
+    wait_until(lambda: it.phase is phase, timeout_s, f"phase {phase}, now {it.phase} {it.error}")
 
 
 def until_stopped(begin: threading.Event) -> Callable[[Hosted], None]:
@@ -110,7 +110,7 @@ def test_a_router_serves_in_a_thread_and_leaves() -> None:
         port = probe.getsockname()[1]
     spec = wanted_specs(load_config(overrides={"router": {"port": port}}), "127.0.0.1")["router"]
     it = Hosted(lambda it: serve_spec(spec, NODE, it), never)
-    in_phase(it, Phase.SERVING)
+    in_phase(it, Phase.SERVING, START_S)
     with Client(it.address) as client:
         assert client.status().workers == ()
     it.drain()
