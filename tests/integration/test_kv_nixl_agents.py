@@ -1,0 +1,105 @@
+"""A process's NIXL by itself: its agents, the devices they may use, and what is said where it cannot be used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kv_transfer.nixl_agent
+from kv_transfer.messages import Lent
+from kv_transfer.nixl_agent import Agent, announcement, check_devices
+from kv_transfer.nixl_writer import NixlWriter
+from tandem.errors import ConfigError, TransferFailed
+
+pytestmark = pytest.mark.usefixtures("nixl")
+
+
+async def test_metadata_of_another_agent_or_none_is_refused() -> None:
+    writer, other = NixlWriter("lo"), Agent("lo")
+    pool = torch.zeros(1 << 16, dtype=torch.uint8)
+    other.register(pool)
+    lent = Lent("a" * 32, pool.data_ptr(), "cpu", 0, 1, 1, 1, 0)
+    try:
+        for metadata, why in ((other.metadata(), "is another agent's"), (b"noise", "does not understand its peer")):
+            with pytest.raises(TransferFailed, match=why):
+                await writer.meet(object(), pool, lent, metadata)
+        await writer.meet(object(), pool, replace(lent, agent_id=other.id), other.metadata())
+    finally:
+        await writer.aclose()
+        other.close()
+
+
+def test_no_way_to_write_past_the_receiver_is_open_whatever_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last way on the list is closed too: nothing is left but tcp."""
+    monkeypatch.setenv("UCX_TLS", "all")
+    Agent("lo").close()
+    monkeypatch.setattr(kv_transfer.nixl_agent, "_NO_WAYS", (*kv_transfer.nixl_agent._NO_WAYS, "tcp"))
+    with pytest.raises(TransferFailed, match="cannot be started"):
+        Agent("lo")
+
+
+def test_an_agent_listens_where_it_may_and_not_after_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_NET_DEVICES", "all")
+
+    def listening() -> set[str]:
+        lines = Path("/proc/self/net/tcp").read_text().splitlines()[1:]
+        return {line.split()[1] for line in lines if line.split()[3] == "0A"}
+
+    before = listening()
+    agent = Agent("lo")
+    added = listening() - before
+    assert added
+    assert all(address.startswith("0100007F:") for address in added), "loopback alone"
+    agent.close()
+    assert not listening() & added
+
+
+def test_devices_are_checked() -> None:
+    check_devices("")
+    check_devices("lo")
+    with pytest.raises(ConfigError, match=r"worker\.nixl_devices: this machine has no network device 'nonesuch'"):
+        check_devices("lo,nonesuch")
+
+
+def test_without_nixl_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kv_transfer.nixl_agent.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"NIXL is not installed; pip install -c constraints\.txt -e '\.\[nixl\]'"):
+        check_devices("lo")
+
+
+def test_a_worker_loads_nixl_when_it_checks_its_devices_and_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading takes longer than a transfer may: a process that has checked loads nothing more."""
+    code = (
+        "import sys; from kv_transfer.nixl_agent import Agent, check_devices; check_devices('lo')\n"
+        "before = {*sys.modules}; Agent('lo').close(); print(*{*sys.modules} - before)"
+    )
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == ""
+
+    def missing(name: str) -> Any:
+        raise ImportError("libucp.so.0: cannot open shared object file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_transfer.nixl_agent, "import_module", missing)
+        with pytest.raises(ConfigError, match=r"worker\.nixl_devices: NIXL cannot be used here: libucp\.so\.0: cannot"):
+            check_devices("lo")
+    monkeypatch.setattr(kv_transfer.nixl_agent, "_NO_WAYS", (*kv_transfer.nixl_agent._NO_WAYS, "tcp"))
+    with pytest.raises(ConfigError, match=r"NIXL cannot be used here: NIXL cannot be started"):
+        check_devices("lo")
+
+
+def test_loopback_reaches_nobody_elsewhere() -> None:
+    here = announcement("lo", "cpu")
+    assert here.node == ""
+    assert announcement("lo", "cuda").node == "cuda"
+    code = "from kv_transfer.nixl_agent import announcement; print(announcement('lo', 'cpu').domain)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == here.domain
