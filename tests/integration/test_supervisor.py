@@ -1,4 +1,4 @@
-"""The supervisor over real processes. Stand-ins (tests/support) play router and worker, so that no model is needed."""
+"""The supervisor over real processes: what it starts, starts again and ends. Stand-ins play router and worker."""
 
 from __future__ import annotations
 
@@ -6,88 +6,31 @@ import asyncio
 import errno
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import standin_router
+from supervised import (
+    BOUND_S,
+    ENVIRONMENT,
+    Service,
+    config_of,
+    eventually,
+    joined_pids,
+    running,
+    until_joined,
+    workers_of,
+)
 
 from tandem.client import AsyncClient
-from tandem.config import TandemConfig, load_config
-from tandem.errors import ConfigError, TandemError, Unavailable
-from tandem.launch.child_process import Backoff, ChildProcess, ProcessSpec
+from tandem.errors import ConfigError
+from tandem.launch.child_process import Backoff, ChildProcess
 from tandem.launch.cores import share_cores
 from tandem.launch.processes import Supervisor
-
-SUPPORT = Path(standin_router.__file__).parent
-ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1])])}
-BOUND_S = 30.0
-
-
-class Service:
-    """A supervisor with stand-ins, and what they said."""
-
-    def __init__(self, **settings: dict[str, Any]) -> None:
-        self.lines: list[tuple[str, str]] = []
-        self.supervisor = Supervisor(
-            config_of(**settings),
-            output=lambda name, line: self.lines.append((name, line)),
-            start_timeout_s=BOUND_S,
-            environment=ENVIRONMENT,
-            router_module="standin_router",
-            worker_module="standin_worker",
-        )
-
-    def args_of(self, name: str) -> list[str]:
-        return next(line.split()[1:] for who, line in self.lines if who == name and line.startswith("args"))
-
-
-def config_of(**settings: dict[str, Any]) -> TandemConfig:
-    return load_config(overrides={"router": {"port": 0}, "worker": {"drain_timeout_s": 0.0}, **settings})
-
-
-@asynccontextmanager
-async def running(**settings: dict[str, Any]) -> AsyncIterator[Service]:
-    service = Service(**settings)
-    await service.supervisor.start()
-    pids = service.supervisor.pids()
-    try:
-        yield service
-    finally:
-        pids |= service.supervisor.pids()
-        await service.supervisor.stop()
-        assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
-
-
-async def eventually(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(BOUND_S):
-        while not holds():
-            await asyncio.sleep(0.02)
-
-
-async def joined_pids(address: str) -> set[int]:
-    async with AsyncClient(address) as client:
-        try:
-            return {worker.pid for worker in (await client.status()).workers}
-        except Unavailable:
-            return set()
-
-
-async def until_joined(service: Service, pids: Callable[[], set[int]]) -> None:
-    async with asyncio.timeout(BOUND_S):
-        while not pids() or await joined_pids(service.supervisor.address) != pids():
-            await asyncio.sleep(0.02)
-
-
-def workers_of(service: Service) -> set[int]:
-    return {pid for name, pid in service.supervisor.pids().items() if name != "router"}
 
 
 async def test_starts_names_and_stops_everything() -> None:
@@ -128,15 +71,6 @@ async def test_a_restart_that_the_system_refuses_is_tried_again(monkeypatch: pyt
         assert next(refusals, None) is None
 
 
-async def test_a_start_that_the_system_refuses_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def refused(*_: Any) -> ChildProcess:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
-
-    monkeypatch.setattr(ChildProcess, "start", refused)
-    with pytest.raises(Unavailable, match="cannot start a process: Cannot allocate memory"):
-        await Service().supervisor.start()
-
-
 async def test_a_killed_router_comes_back_at_the_same_addresses() -> None:
     async with running(router={"port": 0, "http_port": 0}) as service:
         before, address = service.supervisor.pids(), service.supervisor.address
@@ -152,65 +86,6 @@ async def test_a_killed_router_comes_back_at_the_same_addresses() -> None:
 async def http_port_of(service: Service) -> int:
     async with AsyncClient(service.supervisor.address) as client:
         return (await client.status()).http_port
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "words"),
-    [
-        ("refuse", ConfigError, r"^(prefill|decode)-0 exited with code 2: config key engine\.device: no such device$"),
-        ("crash", Unavailable, r"^(prefill|decode)-0 exited with code 3; what it said last is above$"),
-    ],
-)
-async def test_a_child_that_exits_early_is_reported_once(name: str, kind: type[TandemError], words: str) -> None:
-    service = Service(model={"name": name})
-    with pytest.raises(kind) as caught:
-        await service.supervisor.start()
-    await service.supervisor.stop()  # once more does no harm
-    assert re.search(words, caught.value.message)
-    assert service.supervisor.pids() == {}
-    assert not any("config key" in line for _, line in service.lines)
-    assert name != "crash" or any(line == "out of luck" for _, line in service.lines)
-
-
-async def test_last_words_that_nobody_saw_are_quoted() -> None:
-    service = Service(model={"name": "crash"})
-    service.supervisor._output = None
-    with pytest.raises(Unavailable, match=r"exited with code 3; its last lines:\n    out of luck"):
-        await service.supervisor.start()
-
-
-async def test_an_error_that_was_not_the_last_word_is_passed_on(tmp_path: Path) -> None:
-    (tmp_path / "chatty.py").write_text("print('error: not so bad'); print('on it goes'); print('error: the end')")
-    lines: list[str] = []
-    path = f"{tmp_path}{os.pathsep}{SUPPORT.parents[1]}"
-    child = await ChildProcess.start(
-        ProcessSpec("chatty", "chatty", []), lambda _, line: lines.append(line), {"PYTHONPATH": path}
-    )
-    await asyncio.wait_for(child.wait(), BOUND_S)
-    assert lines == ["error: not so bad", "on it goes"]
-    child.pass_on_last_words()
-    assert lines[2:] == ["error: the end"]
-    assert child.report() == "chatty exited with code 0: the end"
-    child.pass_on_last_words()
-    assert len(lines) == 3
-
-
-async def test_a_router_that_cannot_start_is_reported() -> None:
-    async with running() as first:
-        port = int(first.supervisor.address.rpartition(":")[2])
-        second = Service(router={"port": port})
-        with pytest.raises(TandemError, match=r"router exited with code 1"):
-            await asyncio.wait_for(second.supervisor.start(), BOUND_S)
-        assert any("port is in use" in line for _, line in second.lines)
-        assert second.supervisor.pids() == {}
-
-
-async def test_a_worker_that_never_joins_is_bounded() -> None:
-    service = Service(model={"name": "never-join"})
-    service.supervisor._start_timeout_s = 3.0
-    with pytest.raises(Unavailable, match="not ready within 3 s"):
-        await service.supervisor.start()
-    assert service.supervisor.pids() == {}
 
 
 async def test_a_configuration_error_after_a_restart_ends_the_service(tmp_path: Path) -> None:
@@ -245,15 +120,15 @@ async def test_cancelling_the_start_leaves_nothing(children: int) -> None:
 def test_children_end_with_a_killed_supervisor(tmp_path: Path) -> None:
     """A supervisor in a process of its own gets SIGKILL, which it cannot answer; its children must end."""
     code = (
-        "import asyncio, json, test_supervisor as t\n"
+        "import asyncio, json\n"
+        "from supervised import running\n"
         "async def main():\n"
-        "    async with t.running(model={'name': 'deaf'}) as service:\n"  # not even SIGTERM helps
+        "    async with running(model={'name': 'deaf'}) as service:\n"  # not even SIGTERM helps
         "        print(json.dumps(service.supervisor.pids()), flush=True)\n"
         "        await asyncio.Event().wait()\n"
         "asyncio.run(main())\n"
     )
-    path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, **ENVIRONMENT, "TMPDIR": str(tmp_path)}
     supervisor = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     with supervisor:
         assert supervisor.stdout is not None
@@ -263,20 +138,6 @@ def test_children_end_with_a_killed_supervisor(tmp_path: Path) -> None:
     _, alive = psutil.wait_procs(children, timeout=BOUND_S)
     assert alive == []
     assert list(tmp_path.iterdir()) == []  # nor does a file stay behind
-
-
-@pytest.mark.parametrize("flood", [1, 1 << 20])
-async def test_long_lines_and_bad_bytes_pass(flood: int, tmp_path: Path) -> None:
-    (tmp_path / "noisy.py").write_text(f"import os; os.write(1, b'x' * {flood} + b'\\xff\\nlast')")
-    lines: list[str] = []
-    spec = ProcessSpec("noisy", "noisy", [])
-    child = await ChildProcess.start(
-        spec, lambda _, line: lines.append(line), {"PYTHONPATH": f"{tmp_path}{os.pathsep}{SUPPORT.parents[1]}"}
-    )
-    assert await asyncio.wait_for(child.wait(), BOUND_S) == 0
-    assert "".join(lines) == "x" * flood + "\ufffdlast"
-    assert lines[-1] == "last"
-    assert await child.ready == ""
 
 
 def test_backoff_doubles_to_its_limit_and_starts_again_after_a_stable_minute() -> None:
@@ -306,40 +167,6 @@ async def test_workers_get_cores_and_as_many_threads_unless_told_otherwise() -> 
         assert len(cpus.split(",")) == int(threads)
     async with running(engine={"threads": 3}) as service:
         assert "--cpus" not in service.args_of("prefill-0")
-
-
-@pytest.mark.parametrize(
-    ("serve", "words"),
-    [
-        ({"prefill": 0, "decode": 0}, "no workers"),
-        ({"prefill": 1, "decode": 0}, "nobody would play decode"),
-        ({"prefill": 0, "decode": 1}, "nobody would play prefill"),
-    ],
-)
-def test_pools_that_cannot_serve_are_refused(serve: dict[str, int], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        Service(serve=serve)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"router": {"transport": "nixl"}}, "router.transport nixl needs worker.nixl_devices"),
-        ({"router": {"transport": "ray"}}, "router.transport ray needs .* tandem serve --ray"),
-        ({"router": {"transport": "shm"}, "engine": {"device": "cuda"}}, "router.transport shm needs KV pools in"),
-    ],
-)
-def test_a_transport_that_these_workers_cannot_have_is_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        Supervisor(load_config(overrides=settings), output=None)
-    alone = {"serve": {"prefill": 0, "decode": 0, "colocated": 1}}  # has no KV to send
-    Supervisor(load_config(overrides=settings | alone), output=None)
-
-
-@pytest.mark.parametrize("worker", [{"port": 9000}, {"advertise": "10.0.0.1:9000"}])
-def test_an_address_for_one_worker_is_refused_for_two(worker: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"worker.{min(worker)} can belong to one worker only"):
-        Supervisor(load_config(overrides={"worker": worker}), output=None)
 
 
 async def test_a_service_that_stops_has_nothing_to_say() -> None:
