@@ -150,13 +150,14 @@ def in_ray(**arguments: object) -> Iterator[str]:
 
 
 def leave_payloads_unchecked() -> None:
-    copy = Runs._fill
+    """Both ends say 0 of every payload."""
+    copy = Runs.copy_to
 
     def unchecked(payload: Runs, target: Runs, checked: bool = False, streamed: bool = False) -> int:
         return copy(payload, target, streamed=streamed)
 
     Runs.checksum = lambda payload: 0  # type: ignore[method-assign]
-    Runs._fill = unchecked  # type: ignore[method-assign]
+    Runs.copy_to = unchecked  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -10,13 +10,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from kv_transfer.checksum import crc32
+from kv_transfer.cells import Cells
 from kv_transfer.layout import KVLayout, cut
 from kv_transfer.wire_dtype import WireDtype, wire_dtype
 from tandem.config import TINY_MODEL, parse_config
@@ -50,21 +51,22 @@ def _copies(dtype: str, heads: int, head_dim: int) -> dict[str, Any]:
     pool = torch.randn(12, 2, POOL_TOKENS // BLOCK, BLOCK, heads, head_dim).to(layout.torch_dtype)
     target, blocks = torch.zeros_like(pool), torch.randperm(pool.shape[2]).tolist()
     native, int8 = wire_dtype("native", layout), wire_dtype("int8", layout)
-    cells = frames(int8, 12, POOL_TOKENS)
-    payloads = [int8.pieces(pool, blocks, *frame).gathered() for frame in cells]
+    sources = [Cells(pool, blocks, *frame) for frame in frames(int8, 12, POOL_TOKENS)]
+    targets = [replace(cells, pool=target) for cells in sources]
+    sent = [int8.pieces(cells).gathered() for cells in sources]
 
     def gather(wire: WireDtype) -> None:
-        for frame in cells:
-            wire.pieces(pool, blocks, *frame).gathered()
+        for cells in sources:
+            wire.pieces(cells).gathered()
 
     def write() -> None:
-        for frame, payload in zip(cells, payloads, strict=True):
-            int8.scatter(target, blocks, *frame, payload, crc32(payload))
+        for cells, (payload, checksum) in zip(targets, sent, strict=True):
+            int8.scatter(cells, payload, checksum)
 
     gigabytes = pool.nbytes / 1e9
     return {
         "dtype": dtype,
-        "bytes_share": sum(map(len, payloads)) / pool.nbytes,
+        "bytes_share": sum(len(payload) for payload, _ in sent) / pool.nbytes,
         "gather": gigabytes / seconds_of(lambda: gather(native)),
         "quantize": gigabytes / seconds_of(lambda: gather(int8)),
         "write": gigabytes / seconds_of(write),
@@ -153,8 +155,9 @@ def _through_int8(rows: Tensor) -> tuple[Tensor, int]:
     pool.flatten(2, 3)[:, :, :tokens] = rows
     target, wire, sent = torch.zeros_like(pool), wire_dtype("int8", layout), 0
     for frame in frames(wire, layers, tokens):
-        payload = wire.pieces(pool, range(count), *frame).gathered()
-        assert wire.scatter(target, range(count), *frame, payload, crc32(payload))
+        cells = Cells(pool, range(count), *frame)
+        payload, checksum = wire.pieces(cells).gathered()
+        assert wire.scatter(replace(cells, pool=target), payload, checksum)
         sent += len(payload)
     return target.flatten(2, 3)[:, :, :tokens], sent
 

@@ -101,11 +101,13 @@ class _Bytes:
         return f"{self.least} to {self.most} bytes" if self.least < self.most else f"{self.most} bytes"
 
 
+_CHECKSUM = _Whole(0, 2**32 - 1)
 _COUNT, _SIZE, _ID = _Whole(0, 2**31 - 1), _Whole(0, 2**53), _Text(128)
-# Of one length, so that a header's does not depend on it.
+# As it travels: of one length, so that a header's does not depend on it.
 _CRC = _Bytes(CHECKSUM_BYTES, CHECKSUM_BYTES)
 _POSITIVE = _Whole(1, 2**31 - 1)
-_Schema = Mapping[str, _Whole | _Text | _Bytes]
+_Limit = _Whole | _Text | _Bytes
+_Schema = Mapping[str, _Limit]
 _FINGERPRINT: _Schema = {
     "config_hash": _ID,
     "weights_hash": _ID,
@@ -185,39 +187,21 @@ _KINDS: dict[str, tuple[_Schema, Callable[[dict[str, Any]], Message]]] = {
 }
 
 
-def encode(message: Message, payload: Runs | None = None) -> bytes:
+def encode(message: Message, payload: bytes = b"") -> bytes:
     """One frame, with a small payload if it has one (see frame_of for others).
 
     Raises TransferFailed for a field that decode would refuse.
     """
-    kind, fields = type(message).__name__.lower(), dict(vars(message))
-    if isinstance(message, Open):
-        fields.update(vars(fields.pop("fingerprint")))
-    if "checksum" in fields:
-        fields["checksum"] = fields["checksum"].to_bytes(CHECKSUM_BYTES)
-    _check(kind, fields)
-    header: bytes = msgpack.packb({"kind": kind, **fields})
-    guard = crc32(header, crc32(_UNGUARDED.pack(_MAGIC, VERSION, len(header))))
-    head = _PRELUDE.pack(_MAGIC, VERSION, len(header), guard) + header
-    return head if payload is None else head + payload.gathered()
+    return _guarded(_header(message)) + payload
 
 
 def frame_of(sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
     """A data frame, and what its header says. The payload is read once, for its checksum and its copy."""
-    data = Data(sequence, layers.start, len(layers), tokens.start, len(tokens), payload.nbytes, 0)
-
-    def head(crc: int) -> bytes:
-        nonlocal data
-        data = replace(data, checksum=crc)
-        return encode(data)
-
-    frame = payload.after(len(encode(data)), head)
-    return data, frame
-
-
-def describe(sequence: int, layers: range, tokens: range, payload: Runs) -> Data:
-    """The header of a data frame, with the size and the checksum of the payload."""
-    return Data(sequence, layers.start, len(layers), tokens.start, len(tokens), payload.nbytes, payload.checksum())
+    data = Data.of_ranges(sequence, layers, tokens, payload.nbytes, checksum=0)
+    header = _header(data)
+    rest, room = header[:-CHECKSUM_BYTES], _PRELUDE.size + len(header)  # the checksum is a data frame's last field
+    frame, crc = payload.after(room, lambda crc: _guarded(rest + crc.to_bytes(CHECKSUM_BYTES)))
+    return replace(data, checksum=crc), frame
 
 
 def decode(frame: bytes) -> tuple[Message, memoryview]:
@@ -250,6 +234,24 @@ def decode(frame: bytes) -> tuple[Message, memoryview]:
 def chain_checksum(chain: int, data: Data) -> int:
     """The running checksum of checksums after one more frame; starts from 0."""
     return crc32(data.checksum.to_bytes(CHECKSUM_BYTES), chain)
+
+
+def _header(message: Message) -> bytes:
+    kind, fields = type(message).__name__.lower(), dict(vars(message))
+    if isinstance(message, Open):
+        fields.update(vars(fields.pop("fingerprint")))
+    if "checksum" in fields:
+        _check_field(kind, "checksum", _CHECKSUM, fields["checksum"])
+        fields["checksum"] = fields["checksum"].to_bytes(CHECKSUM_BYTES)
+    _check(kind, fields)
+    header: bytes = msgpack.packb({"kind": kind, **fields})
+    return header
+
+
+def _guarded(header: bytes) -> bytes:
+    """Behind its prelude."""
+    guard = crc32(header, crc32(_UNGUARDED.pack(_MAGIC, VERSION, len(header))))
+    return _PRELUDE.pack(_MAGIC, VERSION, len(header), guard) + header
 
 
 def _payload_of(message: Message) -> int:
@@ -297,5 +299,9 @@ def _check(kind: str, fields: dict[str, Any]) -> None:
         odd = ", ".join(sorted(f"{key!r:.20}" for key in fields.keys() ^ schema.keys())[:4])
         raise TransferFailed(f"a KV frame's {kind} header has missing or unknown keys: {odd}")
     for name, limit in schema.items():
-        if not limit.allows(fields[name]):
-            raise TransferFailed(f"{name} in a KV frame's {kind} header must be {limit}, not {fields[name]!r:.40}")
+        _check_field(kind, name, limit, fields[name])
+
+
+def _check_field(kind: str, name: str, limit: _Limit, value: object) -> None:
+    if not limit.allows(value):
+        raise TransferFailed(f"{name} in a KV frame's {kind} header must be {limit}, not {value!r:.40}")

@@ -7,13 +7,12 @@ at most half a scale, besides the rounding of x' to the pool's dtype. Zeros stay
 no place here: the sender refuses them.
 
 A payload is the scales, float32 [layers, 2, S, K], then the values, int8 [layers, 2, T, K, D]; S counts the blocks that
-the T tokens lie in. On cpu the work is numpy's (see pool_io), on a device torch's, and what travels to and from the
+the T tokens lie in. On cpu the work is numpy's (see cells.py), on a device torch's, and what travels to and from the
 device is the payload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kv_transfer.cells import Cells, runs
 from kv_transfer.checksum import crc32
 from kv_transfer.layout import KVLayout, blocks_of
-from kv_transfer.pool_io import gather_slots, runs, write_slots
 from kv_transfer.runs import Runs
 from tandem.errors import Refused, TransferFailed
 
@@ -57,43 +56,34 @@ class Int8:
             layers * 2 * (self._shares(tokens) * self._layout.num_kv_heads * _SCALE_BYTES + len(tokens) * self._width)
         )
 
-    def is_quick(self, pool: Tensor, layers: range, tokens: range) -> bool:
+    def is_quick(self, cells: Cells) -> bool:
         """See WireDtype."""
         return False
 
-    def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Runs:
+    def pieces(self, cells: Cells) -> Runs:
         """See WireDtype."""
-        quantize = self.quantize_on_host if pool.device.type == "cpu" else self.quantize_on_device
-        return Runs.of(*quantize(pool, blocks, layers, tokens))
+        quantize = self.quantize_on_host if cells.pool.device.type == "cpu" else self.quantize_on_device
+        return Runs.of(*quantize(cells))
 
-    def scatter(
-        self,
-        pool: Tensor,
-        blocks: Sequence[int],
-        layers: range,
-        tokens: range,
-        payload: bytes | memoryview,
-        checksum: int,
-    ) -> bool:
+    def scatter(self, cells: Cells, payload: bytes | memoryview, checksum: int) -> bool:
         """See WireDtype."""
         if crc32(payload) != checksum:
             return False
-        scales, values = self._parse(len(layers), tokens, payload)
-        if pool.device.type == "cpu":
-            self.write_on_host(pool, blocks, layers, tokens, scales, values)
+        scales, values = self._parse(len(cells.layers), cells.tokens, payload)
+        if cells.pool.device.type == "cpu":
+            self.write_on_host(cells, scales, values)
         else:
-            self.write_on_device(pool, blocks, layers, tokens, scales, values)
-            torch.cuda.current_stream(pool.device).synchronize()
+            self.write_on_device(cells, scales, values)
+            torch.cuda.current_stream(cells.pool.device).synchronize()
         return True
 
     # Cpu.
 
-    def quantize_on_host(
-        self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range
-    ) -> tuple[_Floats, _Values]:
+    def quantize_on_host(self, cells: Cells) -> tuple[_Floats, _Values]:
         """Scales [layers, 2, S, K] and values [layers, 2, T, K * D]. Whole blocks are taken and the rest is blanked."""
+        pool, layers, tokens = cells.pool, cells.layers, cells.tokens
         size, heads, shares = self._layout.block_size, self._layout.num_kv_heads, self._shares(tokens)
-        named = np.array(blocks[tokens.start // size :][:shares])
+        named = np.array(cells.blocks[tokens.start // size :][:shares])
         before = tokens.start % size
         within = slice(before, before + len(tokens))
         source = _array(pool).reshape(*pool.shape[:4], self._width)
@@ -114,43 +104,40 @@ class Int8:
                 values[at, side] = rows[within]
         return scales, values
 
-    def write_on_host(
-        self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, scales: _Floats, values: _Values
-    ) -> None:
+    def write_on_host(self, cells: Cells, scales: _Floats, values: _Values) -> None:
         """Scales [layers, 2, S, K] and values [layers, 2, T, K * D]."""
+        pool, layers = cells.pool, cells.layers
         array = _array(pool).reshape(pool.shape[0], 2, -1, self._width)[layers.start : layers.stop]
         wide = self._wide(scales)
         done = 0
-        for share, (slot, count) in enumerate(runs(blocks, tokens, self._layout.block_size)):
+        for share, (slot, count) in enumerate(runs(cells.blocks, cells.tokens, self._layout.block_size)):
             part = values[:, :, done : done + count]
             _narrow(part, wide[:, :, share, None], array[:, :, slot : slot + count])
             done += count
 
     # Devices.
 
-    def quantize_on_device(
-        self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range
-    ) -> tuple[_Floats, _Values]:
+    def quantize_on_device(self, cells: Cells) -> tuple[_Floats, _Values]:
         """As quantize_on_host, for a pool on any device."""
+        pool, layers, tokens = cells.pool, cells.layers, cells.tokens
         size, shares = self._layout.block_size, self._shares(tokens)
         before = tokens.start % size
         within = slice(before, before + len(tokens))
         numbers = torch.zeros((len(layers), 2, shares * size, self._width), device=pool.device)
-        numbers[:, :, within] = gather_slots(pool, blocks, layers, tokens).float()
+        numbers[:, :, within] = cells.gather_slots().float()
         by_head = numbers.view(len(layers), 2, shares, size, self._layout.num_kv_heads, -1)
         scales = self._scales(by_head.abs().amax(dim=(3, 5)).cpu().numpy())
         by_head /= torch.from_numpy(scales).to(pool.device)[:, :, :, None, :, None]
         return scales, numbers[:, :, within].round().to(torch.int8).cpu().numpy()
 
-    def write_on_device(
-        self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range, scales: _Floats, values: _Values
-    ) -> None:
+    def write_on_device(self, cells: Cells, scales: _Floats, values: _Values) -> None:
         """As write_on_host, for a pool on any device."""
-        share_of = torch.arange(len(tokens)).add_(tokens.start % self._layout.block_size) // self._layout.block_size
-        wide = torch.from_numpy(self._wide(scales)).to(pool.device)[:, :, share_of.to(pool.device)]
+        size, device = self._layout.block_size, cells.pool.device
+        share_of = torch.arange(len(cells.tokens)).add_(cells.tokens.start % size) // size
+        wide = torch.from_numpy(self._wide(scales)).to(device)[:, :, share_of.to(device)]
         # A tensor over read-only bytes is not allowed, hence the host copy.
-        numbers = torch.from_numpy(values.copy()).to(pool.device) * wide
-        write_slots(pool, blocks, layers, tokens, numbers.to(pool.dtype))
+        numbers = torch.from_numpy(values.copy()).to(device) * wide
+        cells.write_slots(numbers.to(cells.pool.dtype))
 
     # Both.
 

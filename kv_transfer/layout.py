@@ -54,6 +54,11 @@ class KVLayout:
         """K and V of so many tokens in so many layers."""
         return layers * 2 * tokens * self.num_kv_heads * self.head_dim * self.torch_dtype.itemsize
 
+    def pool_in(self, memory: torch.Tensor, blocks: int) -> torch.Tensor:
+        """The pool of so many blocks that these bytes are."""
+        shape = (self.num_layers, 2, blocks, self.block_size, self.num_kv_heads, self.head_dim)
+        return memory.view(self.torch_dtype).view(shape)
+
     def check_pool(self, pool: torch.Tensor, blocks: Sequence[int], tokens: int) -> None:
         """Raises Refused unless the pool has this layout and the block table holds `tokens` positions in it."""
         shape = (self.num_layers, 2, pool.shape[2] if pool.dim() == 6 else 0, self.block_size)

@@ -24,7 +24,6 @@ from kv_transfer.fences import Fences
 from kv_transfer.interrupt import Interrupt
 from kv_transfer.messages import Granted, Locked, Mapped, Open
 from kv_transfer.receiver import next_message, tell
-from kv_transfer.runs import Runs
 from kv_transfer.shared_memory import SharedMemory
 from kv_transfer.wire_dtype import Native
 from kv_transfer.written import WrittenIntake, block_ids
@@ -76,13 +75,14 @@ class MappedIntake(WrittenIntake):
         self._granted = True
         await tell(self._context, Granted())
 
-    def _mapped(self, landing: Landing, tokens: range) -> tuple[Mapped, Runs]:
+    def _mapped(self, landing: Landing, tokens: range) -> tuple[Mapped, bytes]:
+        """And the payload."""
         pool = landing.pool
         blocks, ids = block_ids(landing, tokens)
         self._key = blocks[0]
         memory = self._memory
         mapped = Mapped(os.getpid(), memory.fd, memory.id, memory.size, pool.shape[2], len(blocks), crc32(ids))
-        return mapped, Runs.of(ids)
+        return mapped, ids
 
     def settle(self) -> None:
         """See Intake."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Self
 
 from tandem.types import Fingerprint
 
@@ -38,6 +39,10 @@ class Data:
     payload_bytes: int
     # crc32 of the payload.
     checksum: int
+
+    @classmethod
+    def of_ranges(cls, sequence: int, layers: range, tokens: range, payload_bytes: int, checksum: int) -> Self:
+        return cls(sequence, layers.start, len(layers), tokens.start, len(tokens), payload_bytes, checksum)
 
     @property
     def layers(self) -> range:
@@ -76,10 +81,6 @@ class Placed(Data):
 @dataclass(frozen=True)
 class Written(Data):
     """KV like a data frame's, but the sender has put the payload into the receiver's pool itself."""
-
-    @classmethod
-    def of(cls, data: Data) -> Written:
-        return cls(**asdict(data))
 
 
 @dataclass(frozen=True)

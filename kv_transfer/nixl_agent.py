@@ -250,7 +250,7 @@ def pieces_of(
     layers: range,
     device: int,
 ) -> Pieces:
-    """Where a payload's cells lie in a pool of `shape` [L, 2, N, P, ...]; spans: see pool_io.runs."""
+    """Where a payload's cells lie in a pool of `shape` [L, 2, N, P, ...]; spans: see cells.runs."""
     slots = shape[2] * shape[3]
     planes = np.arange(2 * layers.start, 2 * layers.stop, dtype=np.uint64) * np.uint64(slots * row_bytes)
     starts = np.array([slot for slot, _ in spans], dtype=np.uint64) * np.uint64(row_bytes)

@@ -30,7 +30,6 @@ from kv_transfer.messages import Lent, Open, Writer
 from kv_transfer.nixl_agent import Agent
 from kv_transfer.nixl_driver import Driver
 from kv_transfer.receiver import next_message, tell
-from kv_transfer.runs import Runs
 from kv_transfer.wire_dtype import Native
 from kv_transfer.written import WrittenIntake, block_ids
 from tandem import logs
@@ -215,9 +214,11 @@ class NixlIntake(WrittenIntake):
             self._doors.leave(self._interrupt)
 
 
-def _lent(agent_id: str, metadata: bytes, landing: Landing, tokens: range) -> tuple[Lent, Runs]:
+def _lent(agent_id: str, metadata: bytes, landing: Landing, tokens: range) -> tuple[Lent, bytes]:
+    """And the payload."""
     pool = landing.pool
     blocks, ids = block_ids(landing, tokens)
+    payload = metadata + ids
     lent = Lent(
         agent_id=agent_id,
         address=pool.data_ptr(),
@@ -226,6 +227,6 @@ def _lent(agent_id: str, metadata: bytes, landing: Landing, tokens: range) -> tu
         pool_blocks=pool.shape[2],
         metadata_bytes=len(metadata),
         block_count=len(blocks),
-        checksum=crc32(metadata + ids),
+        checksum=crc32(payload),
     )
-    return lent, Runs.of(metadata, ids)
+    return lent, payload

@@ -16,12 +16,12 @@ from typing import Any
 import grpc
 
 from kv_transfer.base import Source, Target
-from kv_transfer.codec import describe, encode
+from kv_transfer.cells import runs
+from kv_transfer.codec import encode
 from kv_transfer.layout import KVLayout
 from kv_transfer.messages import Data, Done, Lent, Released, Writer, Written
 from kv_transfer.nixl_agent import KINDS, pieces_of
 from kv_transfer.nixl_writer import NixlWriter, Order
-from kv_transfer.pool_io import runs
 from kv_transfer.push import PushLink, PushTransport
 from kv_transfer.runs import Runs
 from kv_transfer.service import RELEASE, SERVICE
@@ -107,7 +107,7 @@ class _NixlLink(WritingLink):
     def pack(self, sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
         """See Link. The payload is on its way while its checksum is taken."""
         self._writes[sequence] = self._writer.write(self._order(layers, tokens))
-        data = Written.of(describe(sequence, layers, tokens, payload))
+        data = Written.of_ranges(sequence, layers, tokens, payload.nbytes, payload.checksum())
         return data, encode(data)
 
     def _order(self, layers: range, tokens: range) -> Order:

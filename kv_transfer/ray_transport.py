@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from kv_transfer.base import Sender, Source, Target
-from kv_transfer.codec import describe, encode
+from kv_transfer.codec import encode
 from kv_transfer.messages import Data, Done, Message, Place, Placed, Taken
 from kv_transfer.plasma import Plasma
 from kv_transfer.push import PushLink, PushTransport
@@ -88,7 +88,8 @@ class _RayLink(PushLink):
 
     def pack(self, sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
         """See Link."""
-        return describe(sequence, layers, tokens, payload), payload.gathered()
+        whole, crc = payload.gathered()
+        return Data.of_ranges(sequence, layers, tokens, len(whole), crc), whole
 
     async def carry(self, data: Data, packed: bytes) -> None:
         """See Link."""

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from kv_transfer.admission import Admission
 from kv_transfer.base import Counters, Landing, TransferSummary
+from kv_transfer.cells import Cells
 from kv_transfer.codec import CorruptFrame, chain_checksum, decode, encode
 from kv_transfer.coverage import Coverage
 from kv_transfer.interrupt import Interrupt
 from kv_transfer.messages import Abandon, Data, Done, Message, Open, Seal
-from kv_transfer.runs import Runs
 from kv_transfer.threads import finish
 from kv_transfer.wire_dtype import WireDtype, wire_dtype
 from tandem import logs
@@ -41,8 +41,8 @@ class Intake(Protocol):
     async def fetch(self, data: Data, payload: memoryview) -> memoryview:
         """payload: what came with the frame. The result is what `land` takes. Raises TransferFailed."""
 
-    def land(self, landing: Landing, wire: WireDtype, data: Data, payload: memoryview) -> None:
-        """In a thread, unless it is quick: verifies the payload, and puts it into the landing's blocks.
+    def land(self, cells: Cells, wire: WireDtype, data: Data, payload: memoryview) -> None:
+        """In a thread, unless it is quick: verifies the payload, and puts it into its cells of the landing's blocks.
 
         Raises CorruptFrame; the cells may hold anything then.
         """
@@ -69,9 +69,9 @@ class Copied:
         """See Intake. The result is `data.payload_bytes` long."""
         return payload
 
-    def land(self, landing: Landing, wire: WireDtype, data: Data, payload: memoryview) -> None:
+    def land(self, cells: Cells, wire: WireDtype, data: Data, payload: memoryview) -> None:
         """See Intake."""
-        if not wire.scatter(landing.pool, landing.blocks, data.layers, data.tokens, payload, data.checksum):
+        if not wire.scatter(cells, payload, data.checksum):
             raise CorruptFrame(f"the payload of KV frame {data.sequence} fails its checksum")
 
     async def taken(self, data: Data) -> None:
@@ -177,8 +177,9 @@ class Receiver:
         self._counters.moved(data.payload_bytes)
 
     async def _land(self, filling: _Filling, data: Data, payload: memoryview) -> None:
-        work = partial(self._intake.land, filling.landing, filling.wire, data, payload)
-        if filling.wire.is_quick(filling.landing.pool, data.layers, data.tokens):
+        cells = Cells(filling.landing.pool, filling.landing.blocks, data.layers, data.tokens)
+        work = partial(self._intake.land, cells, filling.wire, data, payload)
+        if filling.wire.is_quick(cells):
             work()
         else:
             await finish(asyncio.get_running_loop().run_in_executor(self._threads, work))
@@ -240,7 +241,7 @@ async def next_message(frames: AsyncIterator[bytes]) -> Message | None:
     return None
 
 
-async def tell(context: Any, message: Message, payload: Runs | None = None) -> None:
+async def tell(context: Any, message: Message, payload: bytes = b"") -> None:
     """To the sender. Raises TransferFailed when it has left."""
     try:
         await context.write(encode(message, payload))

@@ -194,31 +194,27 @@ class Runs:
         """crc32 of the payload."""
         return int(_checksum(self.addresses, self.sizes))
 
-    def copy_to(self, target: Runs) -> int:
-        """Into memory that nobody reads soon, a pool: past the caches, for they would read it before it is written.
+    def copy_to(self, target: Runs, checked: bool = False, streamed: bool = False) -> int:
+        """Returns the crc32 of what was copied, if it is `checked`: in the same pass.
 
-        Returns the crc32 of what was copied.
+        streamed: into memory that nobody reads soon, a pool: past the caches, for they would read it before it is
+        written.
         """
-        return self._fill(target, checked=True, streamed=True)
-
-    def after(self, room: int, head: Callable[[int], bytes]) -> bytes:
-        """The head of a payload with this crc32, `room` bytes long, and the payload, in one piece: read once."""
-        whole: bytes = _new_bytes(None, room + self.nbytes)  # not filled yet, and nobody else's
-        memory = memoryview(whole)
-        crc = self._fill(Runs.of(memory[room:]), checked=True)
-        Runs.of(head(crc))._fill(Runs.of(memory[:room]))
-        return whole
-
-    def gathered(self) -> bytes:
-        """The payload in one piece."""
-        whole: bytes = _new_bytes(None, self.nbytes)
-        self._fill(Runs.of(whole))
-        return whole
-
-    def _fill(self, target: Runs, checked: bool = False, streamed: bool = False) -> int:
         if self.nbytes != target.nbytes:
             raise ValueError(f"{self.nbytes} bytes do not fill {target.nbytes}")
         return int(_copy(self.addresses, self.sizes, target.addresses, target.sizes, checked, streamed))
+
+    def gathered(self) -> tuple[bytes, int]:
+        """The payload in one piece, and its crc32: read once."""
+        return self.after(0, lambda crc: b"")
+
+    def after(self, room: int, head: Callable[[int], bytes]) -> tuple[bytes, int]:
+        """As gathered, behind the head of a payload with this crc32, which is `room` bytes long."""
+        whole: bytes = _new_bytes(None, room + self.nbytes)  # not filled yet, and nobody else's
+        memory = memoryview(whole)
+        crc = self.copy_to(Runs.of(memory[room:]), checked=True)
+        Runs.of(head(crc)).copy_to(Runs.of(memory[:room]))
+        return whole, crc
 
 
 Runs.of(bytes(_LINE)).gathered()

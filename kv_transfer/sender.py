@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from typing import Protocol
 
 from kv_transfer.base import Counters, Source, Target, TransferSummary
+from kv_transfer.cells import Cells
 from kv_transfer.codec import chain_checksum, encode
 from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout, cut
@@ -123,7 +124,8 @@ class FrameSender:
                 await self._until_under_way(self._link.ahead)
                 if self._abandoned:
                     return
-                self._made.append(self._make(part_layers, part_tokens))
+                cells = Cells(self._source.pool, self._source.blocks, part_layers, part_tokens)
+                self._made.append(self._make(cells))
                 self._carry()
                 await asyncio.sleep(0)  # others get the event loop between two frames that it makes itself
 
@@ -175,16 +177,16 @@ class FrameSender:
             self._made.clear()
             self._link.rest()
 
-    def _make(self, layers: range, tokens: range) -> asyncio.Future[tuple[Data, bytes]]:
+    def _make(self, cells: Cells) -> asyncio.Future[tuple[Data, bytes]]:
         sequence = self._cut_frames
         self._cut_frames += 1
         loop = asyncio.get_running_loop()
-        if self._wire.is_quick(self._source.pool, layers, tokens):
+        if self._wire.is_quick(cells):
             made = loop.create_future()
-            made.set_result(self._gather(sequence, layers, tokens))
+            made.set_result(self._gather(sequence, cells))
             return made
         try:
-            return loop.run_in_executor(self._threads, self._gather, sequence, layers, tokens)
+            return loop.run_in_executor(self._threads, self._gather, sequence, cells)
         except RuntimeError:  # no thread takes work any more
             raise TransferFailed("the transport was closed in mid-transfer") from None
 
@@ -223,9 +225,8 @@ class FrameSender:
         self._checksum = chain_checksum(self._checksum, data)
         self._counters.moved(data.payload_bytes)
 
-    def _gather(self, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
+    def _gather(self, sequence: int, cells: Cells) -> tuple[Data, bytes]:
         """In a thread, unless it is quick."""
         if self._unwanted:
             raise TransferFailed("the transfer is over")
-        payload = self._wire.pieces(self._source.pool, self._source.blocks, layers, tokens)
-        return self._link.pack(sequence, layers, tokens, payload)
+        return self._link.pack(sequence, cells.layers, cells.tokens, self._wire.pieces(cells))

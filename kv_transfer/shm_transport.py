@@ -9,13 +9,16 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from kv_transfer.base import Source, Target
+from kv_transfer.cells import Cells
 from kv_transfer.codec import encode
 from kv_transfer.messages import Data, Granted, Locked, Mapped, Written
 from kv_transfer.peers import Peers
-from kv_transfer.pool_io import copy_parts
 from kv_transfer.push import PushLink, PushTransport
-from kv_transfer.runs import Planes, Runs
+from kv_transfer.runs import Runs
 from kv_transfer.shared_memory import PeerMemory
 from kv_transfer.wire_dtype import Native
 from kv_transfer.writing import WritingLink
@@ -49,19 +52,19 @@ class _ShmLink(WritingLink):
         self._peers = peers
         # Holds the peer's memory and the lock.
         self._held = ExitStack()
-        self._planes: Planes | None = None
+        self._pool: Tensor | None = None
         super().__init__(call, source, target)
 
     def pack(self, sequence: int, layers: range, tokens: range, payload: Runs) -> tuple[Data, bytes]:
         """See Link. The payload is where it belongs on return."""
-        assert self._planes is not None, "the blocks were granted before"
-        crc = copy_parts(payload, self._planes, self._blocks, self._source.layout.block_size, layers, tokens)
-        data = Written(sequence, layers.start, len(layers), tokens.start, len(tokens), payload.nbytes, crc)
+        assert self._pool is not None, "the blocks were granted before"
+        crc = Cells(self._pool, self._blocks, layers, tokens).copy_from(payload)
+        data = Written.of_ranges(sequence, layers, tokens, payload.nbytes, crc)
         return data, encode(data)
 
     def rest(self) -> None:
         """See Link. Lets go of the blocks."""
-        self._planes = None
+        self._pool = None
         self._held.close()
 
     async def _get_access(self) -> None:
@@ -74,9 +77,7 @@ class _ShmLink(WritingLink):
         self._lock(memory, blocks[0])
         await self.write(encode(Locked()))
         await self._next(Granted)
-        block_bytes = layout.payload_bytes(1, layout.block_size) // 2
-        pool = memory.bytes
-        self._planes = Planes(pool, pool.ctypes.data, layout.num_layers, mapped.pool_blocks, block_bytes)
+        self._pool = layout.pool_in(torch.from_numpy(memory.bytes), mapped.pool_blocks)
 
     def _lock(self, memory: PeerMemory, key: int) -> None:
         memory.lock(key)

@@ -9,14 +9,12 @@ no use for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from torch import Tensor
-
+from kv_transfer.cells import Cells
 from kv_transfer.int8 import Int8
 from kv_transfer.layout import KVLayout
-from kv_transfer.pool_io import pieces, scatter
 from kv_transfer.runs import Runs
 from tandem.errors import Refused
 
@@ -26,7 +24,7 @@ QUICK_BYTES = 2 << 20
 
 
 class WireDtype(Protocol):
-    """Payloads of one layout. Copies run in a thread, as those of pool_io do, but for quick ones."""
+    """Payloads of one layout. Copies run in a thread, but for quick ones."""
 
     @property
     def name(self) -> str: ...
@@ -38,25 +36,17 @@ class WireDtype(Protocol):
     def payload_bytes(self, layers: int, tokens: range) -> int:
         """Exactly. `tokens` are sequence positions: where blocks begin may matter."""
 
-    def is_quick(self, pool: Tensor, layers: range, tokens: range) -> bool:
+    def is_quick(self, cells: Cells) -> bool:
         """Whether a copy of these cells may be made in the event loop: it takes a fraction of a millisecond."""
 
-    def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Runs:
+    def pieces(self, cells: Cells) -> Runs:
         """The payload where it lies, to be used before the pool changes.
 
         Raises Refused for KV that these numbers cannot hold.
         """
 
-    def scatter(
-        self,
-        pool: Tensor,
-        blocks: Sequence[int],
-        layers: range,
-        tokens: range,
-        payload: bytes | memoryview,
-        checksum: int,
-    ) -> bool:
-        """Writes a payload of `payload_bytes` into the pool; returns when the pool's device has it.
+    def scatter(self, cells: Cells, payload: bytes | memoryview, checksum: int) -> bool:
+        """Writes a payload of `payload_bytes` into the cells; returns when the pool's device has it.
 
         False if `checksum` is not its crc32: then the cells may hold anything. Raises TransferFailed, and has written
         nothing, for an intact one that no sender makes.
@@ -64,7 +54,7 @@ class WireDtype(Protocol):
 
 
 class Native:
-    """The pool's own bytes: see pool_io."""
+    """The pool's own bytes: see Cells."""
 
     name = "native"
 
@@ -80,25 +70,17 @@ class Native:
         """See WireDtype."""
         return self._layout.payload_bytes(layers, len(tokens))
 
-    def is_quick(self, pool: Tensor, layers: range, tokens: range) -> bool:
+    def is_quick(self, cells: Cells) -> bool:
         """See WireDtype."""
-        return pool.device.type == "cpu" and self.payload_bytes(len(layers), tokens) <= QUICK_BYTES
+        return cells.pool.device.type == "cpu" and self.payload_bytes(len(cells.layers), cells.tokens) <= QUICK_BYTES
 
-    def pieces(self, pool: Tensor, blocks: Sequence[int], layers: range, tokens: range) -> Runs:
+    def pieces(self, cells: Cells) -> Runs:
         """See WireDtype."""
-        return pieces(pool, blocks, layers, tokens)
+        return cells.pieces()
 
-    def scatter(
-        self,
-        pool: Tensor,
-        blocks: Sequence[int],
-        layers: range,
-        tokens: range,
-        payload: bytes | memoryview,
-        checksum: int,
-    ) -> bool:
+    def scatter(self, cells: Cells, payload: bytes | memoryview, checksum: int) -> bool:
         """See WireDtype. Copies and verifies in one pass."""
-        return scatter(pool, blocks, layers, tokens, payload) == checksum
+        return cells.scatter(payload) == checksum
 
 
 # What `worker.wire_dtype` may say, and what a receiver takes.

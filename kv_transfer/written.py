@@ -9,10 +9,10 @@ from __future__ import annotations
 import struct
 
 from kv_transfer.base import Landing
+from kv_transfer.cells import Cells
 from kv_transfer.codec import CorruptFrame
 from kv_transfer.layout import blocks_of
 from kv_transfer.messages import Data, Written
-from kv_transfer.pool_io import checksum
 from kv_transfer.wire_dtype import WireDtype
 
 
@@ -25,9 +25,9 @@ class WrittenIntake:
         """See Intake."""
         return payload
 
-    def land(self, landing: Landing, wire: WireDtype, data: Data, payload: memoryview) -> None:
+    def land(self, cells: Cells, wire: WireDtype, data: Data, payload: memoryview) -> None:
         """See Intake. Nothing moves."""
-        if checksum(landing.pool, landing.blocks, data.layers, data.tokens) != data.checksum:
+        if cells.pieces().checksum() != data.checksum:
             raise CorruptFrame(f"the payload of KV frame {data.sequence} fails its checksum")
 
     async def taken(self, data: Data) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,12 +84,12 @@ def test_bf16_takes_the_kernel_and_repeats_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kv_leaves_and_enters_gpu_memory_bit_by_bit(dtype: torch.dtype) -> None:
-    from kv_transfer.pool_io import gather, scatter
+    from kv_transfer.cells import Cells
 
     source = torch.randn(3, 2, 8, 16, 2, 32, device="cuda").to(dtype)
     target = torch.zeros_like(source)
-    payload = gather(source, [5, 2, 7], range(1, 3), range(3, 40))
-    assert scatter(target, [0, 6, 1], range(1, 3), range(3, 40), payload) == zlib.crc32(payload)
+    payload, checksum = Cells(source, [5, 2, 7], range(1, 3), range(3, 40)).pieces().gathered()
+    assert Cells(target, [0, 6, 1], range(1, 3), range(3, 40)).scatter(payload) == checksum == zlib.crc32(payload)
     for position in range(3, 40):
         at, to = [5, 2, 7][position // 16], [0, 6, 1][position // 16]
         assert torch.equal(source[1:, :, at, position % 16], target[1:, :, to, position % 16])
@@ -97,17 +98,18 @@ def test_kv_leaves_and_enters_gpu_memory_bit_by_bit(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_int8_on_the_gpu_is_int8_on_the_host(dtype: str) -> None:
+    from kv_transfer.cells import Cells
     from kv_transfer.int8 import Int8
     from kv_transfer.layout import KVLayout
 
     wire = Int8(KVLayout(3, 2, 64, 16, dtype))
     pool = torch.randn(3, 2, 8, 16, 2, 64, device="cuda").to(getattr(torch, dtype))
-    cells = ([5, 2, 7], range(1, 3), range(3, 40))
-    payload = wire.pieces(pool, *cells).gathered()
-    assert payload == wire.pieces(pool.cpu(), *cells).gathered()
+    cells = Cells(pool, [5, 2, 7], range(1, 3), range(3, 40))
+    payload, checksum = wire.pieces(cells).gathered()
+    assert payload == wire.pieces(replace(cells, pool=pool.cpu())).gathered()[0]
     there, here = torch.zeros_like(pool), torch.zeros_like(pool, device="cpu")
-    assert wire.scatter(there, *cells, payload, zlib.crc32(payload))
-    assert wire.scatter(here, *cells, payload, zlib.crc32(payload))
+    assert wire.scatter(replace(cells, pool=there), payload, checksum)
+    assert wire.scatter(replace(cells, pool=here), payload, checksum)
     assert torch.equal(there.cpu(), here)
 
 

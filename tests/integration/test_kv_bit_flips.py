@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from kv_rig import FINGERPRINT, POOL_BLOCKS, RIGS, Job, Rig, config_with, until
 from links import FlippingLink
 
-import kv_transfer.shm_transport
-from kv_transfer.pool_io import copy_parts
-from kv_transfer.runs import Planes, Runs
+from kv_transfer.cells import Cells
+from kv_transfer.runs import Runs
 from tandem.errors import TransferFailed
 from tandem.types import Fingerprint
 
@@ -172,19 +170,18 @@ def flip_payload(link: FlippingLink, number: int, dice: random.Random) -> None:
 
 async def test_a_bit_of_the_shared_memory(link: FlippingLink, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transport shm: flipped after the sender took the checksum, before the receiver looks."""
-    spoiled: list[int] = []
+    spoiled: list[Cells] = []
+    copy = Cells.copy_from
 
-    def spoil(payload: Runs, planes: Planes, blocks: Sequence[int], size: int, *cells: range) -> int:
-        crc = copy_parts(payload, planes, blocks, size, *cells)
+    def spoil(cells: Cells, payload: Runs) -> int:
+        crc = copy(cells, payload)
         if not spoiled:
-            layers, tokens = cells
-            slot = blocks[tokens.start // size] * size + tokens.start % size
-            rows: Any = planes.owner
-            rows.reshape(planes.layers, 2, planes.blocks * size, -1)[layers.start, 1, slot, 0] ^= 1
-            spoiled.append(slot)
+            entry, slot = divmod(cells.tokens.start, cells.pool.shape[3])
+            cells.pool.view(torch.uint8)[cells.layers.start, 1, cells.blocks[entry], slot, 0, 0] ^= 1
+            spoiled.append(cells)
         return crc
 
-    monkeypatch.setattr(kv_transfer.shm_transport, "copy_parts", spoil)
+    monkeypatch.setattr(Cells, "copy_from", spoil)
     async with open_rig(link, "shm", LARGE) as rig:
         job = rig.job(prompt_tokens=50, cached_tokens=11)
         with pytest.raises(TransferFailed, match=r"payload of KV frame \d fails its checksum"):

@@ -14,10 +14,9 @@ from kv_peer import peer
 from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, stands_still, until
 
 import kv_transfer.grpc_transport
-import kv_transfer.wire_dtype
+from kv_transfer.cells import Cells
 from kv_transfer.codec import frame_of
 from kv_transfer.messages import Data
-from kv_transfer.pool_io import scatter
 from tandem.errors import DeadlineExceeded, TransferFailed, WorkerLost
 
 
@@ -36,11 +35,10 @@ class Gate:
         self._blocks = job.landing.blocks
         self._open = threading.Event()
 
-    def scatter(self, pool: Any, blocks: Any, *rest: Any) -> int:
-        if blocks is self._blocks:
+    def hold(self, cells: Cells) -> None:
+        if cells.blocks is self._blocks:
             self.held += 1
             assert self._open.wait(30)
-        return scatter(pool, blocks, *rest)
 
     def open(self) -> None:
         self._open.set()
@@ -49,11 +47,18 @@ class Gate:
 @pytest.fixture
 def shut(monkeypatch: pytest.MonkeyPatch, by_threads: None) -> Iterator[Callable[[Job], Gate]]:
     gates: list[Gate] = []
+    scatter = Cells.scatter
 
     def shut(job: Job) -> Gate:
-        gates.append(Gate(job))
-        monkeypatch.setattr(kv_transfer.wire_dtype, "scatter", gates[-1].scatter)
-        return gates[-1]
+        gate = Gate(job)
+        gates.append(gate)
+
+        def held(cells: Cells, payload: memoryview) -> int:
+            gate.hold(cells)
+            return scatter(cells, payload)
+
+        monkeypatch.setattr(Cells, "scatter", held)
+        return gate
 
     yield shut
     for gate in gates:
@@ -99,15 +104,16 @@ async def test_a_frame_that_cannot_be_made_fails_its_transfer_alone(rig: Rig, mo
 async def test_a_frame_that_cannot_be_written_fails_its_transfer_alone(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[range] = []
+    written: list[Cells] = []
+    scatter = Cells.scatter
 
-    def failing(pool: Any, blocks: Any, layers: range, *rest: Any) -> int:
-        written.append(layers)
+    def failing(cells: Cells, payload: memoryview) -> int:
+        written.append(cells)
         if len(written) == 3:
             raise MemoryError
-        return scatter(pool, blocks, layers, *rest)
+        return scatter(cells, payload)
 
-    monkeypatch.setattr(kv_transfer.wire_dtype, "scatter", failing)
+    monkeypatch.setattr(Cells, "scatter", failing)
     job = rig.job()
     with pytest.raises(TransferFailed):
         await rig.transfer(job)

@@ -15,10 +15,9 @@ from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, until
 
 import kv_transfer.receiver
 import kv_transfer.sender
+from kv_transfer.cells import Cells
 from kv_transfer.codec import MAX_FRAME_BYTES, decode, encode, frame_of
 from kv_transfer.messages import Data, Done, Seal
-from kv_transfer.pool_io import gather
-from kv_transfer.runs import Runs
 from kv_transfer.sender import opening_of
 from kv_transfer.service import MAX_MESSAGE_BYTES
 from tandem.errors import Refused, TransferFailed
@@ -53,8 +52,7 @@ async def status_of_push(rig: Rig, frames: list[bytes]) -> Any:
 
 
 def data_frame(job: Job, sequence: int, layers: range, tokens: range) -> tuple[Data, bytes]:
-    payload = gather(job.source.pool, job.source.blocks, layers, tokens)
-    return frame_of(sequence, layers, tokens, Runs.of(payload))
+    return frame_of(sequence, layers, tokens, Cells(job.source.pool, job.source.blocks, layers, tokens).pieces())
 
 
 def good_frames(job: Job) -> list[bytes]:
@@ -143,8 +141,8 @@ async def test_garbage_instead_of_an_opening_touches_no_landing(rig: Rig, frames
 
 async def test_a_frame_of_the_wrong_size_for_its_cells_is_refused(rig: Rig) -> None:
     job = rig.job()
-    payload = gather(job.source.pool, job.source.blocks, range(1), range(20))
-    _, frame = frame_of(0, range(1), range(21), Runs.of(payload))
+    payload = Cells(job.source.pool, job.source.blocks, range(1), range(20)).pieces()
+    _, frame = frame_of(0, range(1), range(21), payload)
     failure = await status_of_push(rig, [good_frames(job)[0], frame])
     assert "its cells take" in str(failure.details())
     assert len(job.landing.errors) == 1

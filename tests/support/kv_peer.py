@@ -27,14 +27,16 @@ from kv_landings import FakeLandings
 from kv_rig import FINGERPRINT, Rig, config_with, serving
 from ray_head import joined
 
-import kv_transfer.shm_transport
+import kv_transfer.wire_dtype
 from kv_transfer.base import Transport
+from kv_transfer.cells import Cells
 from kv_transfer.grpc_transport import GrpcTransport
 from kv_transfer.messages import Place
 from kv_transfer.nixl_agent import Agent, Write
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.plasma import Plasma, connect
 from kv_transfer.ray_transport import RayTransport
+from kv_transfer.runs import Runs
 from kv_transfer.shared_memory import PeerMemory, SharedMemory
 from kv_transfer.shm_transport import ShmTransport
 from tandem.errors import TandemError
@@ -78,7 +80,7 @@ async def lose(address: str) -> None:
 
 
 async def wait_in(address: str, where: str) -> None:
-    copy, lock, begin = kv_transfer.shm_transport.copy_parts, PeerMemory.lock, Agent.write
+    copy, lock, begin = Cells.copy_from, PeerMemory.lock, Agent.write
     first = threading.Semaphore()
 
     def wait() -> None:
@@ -86,11 +88,11 @@ async def wait_in(address: str, where: str) -> None:
             print("waiting", flush=True)
             sys.stdin.readline()
 
-    def copy_slowly(*payload: Any) -> int:
+    def copy_slowly(self: Cells, payload: Runs) -> int:
         """Everything twice: what comes second is a late write."""
-        copy(*payload)
+        copy(self, payload)
         wait()
-        return copy(*payload)
+        return copy(self, payload)
 
     def lock_late(self: PeerMemory, key: int) -> None:
         wait()
@@ -106,7 +108,7 @@ async def wait_in(address: str, where: str) -> None:
 
     kv_transfer.wire_dtype.QUICK_BYTES = 0  # threads wait, not the event loop
     if where == "copy":
-        kv_transfer.shm_transport.copy_parts = copy_slowly
+        Cells.copy_from = copy_slowly  # type: ignore[method-assign]
     elif where == "lock":
         PeerMemory.lock = lock_late  # type: ignore[method-assign]
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from typing import Any
+from zlib import crc32
 
 import msgpack
 import pytest
@@ -18,11 +19,10 @@ from kv_transfer.codec import (
     VERSION,
     chain_checksum,
     decode,
-    describe,
     encode,
     frame_of,
 )
-from kv_transfer.messages import Done, Message, Seal
+from kv_transfer.messages import Data, Done, Message, Seal
 from kv_transfer.runs import Runs
 from tandem import rpc
 from tandem.config import parse_config
@@ -39,7 +39,7 @@ def test_data_comes_back(sequence: int, start: int, count: int, parts: list[byte
     cells = range(start, start + count)
     data, frame = frame_of(sequence, cells, cells, Runs.of(*parts))
     message, payload = decode(frame)
-    assert message == data == describe(sequence, cells, cells, Runs.of(payload))
+    assert message == data == Data.of_ranges(sequence, cells, cells, len(payload), crc32(payload))
     assert (data.layers, data.tokens, data.sequence) == (cells, cells, sequence)
     assert bytes(payload) == b"".join(parts)
 
@@ -143,13 +143,16 @@ def test_keys_that_are_not_text_are_refused() -> None:
 def test_a_sender_cannot_make_what_a_receiver_would_refuse() -> None:
     with pytest.raises(TransferFailed, match="request_id"):
         encode(replace(OPEN, request_id="r" * 129))
+    for checksum in (-1, 2**32, 0.5, None):
+        with pytest.raises(TransferFailed, match=r"checksum in .* seal header must be a whole number in \[0, "):
+            encode(Seal(1, 2, 3, checksum))  # type: ignore[arg-type]
     widest = "\U0001f600" * 128
     message = replace(OPEN, request_id=widest, reservation_id=widest)
     assert accept(encode(message)) == message
 
 
 def test_the_chain_depends_on_order() -> None:
-    one, other = (describe(0, range(1), range(1), Runs.of(part)) for part in (b"a", b"b"))
+    one, other = (Data.of_ranges(0, range(1), range(1), 1, checksum) for checksum in (4, 5))
     assert chain_checksum(chain_checksum(0, one), other) != chain_checksum(chain_checksum(0, other), one)
 
 

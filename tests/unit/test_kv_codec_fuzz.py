@@ -29,7 +29,6 @@ from kv_transfer.messages import (
     Writer,
     Written,
 )
-from kv_transfer.runs import Runs
 from tandem.errors import Refused, TransferFailed
 
 MALFORMED = 10_000
@@ -41,13 +40,11 @@ GOOD = {
     "data": data_frame(),
     "placed": encode(Placed.of(Data(3, 2, 2, 10, 4, 8, 5), Place(b"o" * 28, b"w" * 90))),
     "written": encode(Written(3, 2, 2, 10, 4, 8, 5)),
-    "mapped": encode(Mapped(7, 8, "m" * 32, 1 << 30, 64, 2, crc32(BLOCK_IDS)), Runs.of(BLOCK_IDS)),
+    "mapped": encode(Mapped(7, 8, "m" * 32, 1 << 30, 64, 2, crc32(BLOCK_IDS)), BLOCK_IDS),
     "locked": encode(Locked()),
     "granted": encode(Granted()),
     "writer": encode(Writer("w" * 32)),
-    "lent": encode(
-        Lent("a" * 32, 1 << 46, "cpu", 0, 64, 5, 2, crc32(b"agent" + BLOCK_IDS)), Runs.of(b"agent", BLOCK_IDS)
-    ),
+    "lent": encode(Lent("a" * 32, 1 << 46, "cpu", 0, 64, 5, 2, crc32(b"agent" + BLOCK_IDS)), b"agent" + BLOCK_IDS),
     "released": encode(Released("r" * 32)),
     "seal": encode(Seal(1, 2, 3, 4)),
     "abandon": encode(Abandon()),
@@ -160,6 +157,6 @@ def test_nothing_is_too_deep(mark: bytes) -> None:
 
 
 def test_a_frame_at_the_cap_is_not_copied() -> None:
-    payload = memoryview(bytes(16 << 20))
-    whole = encode(Data(0, 0, 1, 0, 1, payload.nbytes, 1), Runs.of(payload))
+    payload = bytes(16 << 20)
+    whole = encode(Data(0, 0, 1, 0, 1, len(payload), 1), payload)
     assert fate_of(whole) == "CorruptFrame"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kv_rig import int8_pool, random_pool, rows_of, shaped
 from torch import Tensor
 
+from kv_transfer.cells import Cells
 from kv_transfer.checksum import crc32
 from kv_transfer.int8 import Int8
 from kv_transfer.layout import KVLayout
@@ -43,12 +44,16 @@ def pool_of(layout: KVLayout, seed: int = 1) -> Tensor:
     return random_pool(fingerprint_of(layout), seed, blocks=12)
 
 
+def cells_of(pool: Tensor, tokens: range) -> Cells:
+    return Cells(pool, BLOCKS, LAYERS, tokens)
+
+
 def payload_of(wire: Int8, pool: Tensor, tokens: range) -> bytes:
-    return wire.pieces(pool, BLOCKS, LAYERS, tokens).gathered()
+    return wire.pieces(cells_of(pool, tokens)).gathered()[0]
 
 
 def write(wire: Int8, pool: Tensor, tokens: range, payload: bytes) -> None:
-    assert wire.scatter(pool, BLOCKS, LAYERS, tokens, payload, crc32(payload))
+    assert wire.scatter(cells_of(pool, tokens), payload, crc32(payload))
 
 
 def travelled(wire: Int8, pool: Tensor, tokens: range) -> Tensor:
@@ -126,11 +131,11 @@ def test_what_int8_holds_arrives_exactly_and_nowhere_else(layout: KVLayout, toke
 @given(LAYOUTS, cells())
 def test_devices_compute_what_the_host_computes(layout: KVLayout, tokens: range) -> None:
     wire, pool, ours, theirs = Int8(layout), pool_of(layout, 1), pool_of(layout, 2), pool_of(layout, 2)
-    scales, values = wire.quantize_on_host(pool, BLOCKS, LAYERS, tokens)
-    for mine, other in zip((scales, values), wire.quantize_on_device(pool, BLOCKS, LAYERS, tokens), strict=True):
+    scales, values = wire.quantize_on_host(cells_of(pool, tokens))
+    for mine, other in zip((scales, values), wire.quantize_on_device(cells_of(pool, tokens)), strict=True):
         assert np.array_equal(mine, other)
-    wire.write_on_host(ours, BLOCKS, LAYERS, tokens, scales, values)
-    wire.write_on_device(theirs, BLOCKS, LAYERS, tokens, scales, values)
+    wire.write_on_host(cells_of(ours, tokens), scales, values)
+    wire.write_on_device(cells_of(theirs, tokens), scales, values)
     assert torch.equal(ours, theirs)
 
 
@@ -152,7 +157,7 @@ def test_what_is_not_finite_is_refused_and_only_where_it_travels(dtype: str, odd
     with pytest.raises(Refused, match="infinity or NaN"):
         payload_of(wire, pool, range(4, 12))
     with pytest.raises(Refused, match="infinity or NaN"):
-        wire.quantize_on_device(pool, BLOCKS, LAYERS, range(11, 12))
+        wire.quantize_on_device(cells_of(pool, range(11, 12)))
     for tokens in (range(4, 11), range(12, 20)):
         assert travelled(wire, pool, tokens).isfinite().all()
 
@@ -174,7 +179,7 @@ def test_numbers_that_no_sender_makes_are_refused(dtype: str, spoil: Callable[[A
     layout = layout_of(dtype)
     wire, pool, target = Int8(layout), pool_of(layout), pool_of(layout, 2)
     tokens, before = range(5, 12), target.clone()
-    scales, values = wire.quantize_on_host(pool, BLOCKS, LAYERS, tokens)
+    scales, values = wire.quantize_on_host(cells_of(pool, tokens))
     spoil(scales, values)
     with pytest.raises(TransferFailed, match="out of range"):
         write(wire, target, tokens, scales.tobytes() + values.tobytes())
@@ -186,7 +191,7 @@ def test_a_payload_of_another_checksum_is_not_written() -> None:
     wire, pool, target = Int8(layout), pool_of(layout), pool_of(layout, 2)
     tokens, before = range(5, 12), target.clone()
     payload = payload_of(wire, pool, tokens)
-    assert not wire.scatter(target, BLOCKS, LAYERS, tokens, payload, crc32(payload) ^ 1)
+    assert not wire.scatter(cells_of(target, tokens), payload, crc32(payload) ^ 1)
     assert torch.equal(target, before)
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kv_rig import FINGERPRINT, random_pool, rows_of
 
+from kv_transfer.cells import Cells
 from kv_transfer.coverage import Coverage
 from kv_transfer.layout import KVLayout, cut
-from kv_transfer.pool_io import gather, gather_slots, scatter, scatter_slots
 from tandem.errors import Refused, TransferFailed
 
 LAYOUT = KVLayout.of(FINGERPRINT)
@@ -39,16 +39,18 @@ def test_gather_and_scatter_are_exact(dtype: str, data: st.DataObject) -> None:
     layers = range(data.draw(st.integers(0, 2)), 3)
     start = data.draw(st.integers(0, 31))
     tokens = range(start, data.draw(st.integers(start + 1, 32)))
-    payload = gather(pool, BLOCKS, layers, tokens)
+    cells = Cells(pool, BLOCKS, layers, tokens)
+    payload, checksum = cells.pieces().gathered()
     wanted = rows_of(pool, BLOCKS, tokens)[layers.start :]
     assert payload == wanted.contiguous().view(torch.uint8).numpy().tobytes()
-    assert torch.equal(gather_slots(pool, BLOCKS, layers, tokens).view(wanted.shape), wanted)
+    assert torch.equal(cells.gather_slots().view(wanted.shape), wanted)
     by_slots, untouched = other.clone(), other.clone()
-    scatter(other, BLOCKS, layers, tokens, memoryview(payload))
-    scatter_slots(by_slots, BLOCKS, layers, tokens, payload)
+    there = replace(cells, pool=other)
+    assert there.scatter(memoryview(payload)) == checksum
+    replace(cells, pool=by_slots).scatter_slots(payload)
     assert torch.equal(other, by_slots)
     assert torch.equal(rows_of(other, BLOCKS, tokens)[layers.start :], wanted)
-    scatter(other, BLOCKS, layers, tokens, gather(untouched, BLOCKS, layers, tokens))
+    there.copy_from(replace(cells, pool=untouched).pieces())
     assert torch.equal(other, untouched), "nothing else was written"
 
 

@@ -19,11 +19,11 @@ from kv_rig import FINGERPRINT, POOL_BLOCKS, random_pool
 
 from kv_transfer.admission import Admission
 from kv_transfer.base import Counters, Target
-from kv_transfer.codec import chain_checksum, describe, encode
+from kv_transfer.cells import Cells
+from kv_transfer.codec import chain_checksum, encode
 from kv_transfer.layout import KVLayout
-from kv_transfer.messages import Abandon, Granted, Locked, Message, Seal, Taken, Writer
+from kv_transfer.messages import Abandon, Data, Granted, Locked, Message, Seal, Taken, Writer
 from kv_transfer.receiver import Copied, Receiver
-from kv_transfer.runs import Runs
 from kv_transfer.sender import opening_of
 from kv_transfer.wire_dtype import WIRE_DTYPES, wire_dtype
 from tandem.errors import Refused, TandemError, TransferFailed
@@ -56,8 +56,9 @@ def good_frames(wire: str) -> list[Frame]:
     dtype = wire_dtype(wire, KVLayout.of(FINGERPRINT))
     frames: list[Frame] = [(opening_of(TARGET, wire), b"")]
     for sequence, (layer, tokens) in enumerate(product(range(3), (range(7), range(7, PROMPT)))):
-        payload = dtype.pieces(pool, BLOCKS, range(layer, layer + 1), tokens).gathered()
-        data = describe(sequence, range(layer, layer + 1), tokens, Runs.of(payload))
+        layers = range(layer, layer + 1)
+        payload, crc = dtype.pieces(Cells(pool, BLOCKS, layers, tokens)).gathered()
+        data = Data.of_ranges(sequence, layers, tokens, len(payload), crc)
         checksum, size = chain_checksum(checksum, data), size + data.payload_bytes
         frames.append((data, payload))
     return [*frames, (Seal(9, 6, size, checksum), b"")]
@@ -98,7 +99,7 @@ async def stream(frames: list[Frame]) -> AsyncIterator[bytes]:
     for message, payload in frames:
         await asyncio.sleep(0)
         try:
-            yield encode(message, Runs.of(payload))
+            yield encode(message, payload)
         except TransferFailed:  # a sender of ours cannot even make it
             yield b"TKVF" + payload
 

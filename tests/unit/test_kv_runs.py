@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kv_rig import FINGERPRINT, random_pool
 
-from kv_transfer.pool_io import pieces, places, planes_of
+from kv_transfer.cells import Cells
 from kv_transfer.runs import Runs
 
 FIRST_CALLS = """
@@ -42,13 +42,17 @@ def test_the_checksum_is_crc32_of_the_pieces_in_order(parts: list[bytes]) -> Non
     assert Runs.of(*parts).checksum() == zlib.crc32(b"".join(parts))
 
 
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("streamed", [True, False])
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300)), st.lists(st.integers(0, 300)))
-def test_a_copy_may_be_divided_otherwise(payload: bytes, cuts: list[int], others: list[int]) -> None:
+def test_a_copy_may_be_divided_otherwise(
+    checked: bool, streamed: bool, payload: bytes, cuts: list[int], others: list[int]
+) -> None:
     """And reaches no byte beside its target."""
     source = [bytes(part) for part in np.split(np.frombuffer(payload, np.uint8), sorted(cuts))]
     room = np.full(len(payload) + 16, 7, np.uint8)
     target = np.split(room[8:-8], sorted(others))
-    assert Runs.of(*source).copy_to(Runs.of(*target)) == zlib.crc32(payload)
+    assert Runs.of(*source).copy_to(Runs.of(*target), checked, streamed) == (zlib.crc32(payload) if checked else 0)
     assert room.tobytes() == b"\x07" * 8 + payload + b"\x07" * 8
 
 
@@ -60,9 +64,10 @@ def test_a_frame_is_its_head_and_its_payload(head: bytes, parts: list[bytes]) ->
         told.append(crc)
         return head
 
-    assert Runs.of(*parts).after(len(head), tell) == head + payload
-    assert told == [zlib.crc32(payload)]
-    assert Runs.of(*parts).gathered() == payload
+    crc = zlib.crc32(payload)
+    assert Runs.of(*parts).after(len(head), tell) == (head + payload, crc)
+    assert told == [crc]
+    assert Runs.of(*parts).gathered() == (payload, crc)
 
 
 @pytest.mark.parametrize("room", [1, 3])
@@ -91,11 +96,11 @@ def test_a_copy_of_another_size_is_none() -> None:
 def test_cells_outside_of_the_pool_have_no_address(blocks: tuple[int, ...], layers: range, tokens: range) -> None:
     pool = random_pool(FINGERPRINT, 1, blocks=12)
     with pytest.raises(IndexError):
-        pieces(pool, blocks, layers, tokens)
+        Cells(pool, blocks, layers, tokens).pieces()
 
 
 @pytest.mark.parametrize("blocks", [(), (0,), (0, 1)])
 def test_a_table_that_is_too_short_has_no_address(blocks: tuple[int, ...]) -> None:
-    planes = planes_of(torch.zeros(3, 2, 12, 8, 2, 8))
+    cells = Cells(torch.zeros(3, 2, 12, 8, 2, 8), blocks, range(3), range(17))
     with pytest.raises(IndexError, match="block table"):
-        places(planes, blocks, 8, range(3), range(17))
+        cells.pieces()

@@ -1,0 +1,110 @@
+"""Between cells of a KV pool and payload bytes. All of this copies, so it runs in a thread unless it is quick
+(wire_dtype.py).
+
+On cpu the copies are those of kv_transfer/runs.py and never torch's: torch would wake its OpenMP threads, which fight
+the engine's for the cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kv_transfer.checksum import crc32
+from kv_transfer.layout import blocks_of
+from kv_transfer.runs import Planes, Runs
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Some cells of a pool: K and V of these layers and sequence positions, by a block table.
+
+    Their payload is the bytes of [layers, 2, tokens, K, D].
+    """
+
+    # [L, 2, N, P, K, D], see kv_transfer/layout.py.
+    pool: Tensor
+    # The sequence's block table.
+    blocks: Sequence[int]
+    layers: range
+    tokens: range
+
+    def pieces(self) -> Runs:
+        """The payload where it lies; on cpu that is the pool itself, so it must be used before that changes."""
+        if self.pool.device.type != "cpu":
+            return Runs.of(_bytes_of(self.gather_slots().cpu()))
+        return self._places()
+
+    def scatter(self, payload: bytes | memoryview) -> int:
+        """Writes a payload into the pool; returns its crc32 when the pool's device has it."""
+        if self.pool.device.type != "cpu":
+            self.scatter_slots(payload)
+            torch.cuda.current_stream(self.pool.device).synchronize()
+            return crc32(payload)
+        return self.copy_from(Runs.of(payload))
+
+    def copy_from(self, payload: Runs) -> int:
+        """Writes a payload that lies in pieces into a pool on cpu; returns its crc32."""
+        return payload.copy_to(self._places(), checked=True, streamed=True)
+
+    def gather_slots(self) -> Tensor:
+        """The payload as one tensor [layers, 2, tokens, K * D] on the pool's device: one kernel."""
+        return self._slot_view().index_select(2, self._slots())
+
+    def scatter_slots(self, payload: bytes | memoryview) -> None:
+        """Writes a payload into a pool on any device: one copy to the device, one kernel."""
+        # A tensor over read-only bytes is not allowed, hence the host copy.
+        staged = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy()).view(self.pool.dtype)
+        self.write_slots(staged.view(len(self.layers), 2, len(self.tokens), -1).to(self.pool.device))
+
+    def write_slots(self, values: Tensor) -> None:
+        """Writes values [layers, 2, tokens, K * D] of the pool's dtype and device into it: one kernel."""
+        self._slot_view().index_copy_(2, self._slots(), values)
+
+    def _places(self) -> Runs:
+        """On cpu: a piece for each layer, K or V, and block.
+
+        Raises IndexError for cells outside the pool or the table: what is done to them is not checked again.
+        """
+        planes, block_size = _planes_of(self.pool), self.pool.shape[3]
+        named = blocks_of(self.tokens, block_size)
+        table = self.blocks[named.start : named.stop]
+        if len(table) < len(named):
+            raise IndexError("KV cells outside of the block table")
+        slot_bytes = planes.block_bytes // block_size
+        before = (self.tokens.start - named.start * block_size) * slot_bytes
+        after = (named.stop * block_size - self.tokens.stop) * slot_bytes
+        return Runs.of_blocks(planes, table, self.layers, before, after)
+
+    def _slot_view(self) -> Tensor:
+        return self.pool.flatten(4).flatten(2, 3)[self.layers.start : self.layers.stop]
+
+    def _slots(self) -> Tensor:
+        found = runs(self.blocks, self.tokens, self.pool.shape[3])
+        slots = np.concatenate([np.arange(slot, slot + count) for slot, count in found])
+        return torch.from_numpy(slots).to(self.pool.device)
+
+
+def runs(blocks: Sequence[int], tokens: range, block_size: int) -> Iterator[tuple[int, int]]:
+    """(first slot, count) of each block's share of the positions; the first and the last may be partial."""
+    token = tokens.start
+    while token < tokens.stop:
+        offset = token % block_size
+        count = min(block_size - offset, tokens.stop - token)
+        yield blocks[token // block_size] * block_size + offset, count
+        token += count
+
+
+def _planes_of(pool: Tensor) -> Planes:
+    num_layers, _, num_blocks, size, heads, width = pool.shape
+    return Planes(pool, pool.data_ptr(), num_layers, num_blocks, size * heads * width * pool.element_size())
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """bfloat16, which numpy does not know, is bytes like the rest."""
+    return tensor.detach().view(torch.uint8).numpy()
