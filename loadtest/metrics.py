@@ -22,6 +22,8 @@ import numpy as np
 
 Metric = Literal["ttft", "tpot", "e2el"]
 OBJECTIVES: tuple[Metric, ...] = ("ttft", "tpot", "e2el")
+# Of what a server says of a failure.
+MAX_ERROR_CHARS = 300
 # Milliseconds that an answer may take at most, by metric.
 Goodput = Mapping[Metric, float]
 
@@ -58,7 +60,7 @@ class Outcome:
         return len(self.arrivals_s) if self.counted_tokens is None else self.counted_tokens
 
     def fail(self, kind: str, error: str) -> None:
-        self.failure, self.error = kind, error
+        self.failure, self.error = kind, one_line(error)
 
     @property
     def start_s(self) -> float:
@@ -75,6 +77,12 @@ class Outcome:
         return [later - earlier for earlier, later in zip(self.arrivals_s, self.arrivals_s[1:], strict=False)]
 
 
+def one_line(text: str) -> str:
+    """What a stranger said, for a person's terminal: without line ends and control characters, and not too long."""
+    plain = "".join(char if char.isprintable() else " " for char in text[: 2 * MAX_ERROR_CHARS])
+    return " ".join(plain.split())[:MAX_ERROR_CHARS]
+
+
 def summarize(
     outcomes: Sequence[Outcome], duration_s: float, percentiles: Sequence[float], goodput: Goodput
 ) -> dict[str, Any]:
@@ -87,6 +95,7 @@ def summarize(
         "completed": len(done),
         "failed": len(outcomes) - len(done),
         "failures": dict(Counter(outcome.failure for outcome in outcomes if not outcome.ok)),
+        "first_errors": _first_errors(outcomes),
         "total_input_tokens": tokens_in,
         "total_output_tokens": tokens_out,
         "request_throughput": len(done) / duration_s,
@@ -101,6 +110,15 @@ def summarize(
             lambda outcome: outcome.scheduled_s, done, len(outcomes), duration_s, percentiles, goodput
         ),
     }
+
+
+def _first_errors(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """By kind of failure, the words of its first one."""
+    found: dict[str, str] = {}
+    for outcome in outcomes:
+        if outcome.failure is not None:
+            found.setdefault(outcome.failure, outcome.error)
+    return found
 
 
 def _from(

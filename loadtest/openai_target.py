@@ -5,26 +5,56 @@ from __future__ import annotations
 import json
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
+from loadtest.http_words import said_by, what_broke
 from loadtest.metrics import Outcome
-from loadtest.sse import EventSplitter
+from loadtest.sse import EventSplitter, Malformed
 from loadtest.target import SendOptions, Served
 from loadtest.workloads import LoadRequest
 from tandem.errors import ConfigError, ModelNotFound, Refused, Unavailable
 from tandem.types import shown
 
-# Of what an endpoint says of an error.
-MAX_ERROR_CHARS = 300
 MAX_BODY_BYTES = 1 << 20
 DESCRIBE_TIMEOUT_S = 10.0
 # Tokens of one answer, above which a count is none.
 MAX_COUNT = 1 << 31
 # What says that the transport failed, not the endpoint.
 _BROKEN = (aiohttp.ClientError, OSError)
-# What reading JSON raises; the second where it is nested too deeply.
-_NO_JSON = (ValueError, RecursionError)
+
+
+def check_url(url: str) -> None:
+    """Raises ConfigError, saying what is wrong, unless it is one of an HTTP server."""
+    if problem := _problem_of(url):
+        words = f"--openai takes a URL such as http://host:8000, not {shown(url)}: {problem}"
+        raise ConfigError(words, field="openai")
+
+
+def _problem_of(url: str) -> str | None:
+    if not url.startswith(("http://", "https://")):
+        return "it begins with neither http:// nor https://"
+    if not url.isprintable() or " " in url:
+        return "it holds a blank or a control character"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:  # a port that is none, brackets without an address
+        return str(error)[:1].lower() + str(error)[1:]
+    if not parts.hostname:
+        return "it names no host"
+    return "nobody listens on port 0" if port == 0 else None
+
+
+def check_key(key: str | None, url: str) -> None:
+    """Raises ConfigError for a key that no request could carry. Its words hold nothing of the key."""
+    if key and not key.isprintable():
+        words = "holds a line end or another character that cannot be sent"
+        raise ConfigError(f"--api-key (or OPENAI_API_KEY) {words}", field="api_key")
+    if key and urlsplit(url).username is not None:
+        words = "and the URL of --openai has a user name: a request can carry one of them"
+        raise ConfigError(f"--api-key (or OPENAI_API_KEY) is given, {words}", field="api_key")
 
 
 class _Failed(Exception):
@@ -40,8 +70,8 @@ class OpenAITarget:
 
     def __init__(self, base_url: str, options: SendOptions, api_key: str | None = None) -> None:
         """`base_url` is http://HOST:PORT, with or without /v1. Needs a running loop. Raises ConfigError."""
-        if not base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"--openai takes a URL such as http://host:8000, not {base_url!r}", field="openai")
+        check_url(base_url)
+        check_key(api_key, base_url)
         self._base = base_url.rstrip("/").removesuffix("/v1")
         self._options = options
         self._model = options.model
@@ -68,12 +98,15 @@ class OpenAITarget:
         try:
             async with self._session.get(f"{self._base}/v1/models", timeout=timeout) as response:
                 body = await _body(response)
-                if response.status != 200:
-                    raise Refused(f"{self._base}/v1/models answered {response.status}: {_text(body)}")
-                return [model for model in json.loads(body)["data"] if isinstance(model["id"], str)]
+        except aiohttp.InvalidURL:
+            raise ConfigError(f"--openai: {self._base} is no URL that can be asked", field="openai") from None
         except (*_BROKEN, TimeoutError) as error:
-            raise Unavailable(f"cannot reach an OpenAI endpoint at {self._base}: {_words(error)}") from None
-        except (*_NO_JSON, TypeError, KeyError):
+            raise Unavailable(f"cannot reach an OpenAI endpoint at {self._base}: {what_broke(error)}") from None
+        if response.status != 200:
+            raise Refused(f"{self._base}/v1/models answered {response.status}: {said_by(body)}")
+        try:
+            return [model for model in _from_json(body)["data"] if isinstance(model["id"], str)]
+        except (Malformed, TypeError, KeyError):
             raise Refused(f"{self._base}/v1/models did not answer with a list of models") from None
 
     async def send(self, request: LoadRequest, outcome: Outcome) -> None:
@@ -85,9 +118,9 @@ class OpenAITarget:
         except TimeoutError:
             outcome.fail("deadline_exceeded", f"no whole answer within {self._options.timeout_s:g} s")
         except _BROKEN as error:
-            outcome.fail("connection", _words(error))
-        except _NO_JSON as error:
-            outcome.fail("bad_stream", f"not the stream of an OpenAI endpoint: {shown(str(error))}")
+            outcome.fail("connection", what_broke(error))
+        except Malformed as error:
+            outcome.fail("bad_stream", f"not the stream of an OpenAI endpoint: {error}")
 
     def _payload(self, request: LoadRequest) -> dict[str, Any]:
         payload: dict[str, Any] = {
@@ -106,28 +139,35 @@ class OpenAITarget:
         return payload
 
     async def _stream(self, request: LoadRequest, outcome: Outcome) -> None:
-        """Raises _Failed, and what aiohttp raises."""
+        """Raises _Failed, Malformed, and what aiohttp raises."""
         url = f"{self._base}/v1/completions"
         async with self._session.post(url, json=self._payload(request)) as response:
             if response.status != 200:
                 body = await _body(response)
-                raise _Failed(f"http_{response.status}", _text(body))
+                raise _Failed(f"http_{response.status}", said_by(body))
             splitter = EventSplitter()
             async for chunk in response.content.iter_any():
                 for data in splitter.feed(chunk):
                     if data == b"[DONE]":
                         return
-                    _take(json.loads(data), outcome)
+                    _take(_from_json(data), outcome)
         raise _Failed("truncated", "the stream ended before [DONE]")
 
     async def close(self) -> None:
         await self._session.close()
 
 
+def _from_json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # the second where it is nested too deeply
+        raise Malformed(shown(str(error))) from None
+
+
 def _take(event: Any, outcome: Outcome) -> None:
     """One event of the stream: an arrival if it has a choice, even one without text, as vLLM counts."""
     if not isinstance(event, dict):
-        raise ValueError("an event that is no object")
+        raise Malformed("an event that is no object")
     if event.get("error"):
         raise _Failed("error_event", shown(event["error"]))
     if event.get("choices"):
@@ -142,7 +182,7 @@ def _take(event: Any, outcome: Outcome) -> None:
 def _count(usage: Any, key: str) -> int:
     count = usage.get(key) if isinstance(usage, dict) else None
     if not isinstance(count, int) or not 0 <= count <= MAX_COUNT:
-        raise ValueError(f"usage without {key}")
+        raise Malformed(f"usage without {key}")
     return count
 
 
@@ -153,13 +193,3 @@ async def _body(response: aiohttp.ClientResponse) -> bytes:
         if len(body) > MAX_BODY_BYTES:
             break
     return body[:MAX_BODY_BYTES]
-
-
-def _text(body: bytes) -> str:
-    return body.decode(errors="replace")[:MAX_ERROR_CHARS]
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, aiohttp.ClientResponseError) and not isinstance(error, aiohttp.TooManyRedirects):
-        return "what it answers is not HTTP"  # aiohttp would quote the bytes
-    return str(error)[:MAX_ERROR_CHARS] or type(error).__name__

@@ -12,8 +12,8 @@ from loadtest import arrivals, traces, workloads
 from loadtest.metrics import OBJECTIVES, Metric
 from loadtest.runner import Arrival
 from loadtest.target import Served
-from tandem.errors import ConfigError
-from tandem.types import shown
+from tandem.errors import ConfigError, InvalidRequest
+from tandem.types import SamplingParams, shown
 
 Workload = Literal["random", "mooncake", "azure"]
 
@@ -139,8 +139,14 @@ class Plan:
         return 0.0 if self.trace is None else traces.CLOCK_STEP_S[self.workload]
 
     def schedule(self, served: Served) -> Schedule:
-        """Raises ConfigError for a trace that cannot be read, or when no request fits the model."""
-        vocabulary = workloads.Vocabulary(self.vocab_size or served.vocab_size or ASSUMED_VOCAB_SIZE, self.seed)
+        """Raises ConfigError for a trace that cannot be read, for token ids that the model does not know, or when no
+        request fits it.
+        """
+        known = served.vocab_size
+        if self.vocab_size is not None and known is not None:
+            limit = f"at most {known}, as many token ids as {served.model} knows"
+            require(self.vocab_size <= known, "vocab_size", limit, self.vocab_size)
+        vocabulary = workloads.Vocabulary(self.vocab_size or known or ASSUMED_VOCAB_SIZE, self.seed)
         if self.workload == "random":
             rows: list[traces.TraceRow] = []
             _check_size((self.lengths.input_tokens + self.lengths.prefix_tokens) * self.num_prompts)
@@ -246,3 +252,11 @@ def check_timeout(timeout_s: float) -> float:
     """Raises ConfigError unless it is a positive, finite number of seconds."""
     require(is_positive(timeout_s), "timeout", "a number of seconds above 0", timeout_s)
     return timeout_s
+
+
+def check_temperature(temperature: float) -> float:
+    """Raises ConfigError unless requests may have it."""
+    try:
+        return SamplingParams(temperature=temperature).temperature
+    except InvalidRequest as error:
+        raise ConfigError(f"--{error.message}", field="temperature") from None

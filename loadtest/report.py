@@ -27,7 +27,7 @@ def report(figures: dict[str, Any], percentiles: Sequence[float]) -> RenderableT
 def _counts(figures: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     for label, value in _lines(figures):
-        table.add_row(label, value)
+        table.add_row(label, Text(value))  # not markup: a server's words may be in it
     return table
 
 
@@ -37,7 +37,7 @@ def _lines(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
     offered = f"{figures['offered']}, of which {figures['completed']} answered and {figures['failed']} failed"
     yield "offered requests", offered
     for kind, count in sorted(figures["failures"].items()):
-        yield f"  failed: {kind}", str(count)
+        yield f"  failed: {kind}", f"{count}, the first: {figures['first_errors'][kind]}"
     if figures["left_out"]:
         yield "left out", f"{figures['left_out']} requests are longer than the model allows"
     yield "duration", f"{figures['duration']:.2f} s"

@@ -59,11 +59,12 @@ async def warm_up(
     """All at once, as many as may be. Raises Unavailable if none of them was answered: so would be no other."""
     run = await Runner(target, [Arrival(0.0, request) for request in requests], max_concurrency).send_all(stop)
     if requests and run.failed == len(requests) and not run.interrupted:
-        raise _why(run.outcomes[0])
+        raise nothing_answered(run.outcomes, "warm-up request")
 
 
-def _why(outcome: Outcome) -> TandemError:
-    return Unavailable(f"no warm-up request was answered; the first ended in {outcome.failure}: {outcome.error}")
+def nothing_answered(outcomes: Sequence[Outcome], kind: str = "request") -> TandemError:
+    first = outcomes[0]
+    return Unavailable(f"no {kind} was answered; the first ended in {first.failure}: {first.error}")
 
 
 def figures(

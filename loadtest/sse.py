@@ -8,6 +8,10 @@ from collections.abc import Iterator
 MAX_EVENT_BYTES = 1 << 20
 
 
+class Malformed(Exception):
+    """What came is no such stream. str(error) is for a person."""
+
+
 class EventSplitter:
     """Bytes in, as the network cuts them; the data of every whole event out."""
 
@@ -16,12 +20,12 @@ class EventSplitter:
         self._data: list[bytes] = []
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Raises ValueError for an event above MAX_EVENT_BYTES."""
+        """Raises Malformed for an event above MAX_EVENT_BYTES."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         for line in lines:
             yield from self._line(line.removesuffix(b"\r"))
         if len(self._rest) + sum(map(len, self._data)) > MAX_EVENT_BYTES:
-            raise ValueError(f"an event is larger than {MAX_EVENT_BYTES} bytes")
+            raise Malformed(f"an event is larger than {MAX_EVENT_BYTES} bytes")
 
     def _line(self, line: bytes) -> Iterator[bytes]:
         if line.startswith(b"data:"):

@@ -8,22 +8,44 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tandem.addresses import dialable
 from tandem.errors import ConfigError
+from tandem.types import shown
 
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
 _DEVICE = re.compile(r"[A-Za-z0-9_.:-]+")
 # By pydantic's name of the error, where its own words speak of Python.
 _IN_WORDS = {"model_type": "must hold keys with values", "tuple_type": "must be a list"}
+# The longest deadline, as the SDK's: gRPC's own arithmetic overflows somewhere above.
+_YEAR_S = 365 * 24 * 3600.0
+
+
+def _no_bool(value: object) -> object:
+    """Python counts with them, so `true` would be a second."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {value}")
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_no_bool)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -37,14 +59,16 @@ class ModelConfig(Section):
     load_format: Literal["auto", "dummy"] = "auto"
     # "auto": the checkpoint's own on cuda, float32 on cpu.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    # Prompt and output together, tokens; 0: the model's own limit.
-    max_model_len: int = Field(0, ge=0)
+    # Prompt and output together, tokens; 0: the model's own limit, and more than that is refused.
+    max_model_len: StrictInt = Field(0, ge=0, lt=1 << 31)
     # Of dummy weights.
-    seed: int = Field(0, ge=0)
+    seed: StrictInt = Field(0, ge=0, lt=1 << 64)
 
     @field_validator("path")
     @classmethod
     def _exists(cls, path: str) -> str:
+        if not path.strip():
+            raise ValueError("must be a directory or a hub id, and is empty; leave it out for the tiny model")
         # A hub id has at most one slash and none in front; anything else means a directory.
         if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not Path(path).is_dir():
             raise ValueError(f"there is no such directory: {path}")
@@ -60,19 +84,19 @@ class EngineConfig(Section):
 
     device: Literal["cpu", "cuda"] = "cpu"
     # Tokens in a KV block; 0: 16 on cpu, 256 on cuda (its attention kernel's page).
-    block_size: int = Field(0, ge=0, le=1024)
+    block_size: StrictInt = Field(0, ge=0, le=1024)
     # Blocks in the pool; 0: as many as kv_memory_mib holds.
-    num_blocks: int = Field(0, ge=0)
-    kv_memory_mib: int = Field(512, ge=1)
+    num_blocks: StrictInt = Field(0, ge=0, le=1 << 24)
+    kv_memory_mib: StrictInt = Field(512, ge=1, le=1 << 24)
     # Tokens that one step may process: decodes first, then prefill chunks.
-    max_step_tokens: int = Field(512, ge=1)
+    max_step_tokens: StrictInt = Field(512, ge=1, le=1 << 20)
     # Sequences that one step may decode.
-    max_running: int = Field(64, ge=1)
+    max_running: StrictInt = Field(64, ge=1, le=1 << 16)
     # Prompts that may wait for prefill; one more is refused as overloaded.
-    max_waiting: int = Field(256, ge=1)
+    max_waiting: StrictInt = Field(256, ge=1, le=1 << 20)
     prefix_cache: bool = True
     # Torch threads; 0: one per core that this process may use.
-    threads: int = Field(0, ge=0)
+    threads: StrictInt = Field(0, ge=0, le=1024)
 
 
 class WorkerConfig(Section):
@@ -80,16 +104,16 @@ class WorkerConfig(Section):
 
     host: str = "127.0.0.1"
     # 0: any free port.
-    port: int = Field(0, ge=0, le=65535)
+    port: StrictInt = Field(0, ge=0, le=65535)
     # host:port that others reach this worker by; empty: host and the port it got.
     advertise: str = ""
     # Reserve calls that may wait for blocks; one more is refused as overloaded.
-    max_waiting_reservations: int = Field(256, ge=0)
+    max_waiting_reservations: StrictInt = Field(256, ge=0, le=1 << 20)
     # KV frames are cut to about this many bytes.
-    frame_bytes: int = Field(2 << 20, ge=1 << 12, le=1 << 24)
+    frame_bytes: StrictInt = Field(2 << 20, ge=1 << 12, le=1 << 24)
     # And those whose payload goes another way, through Ray's object store, shared memory or (at most 4 MiB) NIXL, to
     # about this many.
-    object_bytes: int = Field(16 << 20, ge=1 << 12, le=1 << 24)
+    object_bytes: StrictInt = Field(16 << 20, ge=1 << 12, le=1 << 24)
     # In which numbers this worker sends KV over grpc and ray; it receives any. int8 is lossy: fewer bytes, and tokens
     # may differ from those of one worker alone.
     wire_dtype: Literal["native", "int8"] = "native"
@@ -98,9 +122,9 @@ class WorkerConfig(Section):
     # memory: only of networks that workers alone can reach.
     nixl_devices: str = Field("", max_length=256)
     # Frames that a receiver takes in before the sender must wait, per transfer.
-    frames_in_flight: int = Field(8, ge=1, le=256)
+    frames_in_flight: StrictInt = Field(8, ge=1, le=256)
     # A stopping worker waits this long for live requests.
-    drain_timeout_s: float = Field(30.0, ge=0)
+    drain_timeout_s: Seconds = Field(30.0, ge=0, le=_YEAR_S)
 
     @field_validator("nixl_devices")
     @classmethod
@@ -118,37 +142,51 @@ class WorkerConfig(Section):
 class RouterConfig(Section):
     # The router listens on loopback too, on the same port: the end of an ssh tunnel.
     host: str = "127.0.0.1"
-    port: int = Field(8700, ge=0, le=65535)
-    # Of the OpenAI-compatible HTTP door, on the same hosts. 0: any free port; -1: no such door.
-    http_port: int = Field(8701, ge=-1, le=65535)
+    port: StrictInt = Field(8700, ge=0, le=65535)
+    # Of the OpenAI-compatible HTTP door, on the same hosts; not the port above. 0: any free port; -1: no such door.
+    http_port: StrictInt = Field(8701, ge=-1, le=65535)
     # By which requests over loopback may name this machine in `Host`, besides its addresses and localhost: those of a
     # proxy on this machine.
     http_names: tuple[str, ...] = ()
     # Requests in the house at once, a request for n answers counting as n; one more is refused as overloaded.
-    max_live_requests: int = Field(1024, ge=1, le=1 << 14)
+    max_live_requests: StrictInt = Field(1024, ge=1, le=1 << 14)
     # Of a request that brings no deadline, seconds.
-    default_deadline_s: float = Field(600.0, gt=0)
-    max_deadline_s: float = Field(3600.0, gt=0)
-    # Of a reservation that is not sealed; frames and the router's renewals extend it.
-    lease_s: float = Field(10.0, gt=0)
-    heartbeat_interval_s: float = Field(0.5, gt=0)
+    default_deadline_s: Seconds = Field(600.0, gt=0, le=_YEAR_S)
+    max_deadline_s: Seconds = Field(3600.0, gt=0, le=_YEAR_S)
+    # Of a reservation that is not sealed; frames and the router's renewals, three in this time, extend it.
+    lease_s: Seconds = Field(10.0, ge=0.1, le=3600)
+    # Less than the timeout below.
+    heartbeat_interval_s: Seconds = Field(0.5, ge=0.01)
     # A worker that is silent for this long is out of routing and its requests fail.
     # Below 5 s, so that a host that was cut off is out of it within 5 s.
-    heartbeat_timeout_s: float = Field(4.0, gt=0)
+    heartbeat_timeout_s: Seconds = Field(4.0, ge=0.1, le=3600)
     # How KV goes between two workers. "auto": the best that both share, as docs/kv_transfer.md says; any other name: by
     # that one, or not at all. Either way the second attempt after a failed transfer goes by grpc.
     transport: Literal["auto", "shm", "grpc", "ray", "nixl"] = "auto"
     # A request message, the body of an HTTP request, or the vectors of an Embed call may be this large; workers, who
     # get requests next, take no more than 16 MiB.
-    max_message_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 24)
+    max_message_bytes: StrictInt = Field(4 << 20, ge=1 << 10, le=1 << 24)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.port and self.port == self.http_port:
+            raise ValueError(
+                f"router.port (--port) and router.http_port (--http-port) must not be equal, and both are {self.port}"
+            )
+        if self.heartbeat_interval_s >= self.heartbeat_timeout_s:
+            raise ValueError(
+                f"router.heartbeat_interval_s must be less than router.heartbeat_timeout_s "
+                f"({self.heartbeat_timeout_s:g}), not {self.heartbeat_interval_s:g}: workers would fall silent"
+            )
+        return self
 
 
 class ServeConfig(Section):
     """How many workers `tandem serve` starts on this machine."""
 
-    prefill: int = Field(1, ge=0, le=64)
-    decode: int = Field(1, ge=0, le=64)
-    colocated: int = Field(0, ge=0, le=64)
+    prefill: StrictInt = Field(1, ge=0, le=64)
+    decode: StrictInt = Field(1, ge=0, le=64)
+    colocated: StrictInt = Field(0, ge=0, le=64)
 
 
 class TandemConfig(Section):
@@ -167,16 +205,17 @@ def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] |
     settings = {} if path is None else _read(path)
     for section, values in (overrides or {}).items():
         given = {key: value for key, value in values.items() if value is not None}
-        from_file = settings.get(section) or {}
-        if given and isinstance(from_file, dict):  # anything else is refused below
-            settings[section] = {**from_file, **given}
+        from_file = settings.get(section)
+        if given and isinstance(from_file, dict | None):  # anything else is refused below
+            settings[section] = {**(from_file or {}), **given}
     return parse_config(settings)
 
 
 def parse_config(settings: dict[str, Any]) -> TandemConfig:
-    """Raises ConfigError for the first thing wrong."""
+    """A section of None, an empty one in YAML, sets nothing. Raises ConfigError for the first thing wrong."""
+    empty = {name for name in TandemConfig.model_fields if settings.get(name, ...) is None}
     try:
-        return TandemConfig.model_validate(settings)
+        return TandemConfig.model_validate({name: value for name, value in settings.items() if name not in empty})
     except ValidationError as error:
         raise _explain(error) from None
 
@@ -186,26 +225,28 @@ def _read(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second of text that is none, and of numbers and dates
         raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
-    if not isinstance(settings or {}, dict):
+    except RecursionError:
+        raise ConfigError(f"config file {path} is not a configuration: it is nested too deeply") from None
+    if not isinstance(settings, dict | None):
         raise ConfigError(f"config file {path} must hold sections ({', '.join(TandemConfig.model_fields)})")
     return settings or {}
 
 
 def _explain(error: ValidationError) -> ConfigError:
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(location)
+    key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         # Only keys of the same depth: `worker.xyzzy` is no misspelling of `worker`.
         candidates = [known for known in _known_keys() if known.count(".") == key.count(".")]
         nearest = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
         return ConfigError(f"unknown config key {key}; did you mean {nearest[0]}?", field=key)
     if first["type"] == "value_error":
-        return ConfigError(f"config key {key}: {first['ctx']['error']}", field=key)
+        words = str(first["ctx"]["error"])  # of a whole section they name its keys
+        return ConfigError(words if key in TandemConfig.model_fields else f"config key {key}: {words}", field=key)
     words = _IN_WORDS.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
-    return ConfigError(f"config key {key}: {words}, not {first['input']!r}", field=key)
+    return ConfigError(f"config key {key}: {words}, not {shown(first['input'])}", field=key)
 
 
 def _known_keys() -> list[str]:

@@ -14,7 +14,7 @@ from tandem.cli.bench_options import ArrivalOptions, ObjectiveOptions, WorkloadO
 from tandem.cli.common import RouterOption, make_console, reported
 from tandem.client.request import DEFAULT_ADDRESS
 from tandem.entry import INTERRUPTED
-from tandem.errors import ConfigError, Unavailable
+from tandem.errors import ConfigError
 
 if TYPE_CHECKING:  # numpy and aiohttp: only for whoever runs a load test
     from loadtest.plan import Plan
@@ -51,13 +51,13 @@ def run(
     """
     with reported():
         need_extra()
-        from loadtest.plan import check_timeout, parse_percentiles
-        from loadtest.session import Measuring
+        from loadtest.plan import check_temperature, check_timeout, parse_percentiles
+        from loadtest.session import Measuring, nothing_answered
         from loadtest.target import SendOptions
 
         plan = load.plan(vocab_size=vocab_size, max_model_len=max_model_len, **arrivals.of_plan())
         measuring = Measuring(max_concurrency, num_warmups, objectives.objectives(), parse_percentiles(percentiles))
-        options = SendOptions(model, ignore_eos, temperature, check_timeout(timeout))
+        options = SendOptions(model, ignore_eos, check_temperature(temperature), check_timeout(timeout))
         if output is not None:
             check_writable(output)
         elif save_detailed:
@@ -71,7 +71,7 @@ def run(
         if result.run.interrupted:
             raise typer.Exit(INTERRUPTED)
         if not result.figures["completed"]:
-            raise Unavailable("no request was answered: nothing was measured")
+            raise nothing_answered(result.run.outcomes)
 
 
 async def _measured(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
@@ -110,6 +112,22 @@ def show_timelines(console: Console, outcome: Outcome) -> None:
     )
 
 
+# Options that the SDK has another name for.
+_OPTIONS = {"timeout_s": "timeout", "stop_token_ids": "stop-token-id"}
+
+
+@contextmanager
+def as_typed() -> Iterator[None]:
+    """In what the SDK refuses, an option has the name that it was typed by."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.field in (None, "prompt") or not error.message.startswith(f"{error.field} "):
+            raise
+        option = "--" + _OPTIONS.get(error.field, error.field).replace("_", "-")
+        raise InvalidRequest(option + error.message.removeprefix(error.field), field=error.field) from None
+
+
 def parse_bias(entries: list[str]) -> dict[int, float]:
     """From ID:BIAS strings. Raises InvalidRequest."""
     try:
@@ -193,8 +211,9 @@ def generate(
 ) -> None:
     """Generate from a prompt and print the text as it arrives. Ctrl-C cancels."""
     with reported(), Client(router) as client:
-        fields = sampling.fields()
-        answer = options.ask(client, _from_stdin() if prompt == "-" else prompt, fields)
+        with as_typed():
+            fields = sampling.fields()
+            answer = options.ask(client, _from_stdin() if prompt == "-" else prompt, fields)
         writer = OneChoice(sys.stdout.isatty()) if options.n == 1 else ManyChoices(make_console(), options.n)
         try:
             outcome = show(answer, writer)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 
 from tandem import errors, rpc
+
+# In gRPC's words for an answer that is not HTTP/2.
+_OTHER_PROTOCOL = re.compile("SETTINGS frame|frame type|HTTP/?1|trying to connect an http1", re.IGNORECASE)
 
 
 def explain(error: grpc.RpcError, address: str) -> errors.TandemError:
@@ -12,6 +17,12 @@ def explain(error: grpc.RpcError, address: str) -> errors.TandemError:
     known = rpc.error_from_rpc(error)
     if rpc.said_by_tandem(error):
         return known
+    if isinstance(known, errors.Refused):
+        words = "is not a Tandem router, or an older one: it does not know the call"
+        return errors.Refused(f"what answers at {address} {words}")
+    if isinstance(known, errors.Unavailable) and _OTHER_PROTOCOL.search(known.message):
+        words = "does not speak gRPC; is this its HTTP port, or not a Tandem router?"
+        return errors.Unavailable(f"what answers at {address} {words}")
     if isinstance(known, errors.Unavailable):
         return errors.Unavailable(f"cannot reach a Tandem router at {address}: {known.message}")
     if isinstance(known, errors.Overloaded) and "larger than max" in known.message:

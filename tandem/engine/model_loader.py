@@ -17,7 +17,7 @@ from tandem.config import TandemConfig
 from tandem.engine import attention
 from tandem.engine.batch import AttentionOptions
 from tandem.engine.kv_cache import LAYOUT_VERSION
-from tandem.errors import ModelRefused, TandemError
+from tandem.errors import ConfigError, ModelRefused, TandemError
 from tandem.hub import source_of
 from tandem.types import Fingerprint, ModelInfo
 
@@ -40,7 +40,9 @@ class LoadedModel:
 
 
 def load_model(config: TandemConfig) -> LoadedModel:
-    """Raises ModelRefused, saying why, when the model cannot be found, loaded or served exactly."""
+    """Raises ModelRefused, saying why, when the model cannot be found, loaded or served exactly, and ConfigError for
+    more tokens than it takes.
+    """
     # A worker's output is a log, not a terminal.
     disable_progress_bar()
     try:
@@ -104,12 +106,23 @@ def _examine(config: TandemConfig, model: Any, eos_token_ids: tuple[int, ...]) -
     info = ModelInfo(
         name=name,
         vocab_size=model.config.get_text_config().vocab_size,
-        max_model_len=min(limit, config.model.max_model_len or limit),
+        max_model_len=_max_model_len(config, limit),
         eos_token_ids=eos_token_ids,
         fingerprint=fingerprint,
         hidden_size=model.config.get_text_config().hidden_size,
     )
     return LoadedModel(model, info, probe.options, probe.last)
+
+
+def _max_model_len(config: TandemConfig, limit: int) -> int:
+    wanted = config.model.max_model_len
+    if wanted > limit:
+        raise ConfigError(
+            f"model.max_model_len must be at most {limit}, as many tokens as {config.model.served_name} takes, "
+            f"not {wanted}; 0: the model's own limit",
+            field="model.max_model_len",
+        )
+    return wanted or limit
 
 
 def _probe(model: Any, device: str) -> attention.Probe:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Self
 
@@ -17,6 +17,7 @@ from tandem.errors import ConfigError, DeadlineExceeded, TandemError, Unavailabl
 from tandem.launch.child_process import Backoff, ChildProcess, Output, ProcessSpec
 from tandem.launch.cores import share_cores
 from tandem.launch.pools import check_pools
+from tandem.types import Role
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Supervisor:
 
         start() ──► running ──► stop()
            │           │  a child crashes: it is started again, after a growing pause
+           │           │  a worker leaves, told to by somebody else (SIGTERM): it stays away
            │           └─ a child exits with code 2 (configuration): failed, wait() raises
            └─ a child exits before the service is ready, or it is not ready in time: raises, nothing is left behind
 
@@ -60,6 +62,8 @@ class Supervisor:
         self._children: dict[str, ChildProcess] = {}
         self._watchers: list[asyncio.Task[None]] = []
         self._stopping = False
+        # Workers that drained, told by somebody else to stop: they do not come back.
+        self._left: set[str] = set()
         self._failure: asyncio.Future[None] | None = None
         # host:port by which this machine reaches the router; known after start().
         self.address = ""
@@ -159,7 +163,7 @@ class Supervisor:
             if self._stopping:
                 return
             if code == 0 and child.spec.name != "router":  # drained
-                log.info("%s has left", child.spec.name)
+                self._note_left(child.spec.name)
                 return
             if code == CONFIG_EXIT:
                 self._fail(_early_exit(child))
@@ -168,6 +172,23 @@ class Supervisor:
             log.warning("%s (pid %d); starting it again in %.1f s", child.report(), child.pid, delay_s)
             await asyncio.sleep(delay_s)
             child = await self._relaunch(child.spec, backoff)
+
+    def _note_left(self, name: str) -> None:
+        before = roles_of(self._children.keys() - self._left)
+        self._left.add(name)
+        lost = sorted(before - roles_of(self._children.keys() - self._left))
+        if not lost:
+            log.info("%s has left", name)
+            return
+        log.warning(
+            "%s has left, and no worker of this service plays %s any more. It is not started again: it was told to "
+            "stop. Requests are refused until another joins (tandem worker --role %s --router %s, with the same model) "
+            "or the service is started again.",
+            name,
+            " or ".join(lost),
+            "both" if len(lost) > 1 else lost[0],
+            self.address,
+        )
 
     async def _relaunch(self, spec: ProcessSpec, backoff: Backoff) -> ChildProcess:
         """Tries until the system has room for a process."""
@@ -226,6 +247,12 @@ class Supervisor:
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
+
+
+def roles_of(names: Iterable[str]) -> frozenset[Role]:
+    """What the children of these names play."""
+    kinds = {name.rpartition("-")[0] for name in names}
+    return frozenset(Role) if "worker" in kinds else frozenset(role for role in Role if role in kinds)
 
 
 def _early_exit(child: ChildProcess) -> TandemError:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scripted_openai
 from paced_service import FAST, OUTPUT, Scripted, address_of, joined
+from scripted_openai import ScriptedOpenAI
 from scripted_router import ScriptedRouter, serving
 from service import ROOT
 from typer.testing import CliRunner
@@ -85,10 +87,42 @@ def test_no_answer_at_all_is_a_failure(tmp_path: Path) -> None:
     with serving(ScriptedRouter(refuse, joined())) as router:
         command = ["bench", "run", "--router", router.address, "--num-prompts", "3", "--input-len", "4"]
         result = CliRunner().invoke(app, [*command, "--output", str(output)])
-    assert (result.exit_code, result.stderr) == (1, "tandem: no request was answered: nothing was measured\n")
-    assert "failed: overloaded    3" in result.stdout
+    words = "tandem: no request was answered; the first ended in overloaded: full\n"
+    assert (result.exit_code, result.stderr) == (1, words)
+    assert "failed: overloaded    3, the first: full" in result.stdout
     found = json.loads(output.read_text())
     assert (found["failed"], found["mean_ttft_ms"]) == (3, None)
+    assert (found["failures"], found["first_errors"]) == ({"overloaded": 3}, {"overloaded": "full"})
+
+
+def test_what_a_stranger_said_of_a_failure_is_shown_harmlessly() -> None:
+    said = json.dumps({"error": {"message": "[bold]no\x1b[2J\nthis way" + "!" * 1000}})
+    with scripted_openai.serving(ScriptedOpenAI(refusal=(400, said))) as endpoint:
+        command = ["bench", "run", "--openai", endpoint.url, "--num-prompts", "2", "--input-len", "4"]
+        result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "failed: http_400      2, the first: [bold]no [2J this way!!!" in result.stdout
+    assert "the first ended in http_400: [bold]no [2J this way!!!" in result.stderr
+    assert max(map(len, result.stdout.splitlines())) < 400
+
+
+@pytest.mark.parametrize("key", ["a\nb", "secret\n", "a\udcff"])
+def test_a_key_that_cannot_be_sent_is_refused_without_being_told(key: str) -> None:
+    with scripted_openai.serving(ScriptedOpenAI()) as endpoint:
+        command = ["bench", "run", "--openai", endpoint.url]
+        by_option = CliRunner().invoke(app, [*command, "--api-key", key])
+        by_variable = CliRunner().invoke(app, command, env={"OPENAI_API_KEY": key})
+    for result in (by_option, by_variable):
+        words = "tandem: --api-key (or OPENAI_API_KEY) holds a line end or another character that cannot be sent\n"
+        assert (result.exit_code, result.stderr) == (2, words)
+    assert endpoint.requests == []
+
+
+def test_token_ids_that_the_model_does_not_know_are_refused_before_any_load() -> None:
+    with serving(ScriptedRouter(Scripted([FAST]).by_grpc, joined())) as router:
+        result = CliRunner().invoke(app, ["bench", "run", "--router", router.address, "--vocab-size", "99999"])
+    assert (result.exit_code, router.requests) == (2, [])
+    assert "--vocab-size must be at most 500, as many token ids as scripted knows, not 99999" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -102,9 +136,20 @@ def test_no_answer_at_all_is_a_failure(tmp_path: Path) -> None:
         (["--save-detailed"], 2, "--save-detailed belongs to --output"),
         (["--output", "/nowhere/x.json"], 2, "cannot write /nowhere/x.json"),
         (["--timeout", "nan"], 2, "--timeout must be a number of seconds above 0"),
+        (["--temperature", "nan"], 2, "--temperature must be in [0, 100], not nan"),
+        (["--temperature", "-1"], 2, "--temperature must be in [0, 100], not -1.0"),
+        (["--openai", "http://127.0.0.1:99999"], 2, "not 'http://127.0.0.1:99999': port out of range 0-65535"),
+        (["--openai", "http://127.0.0.1:0"], 2, "nobody listens on port 0"),
+        (["--openai", "http://"], 2, "--openai takes a URL such as http://host:8000, not 'http://': it names no host"),
+        (["--openai", "http://[::1"], 2, "not 'http://[::1': invalid IPv6 URL"),
+        (["--openai", "http://a:b@127.0.0.1:1", "--api-key", "k"], 2, "the URL of --openai has a user name"),
         (["--openai", "127.0.0.1:8701"], 2, "--openai takes a URL such as http://host:8000, not '127.0.0.1:8701'"),
         (["--router", "127.0.0.1:1"], 1, "cannot reach a Tandem router at 127.0.0.1:1"),
-        (["--openai", "http://127.0.0.1:1"], 1, "cannot reach an OpenAI endpoint at http://127.0.0.1:1"),
+        (
+            ["--openai", "http://127.0.0.1:1"],
+            1,
+            "cannot reach an OpenAI endpoint at http://127.0.0.1:1: Connection refused",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(args: list[str], code: int, words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import aiohttp
 import pytest
 import scripted_openai
 from paced_service import FAST, Scripted, address_of, joined, make_target, measured
@@ -17,7 +18,7 @@ from loadtest.runner import Arrival, Runner
 from loadtest.session import Measuring
 from loadtest.target import SendOptions, Target
 from loadtest.workloads import Lengths, Vocabulary, random_requests
-from tandem.errors import ModelNotFound, Overloaded, Refused, TandemError, Unavailable
+from tandem.errors import ConfigError, ModelNotFound, Overloaded, Refused, TandemError, Unavailable
 
 
 async def fails_with(target: Target) -> str | None:
@@ -117,13 +118,59 @@ async def test_an_endpoint_without_a_model_is_named(models: Any, error: type[Tan
 
 
 @pytest.mark.parametrize(
-    ("kind", "address"), [("grpc", "127.0.0.1:1"), ("openai", "http://127.0.0.1:1"), ("openai", "http://nonsense:port")]
+    ("kind", "address", "words"),
+    [
+        ("grpc", "127.0.0.1:1", "cannot reach"),
+        (
+            "openai",
+            "http://127.0.0.1:1",
+            "an OpenAI endpoint at http://127.0.0.1:1: Connection refused$",
+        ),
+        ("openai", "http://localhost:1", "http://localhost:1: Connection refused$"),
+        ("openai", "http://no-such-host.invalid:1", "cannot reach .*no-such-host.invalid:1: "),
+    ],
 )
-async def test_nobody_there(kind: str, address: str) -> None:
+async def test_nobody_there(kind: str, address: str, words: str) -> None:
     target = make_target(kind, address)
-    with pytest.raises(Unavailable, match="cannot reach"):
+    with pytest.raises(Unavailable, match=words) as caught:
         await target.describe()
+    assert "ssl:" not in caught.value.message
     await target.close()
+
+
+@pytest.mark.parametrize("url", ["http://nonsense:port", "http://a b", "http://exa\x00mple", f"http://{'ü' * 99}"])
+async def test_what_is_no_url_is_a_wrong_option(url: str) -> None:
+    async def ask() -> None:
+        target = make_target("openai", url)
+        try:
+            await target.describe()
+        finally:
+            await target.close()
+
+    with pytest.raises(ConfigError, match="--openai"):
+        await ask()
+
+
+async def test_an_endpoint_that_speaks_no_tls_is_said_so() -> None:
+    with scripted_openai.serving(ScriptedOpenAI()) as endpoint:
+        target = make_target("openai", endpoint.url.replace("http:", "https:"))
+        with pytest.raises(Unavailable, match=r"it does not speak TLS .*; is it http://\?$"):
+            await target.describe()
+        await target.close()
+
+
+async def test_a_mistake_of_ours_is_not_taken_for_bad_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """aiohttp's ValueErrors are of what it was given."""
+
+    def wrong(*_: Any, **__: Any) -> Any:
+        raise ValueError("not JSON's")
+
+    with scripted_openai.serving(ScriptedOpenAI()) as endpoint:
+        target = make_target("openai", endpoint.url)
+        monkeypatch.setattr(aiohttp.ClientSession, "get", wrong)
+        with pytest.raises(ValueError, match="not JSON's"):
+            await target.describe()
+        await target.close()
 
 
 async def test_a_port_that_speaks_no_http_is_said_so() -> None:

@@ -108,7 +108,7 @@ async def test_the_end_of_the_token_stream_alone_loses_the_worker(house: House) 
 
 
 async def test_a_silent_worker_is_lost() -> None:
-    async with open_house(configuration(heartbeat_timeout_s=0.5)) as house:
+    async with open_house(configuration(heartbeat_interval_s=0.1, heartbeat_timeout_s=0.5)) as house:
         prefill, decode = await house.pair()
         decode.hold("decode")
         call = house.call()
@@ -199,7 +199,7 @@ async def test_a_worker_of_another_model_than_the_routers_is_refused(house: Hous
 
 
 async def test_a_worker_that_cannot_be_dialled_back_is_told_so() -> None:
-    async with open_house(configuration(heartbeat_timeout_s=0.5)) as house:
+    async with open_house(configuration(heartbeat_interval_s=0.1, heartbeat_timeout_s=0.5)) as house:
         worker = await house.start("c1", address="127.0.0.1:1")
         await eventually(lambda: worker.beats >= 3)
         worker.silent = True

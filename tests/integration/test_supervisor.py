@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -51,6 +52,33 @@ async def test_a_killed_worker_comes_back() -> None:
         after = service.supervisor.pids()
         assert after["decode-0"] not in before.values()
         assert after["prefill-0"] == before["prefill-0"]
+
+
+async def test_the_last_worker_of_a_role_that_leaves_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with running(serve={"prefill": 1, "decode": 2}) as service:
+        pids = service.supervisor.pids()
+
+        async def leave(name: str) -> logging.LogRecord:
+            os.kill(pids[name], signal.SIGTERM)
+            told = f"{name} has left"
+            await eventually(lambda: told in caplog.text)
+            return next(record for record in caplog.records if told in record.getMessage())
+
+        assert (await leave("decode-0")).levelno == logging.INFO
+        last = await leave("decode-1")
+        assert last.levelno == logging.WARNING
+        words = "no worker of this service plays decode any more"
+        join = f"tandem worker --role decode --router {service.supervisor.address}"
+        assert [part for part in (words, join, "not started again") if part not in last.getMessage()] == []
+        assert sorted(service.supervisor.pids()) == ["prefill-0", "router"]
+
+
+async def test_a_colocated_worker_that_leaves_takes_both_roles(caplog: pytest.LogCaptureFixture) -> None:
+    async with running(serve={"prefill": 0, "decode": 0, "colocated": 1}) as service:
+        os.kill(service.supervisor.pids()["worker-0"], signal.SIGTERM)
+        await eventually(lambda: "plays decode or prefill any more" in caplog.text)
+        assert "--role both" in caplog.text
 
 
 async def test_a_restart_that_the_system_refuses_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,11 +80,12 @@ def test_generate_sends_every_flag(router: ScriptedRouter) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--top-p", "2"], "top_p must be in (0, 1], not 2.0"),
-        (["--max-tokens", "0"], "max_tokens must be 1 or more"),
+        (["--top-p", "2"], "tandem: --top-p must be in (0, 1], not 2.0"),
+        (["--max-tokens", "0"], "tandem: --max-tokens must be 1 or more"),
+        (["--stop-token-id", "-1"], "tandem: --stop-token-id must be token ids"),
         (["--logit-bias", "five"], "--logit-bias takes ID:BIAS"),
-        (["-n", "0"], "n must be a whole number"),
-        (["--timeout", "0"], "timeout_s must be"),
+        (["-n", "0"], "tandem: --n must be a whole number"),
+        (["--timeout", "-1"], "tandem: --timeout must be a number of seconds above 0, not -1.0"),
     ],
 )
 def test_bad_values_are_usage_errors(args: list[str], words: str) -> None:
@@ -225,6 +226,8 @@ def test_an_unknown_config_key_is_a_config_error(command: list[str], tmp_path: P
         (["--prefill", "0", "--decode", "0"], "no workers"),
         (["--decode", "0"], "nobody would play decode"),
         (["--prefill", "1000"], "config key serve.prefill"),
+        (["--model", ""], "config key model.path: must be a directory or a hub id, and is empty"),
+        (["--port", "8702", "--http-port", "8702"], "router.port (--port) and router.http_port (--http-port) must not"),
         (["--address", "127.0.0.1:6379"], "--address and --wait belong to --ray"),
         (["--wait", "5"], "--address and --wait belong to --ray"),
     ],

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 from command_line import on_a_new_terminal, one_line, tandem
+from own_loop import serving_by
 from scripted_router import ScriptedRouter, serving
 
+from tandem import rpc
 from tandem.cli.common import ready_line
 from tandem.client.status import status_from_wire
 from tandem.types import Role
@@ -106,6 +111,44 @@ def test_status_as_json(router: ScriptedRouter) -> None:
     found = json.loads(result.stdout)
     assert found["workers"][0]["roles"] == ["prefill"]
     assert found["problems"] == ["prefill-1: 2 referenced blocks held, though no request is live"]
+
+
+def test_a_port_that_speaks_http_is_said_so() -> None:
+    """Tandem's own HTTP door is one port above the router's."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"127.0.0.1:{server.server_port}"
+        try:
+            result = tandem("status", "--router", address)
+        finally:
+            server.shutdown()
+            thread.join(10)
+    assert result.exit_code == 1
+    said = f"tandem: what answers at {address} does not speak gRPC; is this its HTTP port, or not a Tandem router?"
+    assert one_line(result) == said
+
+
+def test_a_grpc_port_of_somebody_else_is_said_so() -> None:
+    async def serve(started: threading.Event, stop: asyncio.Event) -> None:
+        nonlocal address
+        server = rpc.make_server()
+        address = f"127.0.0.1:{rpc.bind(server, '127.0.0.1', 0)}"
+        await server.start()
+        started.set()
+        await stop.wait()
+        await server.stop(0)
+
+    address = ""
+    with serving_by(serve):
+        result = tandem("status", "--router", address)
+    assert result.exit_code == 1
+    assert one_line(result).startswith(f"tandem: what answers at {address} is not a Tandem router")
 
 
 def test_the_ready_line_names_address_model_and_pools() -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from tandem.config import TINY_MODEL, EngineConfig, ModelConfig, TandemConfig, load_config, parse_config
+from tandem.config import (
+    TINY_MODEL,
+    EngineConfig,
+    ModelConfig,
+    RouterConfig,
+    TandemConfig,
+    load_config,
+    parse_config,
+)
 from tandem.errors import ConfigError
 
 
@@ -35,6 +44,14 @@ def test_a_file_and_overrides_on_top(tmp_path: Path) -> None:
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, "")) == TandemConfig()
+
+
+def test_an_empty_section_sets_nothing(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, "engine:\nrouter:\n"))
+    assert config == TandemConfig()
+    assert config.router.model_fields_set == set()  # it was not said, for a cluster to fill in
+    with pytest.raises(ConfigError, match="unknown config key engin; did you mean engine"):
+        load_config(written(tmp_path, "engin:\n"))
 
 
 def test_an_empty_section_takes_overrides(tmp_path: Path) -> None:
@@ -75,12 +92,44 @@ def test_an_unknown_key_gets_the_nearest_right_one(settings: dict[str, Any], key
         ({"engine": {"block_size": -1}}, ["engine.block_size", "greater than or equal to 0", "not -1"]),
         ({"router": {"port": 70000}}, ["router.port", "65535", "not 70000"]),
         ({"engine": {"device": "tpu"}}, ["engine.device", "'cpu'", "'cuda'", "not 'tpu'"]),
-        ({"router": {"lease_s": 0}}, ["router.lease_s", "greater than 0"]),
+        ({"router": {"lease_s": 0}}, ["router.lease_s", "greater than or equal to 0.1"]),
         ({"serve": {"prefill": "many"}}, ["serve.prefill", "not 'many'"]),
         ({"engine": 3}, ["config key engine: must hold keys with values, not 3"]),
         ({"router": {"http_names": "a"}}, ["config key router.http_names: must be a list, not 'a'"]),
         ({"worker": {"nixl_devices": "eth0, lo"}}, ["config key worker.nixl_devices: names of", "not 'eth0, lo'"]),
         ({"worker": {"nixl_devices": ","}}, ["worker.nixl_devices", "not ','"]),
+        ({"engine": {"block_size": True}}, ["engine.block_size", "valid integer", "not True"]),
+        ({"engine": {"block_size": "16"}}, ["engine.block_size", "valid integer", "not '16'"]),
+        ({"engine": {"num_blocks": 1e3}}, ["engine.num_blocks", "valid integer", "not 1000.0"]),
+        ({"router": {"lease_s": True}}, ["router.lease_s", "must be a number, not True"]),
+        ({"model": {"path": ""}}, ["model.path: must be a directory or a hub id, and is empty"]),
+        ({"model": {"path": " "}}, ["model.path: must be a directory or a hub id, and is empty"]),
+        ({"model": {"max_model_len": 1 << 31}}, ["model.max_model_len", "less than 2147483648"]),
+        ({"model": {"seed": 10**22}}, ["model.seed", "less than 18446744073709551616", f"not {10**22}"]),
+        ({"engine": {"num_blocks": 10**20}}, ["engine.num_blocks", "16777216"]),
+        ({"engine": {"kv_memory_mib": 10**20}}, ["engine.kv_memory_mib", "16777216"]),
+        ({"engine": {"threads": 100_000}}, ["engine.threads", "1024", "not 100000"]),
+        ({"engine": {"max_step_tokens": 10**20}}, ["engine.max_step_tokens", "1048576"]),
+        ({"engine": {"max_running": 10**20}}, ["engine.max_running", "65536"]),
+        ({"engine": {"max_waiting": 10**20}}, ["engine.max_waiting", "1048576"]),
+        ({"worker": {"max_waiting_reservations": 10**20}}, ["worker.max_waiting_reservations", "1048576"]),
+        ({"worker": {"drain_timeout_s": math.inf}}, ["worker.drain_timeout_s", "finite", "not inf"]),
+        ({"router": {"lease_s": math.inf}}, ["router.lease_s", "finite", "not inf"]),
+        ({"router": {"lease_s": math.nan}}, ["router.lease_s", "finite", "not nan"]),
+        ({"router": {"lease_s": 1e-9}}, ["router.lease_s", "greater than or equal to 0.1", "not 1e-09"]),
+        ({"router": {"lease_s": 1e9}}, ["router.lease_s", "less than or equal to 3600"]),
+        ({"router": {"heartbeat_interval_s": math.inf}}, ["router.heartbeat_interval_s", "finite"]),
+        ({"router": {"heartbeat_interval_s": 1e-9}}, ["router.heartbeat_interval_s", "0.01"]),
+        ({"router": {"heartbeat_timeout_s": 1e9}}, ["router.heartbeat_timeout_s", "3600"]),
+        ({"router": {"max_deadline_s": 1e12}}, ["router.max_deadline_s", "31536000"]),
+        (
+            {"router": {"heartbeat_interval_s": 5}},
+            ["router.heartbeat_interval_s must be less than router.heartbeat_timeout_s (4), not 5"],
+        ),
+        (
+            {"router": {"port": 8702, "http_port": 8702}},
+            ["router.port (--port) and router.http_port (--http-port) must not be equal, and both are 8702"],
+        ),
     ],
 )
 def test_a_bad_value_names_key_limit_and_value(settings: dict[str, Any], words: list[str]) -> None:
@@ -89,10 +138,21 @@ def test_a_bad_value_names_key_limit_and_value(settings: dict[str, Any], words: 
     assert [word for word in words if word not in caught.value.message] == []
 
 
+def test_what_was_good_stays_good() -> None:
+    router = {"lease_s": 1, "max_deadline_s": "1e4", "heartbeat_interval_s": 0.05, "port": 0, "http_port": 0}
+    config = parse_config({"router": router, "engine": {"block_size": 0, "threads": 0}, "model": {"seed": 2**64 - 1}})
+    assert (config.router.lease_s, config.router.max_deadline_s) == (1.0, 1e4)
+    assert RouterConfig(http_port=-1).http_port == -1
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("engine: [", "is not valid YAML"),
+        ("engine: " + "[" * 3000, "nested too deeply"),
+        ("model: {seed: " + "9" * 5000 + "}", "is not valid YAML"),
+        ("model: {name: 2001-99-99}", "is not valid YAML"),
+        ("false", "must hold sections"),
         ("- a\n- b\n", "must hold sections (model, engine, worker, router, serve)"),
         ("just words", "must hold sections"),
     ],

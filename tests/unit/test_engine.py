@@ -174,6 +174,16 @@ def test_a_missing_directory_is_refused_before_anything_is_loaded(tmp_path: Path
         parse_config({"model": {"path": str(tmp_path / "nowhere")}})
 
 
+def test_more_tokens_than_the_model_takes_are_refused(llama: Path) -> None:
+    def longest(tokens: int) -> int:
+        return load_model(parse_config({"model": {"path": str(llama), "max_model_len": tokens}})).info.max_model_len
+
+    assert (longest(0), longest(512), longest(100)) == (512, 512, 100)
+    with pytest.raises(ConfigError, match=r"^model\.max_model_len must be at most 512, .*, not 99999999") as caught:
+        longest(99_999_999)
+    assert caught.value.field == "model.max_model_len"
+
+
 def test_a_model_that_does_its_own_attention_is_refused(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "mamba",

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from loadtest.metrics import Outcome, details, summarize
 from loadtest.report import report
-from loadtest.sse import MAX_EVENT_BYTES, EventSplitter
+from loadtest.sse import MAX_EVENT_BYTES, EventSplitter, Malformed
 
 
 def answered(scheduled: float, sent: float, *arrivals: float, prompt: int = 10, tokens: int | None = None) -> Outcome:
@@ -133,5 +133,5 @@ def test_events_come_whole_however_the_network_cuts_them(size: int) -> None:
 
 def test_an_endless_event_is_refused() -> None:
     splitter = EventSplitter()
-    with pytest.raises(ValueError, match="larger than"):
+    with pytest.raises(Malformed, match="larger than"):
         list(splitter.feed(b"data: " + b"x" * MAX_EVENT_BYTES))

@@ -165,6 +165,13 @@ def test_nothing_that_fits_is_an_error() -> None:
         Plan().schedule(Served("m", 1000, max_model_len=64))
 
 
+def test_token_ids_that_the_model_does_not_know_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--vocab-size must be at most 1000, as many token ids as m knows, not 1001"):
+        Plan(vocab_size=1001).schedule(SERVED)
+    assert Plan(vocab_size=1000).schedule(SERVED).arrivals
+    assert Plan(vocab_size=99_999).schedule(Served("m")).arrivals  # nobody said how many it knows
+
+
 def test_a_rate_replaces_the_times_of_a_trace() -> None:
     times = [each.at_s for each in Plan(workload="mooncake", num_prompts=40, request_rate=10).schedule(SERVED).arrivals]
     assert times[-1] == pytest.approx(4.0)
