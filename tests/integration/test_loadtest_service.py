@@ -15,6 +15,7 @@ from loadtest.session import Measuring, Result, measure
 from loadtest.target import SendOptions
 from loadtest.workloads import Lengths
 from tandem.client import AsyncClient
+from tandem.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,12 @@ async def test_a_trace_with_shared_prefixes_finds_them_in_the_cache(service: Ser
     assert again.usage.cached_prompt_tokens >= 32
 
 
-@BOTH
-async def test_ids_that_the_model_does_not_know_fail_by_name(service: Service, kind: str) -> None:
+async def test_ids_that_the_model_does_not_know_are_refused_where_the_service_tells_how_many_it_knows(
+    service: Service,
+) -> None:
     plan = Plan(num_prompts=2, lengths=Lengths(50, 2), vocab_size=2**31 - 1)
-    result = await measured(service, plan, kind=kind)
-    assert result.figures["failures"] == {"invalid_request" if kind == "grpc" else "http_400": 2}
-    assert all("token" in outcome.error for outcome in result.run.outcomes)
+    with pytest.raises(ConfigError, match="--vocab-size must be at most 1536"):
+        await measured(service, plan)
+    found = (await measured(service, plan, kind="openai")).figures  # OpenAI's API does not tell
+    assert found["failures"] == {"http_400": 2}
+    assert "token ids must be below 1536" in found["first_errors"]["http_400"]

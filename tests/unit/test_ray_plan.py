@@ -156,7 +156,7 @@ def test_other_counts_change_only_these() -> None:
     [
         ({"engine": {"kv_memory_mib": 64}}, ["prefill-0", "decode-0"]),
         ({"router": {"lease_s": 20.0}}, ["router"]),
-        ({"router": {"port": 8701}}, ["router", "prefill-0", "decode-0"]),
+        ({"router": {"port": 8710}}, ["router", "prefill-0", "decode-0"]),
         ({"model": {"name": "other"}}, ["router", "prefill-0", "decode-0"]),
     ],
 )
