@@ -205,7 +205,7 @@ async def test_status_tells_how_far_a_request_has_come(house: House) -> None:
     call = house.call(8)
 
     async def reaches(phase: Phase) -> None:
-        await eventually_status(house, lambda status: status.requests[0].phase == phase)
+        await eventually_status(house, lambda status: [each.phase for each in status.requests] == [phase])
 
     await reaches(Phase.FIRST_TOKEN)
     prefill.let("seal")
