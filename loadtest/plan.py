@@ -13,7 +13,7 @@ from loadtest.metrics import OBJECTIVES, Metric
 from loadtest.runner import Arrival
 from loadtest.target import Served
 from tandem.errors import ConfigError, InvalidRequest
-from tandem.types import SamplingParams, shown
+from tandem.types import MAX_INT32, SamplingParams, shown
 
 Workload = Literal["random", "mooncake", "azure"]
 
@@ -61,7 +61,8 @@ class Plan:
         require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
         for name in ("vocab_size", "max_model_len"):
             value = getattr(self, name)
-            require(value is None or 1 <= value < 2**31, name, "1 or more", value)
+            require(value is None or value >= 1, name, "1 or more", value)
+            require(value is None or value <= MAX_INT32, name, f"at most {MAX_INT32}", value)
         self._check_lengths()
         self._check_ramp_up()
         self._check_combination()

@@ -107,9 +107,11 @@ class Gate:
         self._limit = limit
         self._inside = 0
 
-    def check(self, answers: int, field: str = "n") -> None:
-        """Raises InvalidRequest for what could never enter. field: of the request, that asks for so many."""
-        words = f"{field} asks for {answers} answers at once; the most this router takes is {self._limit}"
+    def check(self, answers: int, field: str = "n", asked: str = "") -> None:
+        """Raises InvalidRequest for what could never enter. field: of the request, that asks for so many; asked: the
+        same in words, where it is not alone.
+        """
+        words = f"{asked or field} asks for {answers} answers at once; the most this router takes is {self._limit}"
         _require(answers <= self._limit, field, f"{words} (router.max_live_requests)")
 
     @contextmanager

@@ -95,8 +95,10 @@ class Orchestrator:
 
     def check_size(self, requests: Sequence[generation_pb2.GenerateRequest]) -> None:
         """Raises InvalidRequest when so many, the prompts of one body, could never be live at once."""
-        answers = sum(map(answers_of, requests))
-        self._gate.check(answers, "n" if answers > len(requests) else "prompt")
+        answers, prompts = sum(map(answers_of, requests)), len(requests)
+        field = "n" if answers > prompts else "prompt"
+        asked = f"prompt x n ({prompts} x {answers // prompts})" if answers > prompts > 1 else field
+        self._gate.check(answers, field, asked)
 
     async def generate(
         self,

@@ -18,6 +18,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_CHOICES = 32
 MAX_EMBED_INPUTS = 64
+# Of counts of tokens: what the engine's numbers hold.
+MAX_INT32 = 2**31 - 1
 
 
 class Role(StrEnum):
@@ -50,6 +52,12 @@ def shown(value: object) -> str:
 def _require(ok: bool, field_name: str, limit: str, value: object) -> None:
     if not ok:
         raise InvalidRequest(f"{field_name} must be {limit}, not {shown(value)}", field=field_name)
+
+
+def _require_from(field_name: str, least: int, value: int) -> None:
+    """The upper limit is said to those only who broke it: no model comes near it."""
+    _require(value >= least, field_name, f"{least} or more", value)
+    _require(value <= MAX_INT32, field_name, f"at most {MAX_INT32}", value)
 
 
 def _is_whole(value: Any) -> bool:
@@ -109,10 +117,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._check_types()
-        _require(1 <= self.max_tokens < 2**31, "max_tokens", "1 or more", self.max_tokens)
+        _require_from("max_tokens", 1, self.max_tokens)
         min_tokens_limit = f"in [0, max_tokens={self.max_tokens}]"
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", min_tokens_limit, self.min_tokens)
-        _require(0 <= self.top_k < 2**31, "top_k", "0 or more", self.top_k)
+        _require_from("top_k", 0, self.top_k)
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)

@@ -22,6 +22,13 @@ READ_S = 30.0
 LINGER_BYTES = 64 << 20
 # By pydantic's name of the error: words, and which of its figures is the limit.
 _LENGTHS = {"too_short": ("least", "min_length"), "too_long": ("most", "max_length")}
+# JSON by its grammar, but not for this parser: its words for it, and what they mean.
+_UNREAD = {
+    "number out of range": "the body has a number of more than 4300 digits",
+    "recursion limit exceeded": "the body is nested too deep",
+    "unexpected end of hex escape": "the body has half of a surrogate pair, which is no character,",
+    "lone leading surrogate in hex escape": "the body has half of a surrogate pair, which is no character,",
+}
 # Of fields that may be several things pydantic would say only why they are not the first.
 _UNIONS = {"content": "a string or a list of text parts", "stop": "a string or a list of strings"}
 
@@ -74,7 +81,7 @@ def parse(kind: type[M], data: bytes) -> M:
 def _explain(error: ValidationError) -> InvalidRequest:
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
-        return InvalidRequest(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+        return _no_json(first["msg"].removeprefix("Invalid JSON: "))
     if not first["loc"]:
         return InvalidRequest("the body must be a JSON object")
     field = _place(first["loc"])
@@ -92,6 +99,12 @@ def _explain(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"{field} must be {words}, not {brief(first['input'])}", field=field)
     wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("should be ")
     return InvalidRequest(f"{field} must be {wanted}, not {brief(first['input'])}", field=field)
+
+
+def _no_json(told: str) -> InvalidRequest:
+    """told: what the parser says, and ` at line 1 column 5`."""
+    words, at, place = told.partition(" at ")
+    return InvalidRequest(_UNREAD.get(words, f"the body is not JSON: {words}") + at + place)
 
 
 def _place(location: tuple[int | str, ...]) -> str:

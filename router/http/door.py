@@ -28,8 +28,9 @@ from tandem.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# A request line and its headers must have arrived after this long.
+# A request line and its headers must have arrived after this long, and be no larger.
 HEADERS_S = 10.0
+HEADERS_BYTES = 64 << 10
 # A client for which something has waited in the process for this long is gone, as far as we are concerned. What waits
 # is bounded: one event of a stream or one whole answer, and the tokens that its request may have.
 STALL_S = 30.0
@@ -118,17 +119,43 @@ def _protocol(limit: int) -> type[asyncio.Protocol]:
     return Limited
 
 
-class Patience(H11Protocol):
-    """uvicorn's HTTP/1.1, with bounds on clients that send or take nothing.
+class _Parser(h11.Connection):
+    """h11 bounds headers of which a part is missing: those that come whole would be as large as a read."""
 
-    waiting for headers ──HEADERS_S──▶ closed        answering ──bytes wait for STALL_S──▶ aborted
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, HEADERS_BYTES)
+        # That is why it refused what came.
+        self.too_large = False
+
+    def next_event(self) -> Any:
+        """Raises h11.RemoteProtocolError."""
+        waiting = len(self.trailing_data[0]) if self.their_state is h11.IDLE else 0
+        try:
+            event = super().next_event()
+            if waiting > HEADERS_BYTES and waiting - len(self.trailing_data[0]) > HEADERS_BYTES:
+                raise h11.RemoteProtocolError("headers too large", error_status_hint=431)
+        except h11.RemoteProtocolError as error:
+            self.too_large = error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            raise
+        return event
+
+
+class Patience(H11Protocol):
+    """uvicorn's HTTP/1.1, with bounds on clients that send too much, or send or take nothing.
+
+    waiting for headers, or for the end of what was refused ──HEADERS_S──▶ closed
+    answering ──bytes wait for STALL_S──▶ aborted
     """
 
     max_connections: int
+    conn: _Parser
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        self.conn = _Parser()
         self._headers_due: asyncio.TimerHandle | None = None
+        # It was refused: what it still sends is dropped.
+        self._deaf = False
         self._stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -136,13 +163,14 @@ class Patience(H11Protocol):
         if len(self.connections) > self.max_connections:
             words = f"{self.max_connections} connections are open, the most this router takes"
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, words, [(b"retry-after", b"1")])
+            self.transport.close()
             return
         # Not only much counts as stalled: a closed transport would wait for ever until its last bytes are taken.
         transport.set_write_buffer_limits(high=0)
         self._expect_headers()
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._deaf:
             return
         if self._headers_due is None and not self._answering:
             self._expect_headers()  # of the connection's next request
@@ -158,11 +186,20 @@ class Patience(H11Protocol):
         self._headers_due = self.loop.call_later(HEADERS_S, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP, or more of it than the parser takes. msg: the parser's own words."""
-        self._refuse(HTTPStatus.BAD_REQUEST, "what came is not an HTTP/1.1 request that this server can read")
+        """What is no HTTP, or more of it than the parser takes. msg: uvicorn's own words."""
+        if self.conn.too_large:
+            words = f"the request line and the headers have more than {HEADERS_BYTES} bytes"
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, words)
+        else:
+            self._refuse(HTTPStatus.BAD_REQUEST, "what came is not an HTTP/1.1 request that this server can read")
+        # Closed with bytes unread, a connection is reset, and a client that was still sending would not see the answer.
+        self.transport.write_eof()
+        self._deaf = True
+        if self._headers_due is None:
+            self._expect_headers()
 
     def _refuse(self, status: HTTPStatus, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        """The answer to a connection that gets no other, and its end."""
+        """The answer to a connection that gets no other."""
         body = refusal(status, message)
         fields = [
             (b"content-type", b"application/json"),
@@ -176,7 +213,6 @@ class Patience(H11Protocol):
             h11.EndOfMessage(),
         )
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
-        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+from collections.abc import Set
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -17,15 +18,14 @@ MAX_MESSAGES = 2048
 # OpenAI's own default of /v1/completions.
 COMPLETION_TOKENS = 16
 
-# Fields of OpenAI's that mean something which this server does not do, and the values that ask for nothing. Null and
-# nothing at all always do.
+# Fields of OpenAI's that mean something that this server lacks, and the values beside NOTHING that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
     "function_call": ("none",),
-    "functions": ([],),
-    "metadata": ({},),
+    "functions": (),
+    "metadata": (),
     "modalities": (["text"],),
     "moderation": (),
     "parallel_tool_calls": (True, False),
@@ -40,10 +40,14 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
+    "tools": (),
     "verbosity": (),
     "web_search_options": (),
 }
+# Values of a field that ask for nothing whatever it means: clients send whole objects, with all that their types have.
+NOTHING: tuple[Any, ...] = (None, [], {})
+# Fields of the other endpoint, by what they are called here, where spelling would not find it.
+_ELSEWHERE = {"max_completion_tokens": "max_tokens"}
 
 
 # Of a list's entries the first wrong one is told: pydantic would take seconds to describe a million of them.
@@ -55,8 +59,21 @@ def brief(value: object) -> str:
     return reprlib.repr(value)[:60] if isinstance(value, list | dict) else shown(value)
 
 
+def _asked(sent: Any, known: Set[str]) -> Any:
+    """Less unknown names that ask for nothing; of a million that ask for something one stays, to be refused."""
+    if not isinstance(sent, dict) or sent.keys() <= known:
+        return sent
+    refused = min((name for name in sent.keys() - known if sent[name] not in NOTHING), default=None)
+    return {name: value for name, value in sent.items() if name in known or name == refused}
+
+
 class Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, sent: Any) -> Any:
+        return _asked(sent, cls.model_fields.keys())
 
 
 class StreamOptions(Fields):
@@ -77,7 +94,7 @@ def _few_biases(value: object) -> object:
 
 
 def _unknown(name: str, known: list[str]) -> InvalidRequest:
-    near = difflib.get_close_matches(name[:100], known, n=1)
+    near = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name[:100], known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return InvalidRequest(f"{shown(name)[1:-1]} is no field of this request{hint}", field=name[:100])
 
@@ -112,17 +129,18 @@ class Request(Fields):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_asks_for_nothing(cls, body: Any) -> Any:
+    def _without_what_asks_for_nothing(cls, sent: Any) -> Any:
         """Raises InvalidRequest for what is unknown, or asks for something that is not supported."""
-        if not isinstance(body, dict):
-            return body
-        for name in body.keys() & UNSUPPORTED.keys():
-            if body[name] is not None and body[name] not in UNSUPPORTED[name]:
-                words = f"{name} is not supported by this server (its value was {brief(body[name])})"
+        if not isinstance(sent, dict):
+            return sent
+        asked = {name for name in sent.keys() - cls.model_fields.keys() if sent[name] not in NOTHING}
+        for name in asked & UNSUPPORTED.keys():
+            if sent[name] not in UNSUPPORTED[name]:
+                words = f"{name} is not supported by this server (its value was {brief(sent[name])})"
                 raise InvalidRequest(words, field=name)
-        if unknown := body.keys() - cls.model_fields.keys() - UNSUPPORTED.keys():
+        if unknown := asked - UNSUPPORTED.keys():
             raise _unknown(min(unknown), list(cls.model_fields))
-        return {name: value for name, value in body.items() if name not in UNSUPPORTED}
+        return {name: value for name, value in sent.items() if name in cls.model_fields}
 
     @property
     def names(self) -> dict[str, str]:
@@ -145,7 +163,11 @@ class CompletionRequest(Request):
     logprobs: int | None = None
 
 
-class TextPart(Fields):
+class TextPart(BaseModel):
+    """A message may have a hundred thousand, and pydantic's calls of Python add up: Message has a validator for all."""
+
+    model_config = Fields.model_config
+
     type: Literal["text"]
     text: str
 
@@ -154,6 +176,20 @@ class Message(Fields):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], FIRST]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, sent: Any) -> Any:
+        """An answer may be null, as some servers send one without text: templates take text only."""
+        if not isinstance(sent, dict):
+            return sent
+        content = sent.get("content")
+        if content is None and sent.get("role") == "assistant":
+            sent = {**sent, "content": ""}
+        elif isinstance(content, list):
+            parts = TextPart.model_fields.keys()
+            sent = {**sent, "content": [_asked(part, parts) for part in content]}
+        return _asked(sent, cls.model_fields.keys())
 
 
 class ChatRequest(Request):

@@ -63,11 +63,17 @@ def _sampling(body: Request, max_tokens: int, logprobs: int | None) -> SamplingP
         max_tokens=max_tokens,
         logprobs=logprobs,
         top_k=0 if body.top_k in (None, -1) else body.top_k,  # vLLM's clients turn it off by -1
-        # OpenAI's seeds may be negative: the same 64 bits, without a sign.
-        seed=body.seed if body.seed is None or not -(2**63) <= body.seed < 0 else body.seed + 2**64,
+        seed=None if body.seed is None else _seed(body.seed),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logit_bias=_biases(body.logit_bias or {}),
     )
+
+
+def _seed(seed: int) -> int:
+    """OpenAI's may be negative: the same 64 bits, without a sign."""
+    if not -(2**63) <= seed < 2**64:
+        raise InvalidRequest(f"seed must be in [-2^63, 2^64), not {shown(seed)}", field="seed")
+    return seed % 2**64
 
 
 def _biases(biases: Mapping[str, float]) -> dict[int, float]:

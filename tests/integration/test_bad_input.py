@@ -104,7 +104,8 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], type[TandemError], str, list[str]]
     "too many answers": ({"n": 1000}, InvalidRequest, "n", ["[1, 32]", "1000"]),
     "empty stop string": ({"stop": [""]}, InvalidRequest, "stop", ["empty"]),
     "no sampling limit": ({"sampling": {"max_tokens": 0}}, InvalidRequest, "max_tokens", ["1 or more", "0"]),
-    "huge max_tokens": ({"sampling": {"max_tokens": 2**32 - 1}}, InvalidRequest, "max_tokens", ["1 or more"]),
+    "huge max_tokens": ({"sampling": {"max_tokens": 2**32 - 1}}, InvalidRequest, "max_tokens", ["at most 2147483647"]),
+    "huge top_k": ({"sampling": {"top_k": 2**32 - 1}}, InvalidRequest, "top_k", ["at most 2147483647", "4294967295"]),
     "min over max": ({"sampling": {"min_tokens": 5}}, InvalidRequest, "min_tokens", ["max_tokens=4", "5"]),
     "too many logprobs": ({"sampling": {"logprobs": 1000}}, InvalidRequest, "logprobs", ["[0, 20]", "1000"]),
     "bias outside the vocabulary": (

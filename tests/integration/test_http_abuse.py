@@ -16,7 +16,7 @@ from router_house import eventually_status
 from scripted_worker import eventually
 
 from router.http import body
-from router.http.door import SEND_BUFFER_BYTES, Patience
+from router.http.door import HEADERS_BYTES, SEND_BUFFER_BYTES, Patience
 
 LIMIT = 64 << 10
 # asyncio's own limit, above which a transport asks its writer to pause.
@@ -118,14 +118,59 @@ async def test_headers_of_a_second_request_that_do_not_arrive(door: HttpHouse, m
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",
         HEAD + b"content-length: many\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"x" * (64 << 10),
     ],
-    ids=["no http", "no host", "content-length", "headers"],
+    ids=["no http", "no host", "content-length"],
 )
 async def test_what_the_parser_refuses(door: HttpHouse, sent: bytes) -> None:
     raw = door.dial()
     await asyncio.get_running_loop().sock_sendall(raw, sent)
     assert refused(await read_all(raw), 400)["code"] == "bad_request"
+
+
+def with_headers_of(size: int, filler: bytes) -> bytes:
+    """A request of so many bytes."""
+    head, tail = b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx:", b"x\r\n\r\n"
+    return head + filler * (size - len(head + tail)) + tail
+
+
+@pytest.mark.parametrize("filler", [b"x", b" "])
+@pytest.mark.parametrize("size", [HEADERS_BYTES + 1, 66_000, 100_000, 200_000])
+async def test_headers_that_are_too_large(door: HttpHouse, size: int, filler: bytes) -> None:
+    """Whether they come at once or in parts, and also when there is little in them."""
+    loop, sent = asyncio.get_running_loop(), with_headers_of(size, filler)
+    raw = door.dial()
+    await loop.sock_sendall(raw, sent)
+    whole = await read_all(raw)
+    raw = door.dial()
+    await loop.sock_sendall(raw, sent[:20_000])
+    assert (await door.complete()).status_code == 200, "meanwhile the part was read"
+    await loop.sock_sendall(raw, sent[20_000:])
+    for answer in (whole, await read_all(raw)):
+        error = refused(answer, 431)
+        assert error["code"] == "request_header_fields_too_large"
+        assert error["message"] == "the request line and the headers have more than 65536 bytes"
+
+
+async def test_headers_that_never_end(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after the refusal is dropped, for as long as headers may take."""
+    monkeypatch.setattr("router.http.door.HEADERS_S", 1.0)
+    protocols = noted_connections(monkeypatch)
+    with door.dial() as raw:
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    await asyncio.get_running_loop().sock_sendall(raw, with_headers_of(HEADERS_BYTES, b"x")[:-4])
+        await eventually(lambda: protocols[0] not in protocols[0].connections)
+
+
+async def test_headers_that_are_as_large_as_they_may_be(door: HttpHouse) -> None:
+    loop, sent = asyncio.get_running_loop(), with_headers_of(HEADERS_BYTES, b"x")
+    for first in (HEADERS_BYTES, 40_000):
+        raw = door.dial()
+        await loop.sock_sendall(raw, sent[:first])
+        assert (await door.complete()).status_code == 200, "meanwhile the part was read"
+        await loop.sock_sendall(raw, sent[first:])
+        assert (await read_all(raw)).startswith(b"HTTP/1.1 200 ")
 
 
 def refused(answer: bytes, status: int) -> dict[str, Any]:
@@ -266,6 +311,20 @@ async def test_a_client_that_leaves_before_the_first_token(door: HttpHouse) -> N
     await asyncio.get_running_loop().sock_sendall(raw, stream_request(4))
     await door.house.cluster.saw("first")
     raw.close()
+    await door.house.check_empty()
+    assert (await door.house.status()).cancelled_requests == 1
+    worker.let("first")
+
+
+async def test_a_client_that_ends_its_sending_side_has_left(door: HttpHouse) -> None:
+    """As docs/http.md has it: on the wire it is the same."""
+    worker = door.house.cluster.workers["c1"]
+    worker.hold("first")
+    raw = door.dial()
+    await asyncio.get_running_loop().sock_sendall(raw, stream_request(4))
+    await door.house.cluster.saw("first")
+    raw.shutdown(socket.SHUT_WR)
+    assert await outcome(raw) == b""
     await door.house.check_empty()
     assert (await door.house.status()).cancelled_requests == 1
     worker.let("first")

@@ -13,6 +13,8 @@ from http_house import HttpHouse, error_of, http_configuration, open_http_house
 
 from tandem.config import TINY_MODEL
 
+HALF_A_PAIR = "the body has half of a surrogate pair, which is no character, at line 1"
+
 
 @pytest.fixture
 async def door() -> AsyncIterator[HttpHouse]:
@@ -30,9 +32,16 @@ async def door() -> AsyncIterator[HttpHouse]:
         (b"{", None, "the body is not JSON: EOF"),
         (b'{"prompt": "x",}', None, "the body is not JSON: trailing comma"),
         (b'{"prompt": "\xff"}', None, "the body is not JSON: invalid unicode code point"),
-        (b'{"prompt": "\\ud800"}', None, "the body is not JSON: "),
-        (b"[" * 60_000, None, "the body is not JSON: recursion limit exceeded"),
-        (b'{"prompt":' * 6_000, None, "the body is not JSON: recursion limit exceeded"),
+        (b'{"prompt": "\\u12"}', None, "the body is not JSON: "),
+        (b'{"prompt": "\\ud800"}', None, HALF_A_PAIR),
+        (b'{"prompt": "\\ud800 and more"}', None, HALF_A_PAIR),
+        (b'{"prompt": "\\ud800\\n"}', None, HALF_A_PAIR),
+        (b'{"prompt": "\\ud800\\ud800"}', None, HALF_A_PAIR),
+        (b'{"prompt": "\\udc00"}', None, HALF_A_PAIR),
+        (b'{"prompt": [%s]}' % (b"1" * 5000), None, "the body has a number of more than 4300 digits at line 1"),
+        (b'{"prompt": [%s]}' % (b"1" * 4300), "prompt", "token ids in [0, 2^32), not 1111"),
+        (b"[" * 60_000, None, "the body is nested too deep at line 1"),
+        (b'{"prompt":' * 6_000, None, "the body is nested too deep at line 1"),
         (b"[1]", None, "the body must be a JSON object"),
         (b"null", None, "the body must be a JSON object"),
         (b"{}", "prompt", "prompt is missing"),
@@ -44,6 +53,8 @@ async def door() -> AsyncIterator[HttpHouse]:
         (b'{"prompt": "x", "max_tokens": "5"}', "max_tokens", "max_tokens must be a valid integer, not '5'"),
         (b'{"prompt": "x", "max_tokens": 1e400}', "max_tokens", "max_tokens must be"),
         (b'{"prompt": "x", "max_tokens": -1}', "max_tokens", "max_tokens must be 1 or more, not -1"),
+        (b'{"prompt": "x", "max_tokens": 2147483648}', "max_tokens", "must be at most 2147483647, not 2147483648"),
+        (b'{"prompt": "x", "top_k": 2147483648}', "top_k", "top_k must be at most 2147483647, not 2147483648"),
         (b'{"prompt": "x", "temperature": NaN}', "temperature", "temperature must be in [0, 100], not nan"),
         (b'{"prompt": "x", "n": 99}', "n", "n must be less than or equal to 32, not 99"),
         (b'{"prompt": "x", "stream": 1}', "stream", "stream must be a valid boolean, not 1"),
@@ -54,8 +65,15 @@ async def door() -> AsyncIterator[HttpHouse]:
         (b'{"prompt": "x", "user": "%s"}' % (b"u" * 300), "user", "user must have at most 256 characters, not 300"),
         (b'{"prompt": "x", "max_tokens": 100000}', "max_tokens", "and max_tokens (100000) together exceed"),
         (b'{"prompt": "x", "logprobs": 21}', "logprobs", "logprobs must be in [0, 20], not 21"),
-        (b'{"prompt": "x", "seed": 18446744073709551616}', "seed", "seed must be in [0, 2^64)"),
+        (b'{"prompt": "x", "seed": 18446744073709551616}', "seed", "seed must be in [-2^63, 2^64)"),
+        (b'{"prompt": "x", "seed": -9223372036854775809}', "seed", "seed must be in [-2^63, 2^64)"),
         (b'{"prompt": "x", "temprature": 1}', "temprature", "no field of this request; did you mean temperature?"),
+        (b'{"prompt": "x", "max_completion_tokens": 5}', "max_completion_tokens", "; did you mean max_tokens?"),
+        (
+            b'{"prompt": %s, "n": 32}' % json.dumps(["x"] * 128).encode(),
+            "n",
+            "prompt x n (128 x 32) asks for 4096 answers at once; the most this router takes is 1024",
+        ),
         (b'{"prompt": "x", "echo": true}', "echo", "echo is not supported by this server (its value was True)"),
         (b'{"prompt": "x", "stream_options": {}}', "stream_options", "stream_options needs stream to be true"),
         (
@@ -85,10 +103,16 @@ async def test_a_bad_body_is_told_what_is_wrong(door: HttpHouse, body: bytes, pa
             "messages[0].content",
             "messages[0].content must be a string or a list of text parts",
         ),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "must be a string or a list of"),
         (
-            {"messages": [{"role": "assistant", "content": "x", "tool_calls": []}]},
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
             "messages[0].tool_calls",
             "messages[0].tool_calls is not supported",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "audio": None, "refusal": "no"}]},
+            "messages[0].refusal",
+            "messages[0].refusal is not supported",
         ),
         ({"tools": [{"type": "function"}]}, "tools", "tools is not supported by this server"),
         ({"response_format": {"type": "json_object"}}, "response_format", "response_format is not supported"),
@@ -121,8 +145,11 @@ async def test_a_bad_conversation_is_told_what_is_wrong(
 async def test_what_asks_for_nothing_is_taken(door: HttpHouse) -> None:
     streamed = {"stream": True, "stream_options": {"include_obfuscation": False, "include_usage": False}}
     assert (await door.complete(**streamed)).status_code == 200
-    chat = {"messages": [{"role": "user", "content": "x"}], "logprobs": False, "top_logprobs": 0}
-    assert (await door.client.post("/v1/chat/completions", json=chat)).status_code == 200
+    empty_answer = {"role": "assistant", "content": None, "tool_calls": [], "refusal": None, "annotations": [], "x": {}}
+    messages = [{"role": "user", "content": "x", "name": None}, empty_answer, {"role": "user", "content": "y"}]
+    chat = {"messages": messages, "logprobs": False, "top_logprobs": 0, "tools": [], "unheard_of": None}
+    response = await door.client.post("/v1/chat/completions", json=chat)
+    assert response.status_code == 200, response.text
     neutral = {"best_of": 1, "echo": False, "suffix": None, "user": "u", "tools": None, "logprobs": None, "n": None}
     response = await door.complete(**neutral)
     assert response.status_code == 200, response.text

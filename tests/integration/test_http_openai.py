@@ -166,6 +166,20 @@ def test_chat_is_the_model_s_template_and_then_the_same(service: Service, client
     assert told_entries == entries
 
 
+def test_a_second_turn_takes_the_first_one_s_answer(service: Service, client: openai.OpenAI) -> None:
+    """As it came, and as what pydantic makes of it, with every field of OpenAI's type."""
+    asked: Any = {"model": "tiny", "temperature": 0, "max_completion_tokens": 8}
+    answer = client.chat.completions.create(**asked, messages=MESSAGES).choices[0].message
+    plain, dumped = {"role": "assistant", "content": answer.content}, answer.model_dump()
+    assert {name for name, value in dumped.items() if value is None} >= {"refusal", "tool_calls", "audio"}
+    said = []
+    for message in (plain, answer, dumped, {**dumped, "tool_calls": []}):
+        turns: Any = [*MESSAGES, message, {"role": "user", "content": "And of Austria?"}]
+        second = client.chat.completions.create(**asked, messages=turns)
+        said.append((second.choices[0].message.content, second.usage and second.usage.prompt_tokens))
+    assert said == [said[0]] * 4
+
+
 def test_usage_says_where_the_time_went(client: openai.OpenAI) -> None:
     asked: Any = {"model": "tiny", "prompt": PROMPT, "temperature": 0}
     usage: Any = client.completions.create(**asked).usage

@@ -82,6 +82,7 @@ def test_generate_sends_every_flag(router: ScriptedRouter) -> None:
     [
         (["--top-p", "2"], "tandem: --top-p must be in (0, 1], not 2.0"),
         (["--max-tokens", "0"], "tandem: --max-tokens must be 1 or more"),
+        (["--max-tokens", "9" * 20], "--max-tokens must be at most 2147483647, not 99999999999999999999"),
         (["--stop-token-id", "-1"], "tandem: --stop-token-id must be token ids"),
         (["--logit-bias", "five"], "--logit-bias takes ID:BIAS"),
         (["-n", "0"], "tandem: --n must be a whole number"),

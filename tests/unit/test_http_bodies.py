@@ -101,6 +101,28 @@ def test_log_probabilities_of_a_chat(fields: dict[str, Any], wanted: int | None)
 
 
 @pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"role": "assistant", "content": "x"}, "x"),
+        ({"role": "assistant", "content": None}, ""),
+        ({"role": "assistant"}, ""),
+        ({"role": "assistant", "content": "x", "refusal": None, "tool_calls": [], "unheard_of": {}}, "x"),
+        ({"role": "user", "content": "x", "function_call": None}, "x"),
+    ],
+)
+def test_a_message_that_was_an_answer(fields: dict[str, Any], wanted: str) -> None:
+    assert parse(ChatRequest, json.dumps({"messages": [fields]}).encode()).messages[0].content == wanted
+
+
+@pytest.mark.parametrize("value", [0, False, "", "none", [None], {"a": None}])
+def test_a_field_of_a_message_that_asks_for_something(value: Any) -> None:
+    message = {"role": "user", "content": "x", "refusal": None, "tool_calls": value}
+    with pytest.raises(InvalidRequest, match=r"^messages\[0\]\.tool_calls is not supported$") as caught:
+        parse(ChatRequest, json.dumps({"messages": [message]}).encode())
+    assert caught.value.field == "messages[0].tool_calls"
+
+
+@pytest.mark.parametrize(
     ("kind", "head", "entry", "tail"),
     [
         (CompletionRequest, b'{"prompt":[', b"1", b',"x"]}'),
@@ -114,7 +136,23 @@ def test_log_probabilities_of_a_chat(fields: dict[str, Any], wanted: int | None)
 )
 def test_a_body_full_of_errors_is_answered_by_the_first(kind: Any, head: bytes, entry: bytes, tail: bytes) -> None:
     """To describe them all takes tens of seconds of the event loop."""
-    body = head + b",".join([entry] * (2 << 20)) + tail
+    assert_refused_soon(kind, head + b",".join([entry] * (2 << 20)) + tail)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "tail"),
+    [
+        (CompletionRequest, b"{", b"}"),
+        (CompletionRequest, b'{"prompt":"x","stream_options":{', b"}}"),
+        (ChatRequest, b'{"messages":[{', b"}]}"),
+        (ChatRequest, b'{"messages":[{"role":"user","content":[{', b"}]}]}"),
+    ],
+)
+def test_so_is_one_full_of_names(kind: Any, head: bytes, tail: bytes) -> None:
+    assert_refused_soon(kind, head + b",".join(b'"%d":1' % number for number in range(1 << 19)) + tail)
+
+
+def assert_refused_soon(kind: Any, body: bytes) -> None:
     began_s = time.perf_counter()
     with pytest.raises(InvalidRequest) as caught:
         completion_requests(parse(kind, body))

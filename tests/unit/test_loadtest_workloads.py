@@ -198,6 +198,7 @@ def test_a_rate_replaces_the_times_of_a_trace() -> None:
         ({"jitter_s": 1.0}, "--jitter moves the arrivals of a trace"),
         ({"jitter_s": 1.0, "workload": "mooncake", "request_rate": 2.0}, "and no rate"),
         ({"vocab_size": 0}, "--vocab-size must be 1 or more"),
+        ({"vocab_size": 2**31}, "--vocab-size must be at most 2147483647, not 2147483648"),
     ],
 )
 def test_plans_that_make_no_sense(fields: dict[str, Any], words: str) -> None:

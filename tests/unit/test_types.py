@@ -81,10 +81,15 @@ def test_a_value_out_of_range_names_its_field(field: str, value: Any) -> None:
         ("stop_token_ids", "12", "stop_token_ids must be a list of token ids, not '12'"),
         ("stop_token_ids", 12, "stop_token_ids must be a list of token ids, not 12"),
         ("stop_token_ids", (1.0,), "stop_token_ids must be token ids in [0, 2^32), not 1.0"),
+        ("max_tokens", 0, "max_tokens must be 1 or more, not 0"),
+        ("max_tokens", 2**31, "max_tokens must be at most 2147483647, not 2147483648"),
+        ("max_tokens", 2**64, "max_tokens must be at most 2147483647, not 18446744073709551616"),
+        ("top_k", -1, "top_k must be 0 or more, not -1"),
+        ("top_k", 2**31, "top_k must be at most 2147483647, not 2147483648"),
         ("top_k", "x" * 100, f"top_k must be a whole number, not '{'x' * 56}..."),
     ],
 )
-def test_a_value_of_another_type_is_shown_with_what_was_wanted(field: str, value: Any, message: str) -> None:
+def test_what_was_wanted_and_what_came_are_said(field: str, value: Any, message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**{field: value})
     assert (caught.value.message, caught.value.field) == (message, field)
@@ -94,6 +99,7 @@ def test_a_value_of_another_type_is_shown_with_what_was_wanted(field: str, value
     ("field", "values"),
     [
         ("max_tokens", [1, 2**31 - 1]),
+        ("top_k", [0, 2**31 - 1]),
         ("min_tokens", [0, 128]),
         ("temperature", [0, 100]),
         ("top_p", [1e-9, 1]),
