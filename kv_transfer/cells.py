@@ -85,12 +85,12 @@ class Cells:
         return self.pool.flatten(4).flatten(2, 3)[self.layers.start : self.layers.stop]
 
     def _slots(self) -> Tensor:
-        found = runs(self.blocks, self.tokens, self.pool.shape[3])
-        slots = np.concatenate([np.arange(slot, slot + count) for slot, count in found])
+        spans = slot_spans(self.blocks, self.tokens, self.pool.shape[3])
+        slots = np.concatenate([np.arange(slot, slot + count) for slot, count in spans])
         return torch.from_numpy(slots).to(self.pool.device)
 
 
-def runs(blocks: Sequence[int], tokens: range, block_size: int) -> Iterator[tuple[int, int]]:
+def slot_spans(blocks: Sequence[int], tokens: range, block_size: int) -> Iterator[tuple[int, int]]:
     """(first slot, count) of each block's share of the positions; the first and the last may be partial."""
     token = tokens.start
     while token < tokens.stop:

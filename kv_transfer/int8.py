@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kv_transfer.cells import Cells, runs
+from kv_transfer.cells import Cells, slot_spans
 from kv_transfer.checksum import crc32
 from kv_transfer.layout import KVLayout, blocks_of
 from kv_transfer.runs import Runs
@@ -110,7 +110,7 @@ class Int8:
         array = _array(pool).reshape(pool.shape[0], 2, -1, self._width)[layers.start : layers.stop]
         wide = self._wide(scales)
         done = 0
-        for share, (slot, count) in enumerate(runs(cells.blocks, cells.tokens, self._layout.block_size)):
+        for share, (slot, count) in enumerate(slot_spans(cells.blocks, cells.tokens, self._layout.block_size)):
             part = values[:, :, done : done + count]
             _narrow(part, wide[:, :, share, None], array[:, :, slot : slot + count])
             done += count

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 
 from kv_transfer.base import Source, Target
-from kv_transfer.cells import runs
+from kv_transfer.cells import slot_spans
 from kv_transfer.codec import encode
 from kv_transfer.layout import KVLayout
 from kv_transfer.messages import Data, Done, Lent, Released, Writer, Written
@@ -114,8 +114,8 @@ class _NixlLink(WritingLink):
         lent, pool, layout = self._lent, self._source.pool, self._source.layout
         assert lent is not None, "the blocks were lent before"
         row_bytes = layout.payload_bytes(1, 1) // 2
-        near_spans = list(runs(self._source.blocks, tokens, layout.block_size))
-        far_spans = list(runs(self._blocks, tokens, layout.block_size))
+        near_spans = list(slot_spans(self._source.blocks, tokens, layout.block_size))
+        far_spans = list(slot_spans(self._blocks, tokens, layout.block_size))
         far_shape = _shape(layout, lent.pool_blocks)
         near_device = max(0, pool.get_device())
         near = pieces_of(pool.data_ptr(), pool.shape, row_bytes, near_spans, layers, near_device)
