@@ -13,7 +13,8 @@ demo: $(VENV)/serve.stamp
 
 # Two at once: most tests wait for processes of their own. File by file, for files share what is slow to start.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m "not alone" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m alone
 
 # Real `ray up` on hosts made of namespaces: needs root, and Debian's packages, which root gets installed.
 test-cluster: $(VENV)/dev.stamp

@@ -71,6 +71,7 @@ class Cells:
 
         Raises IndexError for cells outside the pool or the table: what is done to them is not checked again.
         """
+        assert self.pool.device.type == "cpu", "these addresses are read and written by this process"
         planes, block_size = _planes_of(self.pool), self.pool.shape[3]
         named = blocks_of(self.tokens, block_size)
         table = self.blocks[named.start : named.stop]

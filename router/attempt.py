@@ -230,7 +230,10 @@ class Attempt:
         return False
 
     def _mark_first(self, first_ms: float, compute_ms: float) -> None:
-        """A short prompt is computed before its start is heard of: often both come at once."""
+        """A short prompt is computed before its start is heard of: often both come at once.
+
+        After a failed attempt the start is that of the one that gave the token; what was lost counts as queueing.
+        """
         marks = self._timeline.marks
         if Phase.FIRST_TOKEN not in marks:
             started_ms = max(marks[Phase.RESERVED], first_ms - compute_ms)

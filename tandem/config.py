@@ -173,9 +173,9 @@ class RouterConfig(Section):
             raise ValueError(
                 f"router.port (--port) and router.http_port (--http-port) must not be equal, and both are {self.port}"
             )
-        if self.heartbeat_interval_s >= self.heartbeat_timeout_s:
+        if 2 * self.heartbeat_interval_s > self.heartbeat_timeout_s:
             raise ValueError(
-                f"router.heartbeat_interval_s must be less than router.heartbeat_timeout_s "
+                f"router.heartbeat_interval_s must be at most half of router.heartbeat_timeout_s "
                 f"({self.heartbeat_timeout_s:g}), not {self.heartbeat_interval_s:g}: workers would fall silent"
             )
         return self

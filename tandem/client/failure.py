@@ -8,8 +8,8 @@ import grpc
 
 from tandem import errors, rpc
 
-# In gRPC's words for an answer that is not HTTP/2.
-_OTHER_PROTOCOL = re.compile("SETTINGS frame|frame type|HTTP/?1|trying to connect an http1", re.IGNORECASE)
+# In gRPC's words for an answer that is not HTTP/2; silence is another matter ("timed out before receiving SETTINGS").
+_OTHER_PROTOCOL = re.compile("got frame type|trying to connect an http1", re.IGNORECASE)
 
 
 def explain(error: grpc.RpcError, address: str) -> errors.TandemError:

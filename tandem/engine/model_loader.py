@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +50,7 @@ def load_model(config: TandemConfig) -> LoadedModel:
     try:
         source = source_of(config.model.path)
         model_config = AutoConfig.from_pretrained(source)
+        max_model_len = _max_model_len(config, model_config)  # before weights are loaded, which takes minutes
         model = _instantiate(config, source, model_config)
         eos_token_ids = _eos_token_ids(config, source, model.config)
     except TandemError:
@@ -56,7 +59,7 @@ def load_model(config: TandemConfig) -> LoadedModel:
         raise ModelRefused(
             f"cannot load the model {config.model.path}: {_first_line(error)}", field="model.path"
         ) from error
-    return _examine(config, model.eval().requires_grad_(False), eos_token_ids)
+    return _examine(config, model.eval().requires_grad_(False), max_model_len, eos_token_ids)
 
 
 def _instantiate(config: TandemConfig, source: str, model_config: Any) -> nn.Module:
@@ -83,16 +86,10 @@ def _dtype(config: TandemConfig) -> Any:
     return torch.float32 if config.engine.device == "cpu" else "auto"
 
 
-def _examine(config: TandemConfig, model: Any, eos_token_ids: tuple[int, ...]) -> LoadedModel:
-    name = config.model.served_name
-    try:
+def _examine(config: TandemConfig, model: Any, max_model_len: int, eos_token_ids: tuple[int, ...]) -> LoadedModel:
+    with _refusing(config, model.config):
         probe = _probe(model, config.engine.device)
         shape = _one_shape(model, probe)
-        limit = _length_limit(model.config)
-    except ModelRefused as error:
-        raise ModelRefused(
-            f"{name} ({model.config.model_type}) is refused: {error.message}", field="model.path"
-        ) from error
     fingerprint = Fingerprint(
         config_hash=_config_hash(model.config),
         weights_hash=_weights_hash(model),
@@ -104,9 +101,9 @@ def _examine(config: TandemConfig, model: Any, eos_token_ids: tuple[int, ...]) -
         layout=LAYOUT_VERSION,
     )
     info = ModelInfo(
-        name=name,
+        name=config.model.served_name,
         vocab_size=model.config.get_text_config().vocab_size,
-        max_model_len=_max_model_len(config, limit),
+        max_model_len=max_model_len,
         eos_token_ids=eos_token_ids,
         fingerprint=fingerprint,
         hidden_size=model.config.get_text_config().hidden_size,
@@ -114,7 +111,19 @@ def _examine(config: TandemConfig, model: Any, eos_token_ids: tuple[int, ...]) -
     return LoadedModel(model, info, probe.options, probe.last)
 
 
-def _max_model_len(config: TandemConfig, limit: int) -> int:
+@contextmanager
+def _refusing(config: TandemConfig, model_config: Any) -> Iterator[None]:
+    """Whose model it is that is refused inside."""
+    try:
+        yield
+    except ModelRefused as error:
+        words = f"{config.model.served_name} ({model_config.model_type}) is refused: {error.message}"
+        raise ModelRefused(words, field="model.path") from error
+
+
+def _max_model_len(config: TandemConfig, model_config: Any) -> int:
+    with _refusing(config, model_config):
+        limit = _length_limit(model_config)
     wanted = config.model.max_model_len
     if wanted > limit:
         raise ConfigError(

@@ -182,8 +182,8 @@ class Supervisor:
             return
         log.warning(
             "%s has left, and no worker of this service plays %s any more. It is not started again: it was told to "
-            "stop. Requests are refused until another joins (tandem worker --role %s --router %s, with the same model) "
-            "or the service is started again.",
+            "leave. Unless another worker plays it, requests are refused until one joins (tandem worker --role %s "
+            "--router %s, with the same model) or the service is started again.",
             name,
             " or ".join(lost),
             "both" if len(lost) > 1 else lost[0],

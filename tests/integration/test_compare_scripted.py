@@ -24,6 +24,8 @@ from tandem.errors import ConfigError, DeadlineExceeded, Overloaded, Unavailable
 from tandem.types import Accepted, ChoiceFinished, Completed, Delta, FinishReason, Token, Usage
 from tandem.v1 import generation_pb2, registry_pb2
 
+pytestmark = pytest.mark.alone
+
 OUTPUT = 3
 ROLES = (registry_pb2.ROLE_PREFILL, registry_pb2.ROLE_DECODE)
 

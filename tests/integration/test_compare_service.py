@@ -25,7 +25,10 @@ BOUND_S = 240.0
 SMALL = ["--input-len", "40", "--output-len", "6", "--num-prompts", "10", "--min-seconds", "0"]
 LOAD = [*SMALL, "--resolution", "1", "--start-rate", "8", "--step-tokens", "32"]
 
-pytestmark = pytest.mark.skipif(len(usable_cores()) < 2, reason="two workers need two cores")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(len(usable_cores()) < 2, reason="two workers need two cores"),
+]
 
 
 class Running:

@@ -24,6 +24,7 @@ from tandem.engine.cores import usable_cores
 from tandem.launch.processes import Supervisor
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.skipif(len(usable_cores()) < 2, reason="two workers need two cores"),
     pytest.mark.timeout(400),
 ]

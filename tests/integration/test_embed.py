@@ -159,6 +159,7 @@ def test_the_deadline_frees_everything(service: Service) -> None:
     wait_until(service.idle, 1, "nothing held")
 
 
+@pytest.mark.alone
 async def test_leaving_frees_everything(service: Service) -> None:
     async with tandem.AsyncClient(service.address) as client:
         asked = asyncio.ensure_future(client.embed([prompt_of(1500) for _ in range(8)]))  # noqa: RUF006

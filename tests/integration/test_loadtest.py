@@ -23,6 +23,8 @@ from loadtest.runner import Arrival, Run, Runner
 from loadtest.session import Measuring, Result
 from loadtest.workloads import Lengths, Vocabulary, random_requests
 
+pytestmark = pytest.mark.alone
+
 TOLERANCE_MS = 10.0
 ATTEMPTS = 6
 BOTH = pytest.mark.parametrize("kind", ["grpc", "openai"])

@@ -22,6 +22,8 @@ from tandem.v1 import worker_pb2
 
 BLOCKS, BLOCK = 48, 16
 # Fills the decode pool, alone.
+pytestmark = pytest.mark.alone
+
 EVERYTHING = {"prompt_tokens": 10, "max_tokens": BLOCKS * BLOCK - 10}
 MAX_WAITING = 4
 AT_ONCE_S = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -132,6 +133,14 @@ def test_a_port_that_speaks_http_is_said_so() -> None:
     assert result.exit_code == 1
     said = f"tandem: what answers at {address} does not speak gRPC; is this its HTTP port, or not a Tandem router?"
     assert one_line(result) == said
+
+
+def test_one_that_says_nothing_is_not_taken_for_another() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        result = tandem("status", "--router", address)
+    assert result.exit_code == 1
+    assert one_line(result).startswith(f"tandem: cannot reach a Tandem router at {address}: ")
 
 
 def test_a_grpc_port_of_somebody_else_is_said_so() -> None:

@@ -213,6 +213,7 @@ def test_cpu_seconds_of_a_process_and_of_none() -> None:
         assert cores_of(gone.pid) == []
 
 
+@pytest.mark.alone
 def test_what_others_do_is_counted_on_these_cores() -> None:
     """A process that is no child of ours: its parent has ended."""
     cores = usable_cores()

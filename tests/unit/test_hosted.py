@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import Callable
 
 import pytest
+from ray_head import free_ports
 from service import START_S, wait_until
 
 from tandem.client import Client
@@ -106,9 +106,8 @@ def test_a_spec_that_is_wrong_fails_with_its_key() -> None:
 
 
 def test_a_router_serves_in_a_thread_and_leaves() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    spec = wanted_specs(load_config(overrides={"router": {"port": port}}), "127.0.0.1")["router"]
+    (port,) = free_ports(1)
+    spec = wanted_specs(load_config(overrides={"router": {"port": port, "http_port": -1}}), "127.0.0.1")["router"]
     it = Hosted(lambda it: serve_spec(spec, NODE, it), never)
     in_phase(it, Phase.SERVING, START_S)
     with Client(it.address) as client:

@@ -149,6 +149,7 @@ async def test_naming_in_slices_is_naming(blocks: int) -> None:
     assert list(await name_blocks(prompt, 16, "tenant")) == chain_hashes(None, prompt, 16, "tenant")
 
 
+@pytest.mark.alone
 async def test_naming_a_long_prompt_leaves_the_event_loop_free() -> None:
     longest_s, done = 0.0, asyncio.Event()
 
