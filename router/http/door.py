@@ -122,29 +122,44 @@ def _protocol(limit: int) -> type[asyncio.Protocol]:
 class _Parser(h11.Connection):
     """h11 bounds headers of which a part is missing: those that come whole would be as large as a read."""
 
+    # Why it refused what came: set by a next_event that raises.
+    refusal: tuple[HTTPStatus, str]
+
     def __init__(self) -> None:
         super().__init__(h11.SERVER, HEADERS_BYTES)
-        # That is why it refused what came.
-        self.too_large = False
 
     def next_event(self) -> Any:
         """Raises h11.RemoteProtocolError."""
+        within_body = self.their_state is h11.SEND_BODY
         waiting = len(self.trailing_data[0]) if self.their_state is h11.IDLE else 0
         try:
             event = super().next_event()
             if waiting > HEADERS_BYTES and waiting - len(self.trailing_data[0]) > HEADERS_BYTES:
                 raise h11.RemoteProtocolError("headers too large", error_status_hint=431)
         except h11.RemoteProtocolError as error:
-            self.too_large = error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            self.refusal = _why(within_body, error)
             raise
         return event
+
+
+def _why(within_body: bool, error: h11.RemoteProtocolError) -> tuple[HTTPStatus, str]:
+    """h11 hints at headers that are too large whatever the part is."""
+    if within_body:
+        return HTTPStatus.BAD_REQUEST, "the body does not come in HTTP/1.1 chunks that this server can read"
+    if error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+        words = f"the request line and the headers have more than {HEADERS_BYTES} bytes"
+        return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, words
+    return HTTPStatus.BAD_REQUEST, "what came is not an HTTP/1.1 request that this server can read"
 
 
 class Patience(H11Protocol):
     """uvicorn's HTTP/1.1, with bounds on clients that send too much, or send or take nothing.
 
-    waiting for headers, or for the end of what was refused ──HEADERS_S──▶ closed
-    answering ──bytes wait for STALL_S──▶ aborted
+    headers awaited ──they came──▶ answering ──answered──▶ idle ──bytes come──▶ headers awaited
+    any of these ──bytes that are no HTTP──▶ refused: what still comes is dropped
+
+    headers awaited, refused ──HEADERS_S──▶ aborted
+    any of these ──bytes for the client wait for STALL_S──▶ aborted
     """
 
     max_connections: int
@@ -175,7 +190,7 @@ class Patience(H11Protocol):
         if self._headers_due is None and not self._answering:
             self._expect_headers()  # of the connection's next request
         super().data_received(data)
-        if self._answering:
+        if self._answering and not self._deaf:
             self._headers_arrived()
 
     @property
@@ -187,16 +202,22 @@ class Patience(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP, or more of it than the parser takes. msg: uvicorn's own words."""
-        if self.conn.too_large:
-            words = f"the request line and the headers have more than {HEADERS_BYTES} bytes"
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, words)
-        else:
-            self._refuse(HTTPStatus.BAD_REQUEST, "what came is not an HTTP/1.1 request that this server can read")
+        if self._answering:
+            self._leave_handler()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun, and none can follow it
+            self._refuse(*self.conn.refusal)
         # Closed with bytes unread, a connection is reset, and a client that was still sending would not see the answer.
         self.transport.write_eof()
         self._deaf = True
+        self.flow.resume_reading()
         if self._headers_due is None:
             self._expect_headers()
+
+    def _leave_handler(self) -> None:
+        """To the handler, which may still read the body, its client has left."""
+        self.cycle.disconnected = True
+        self.cycle.waiting_for_100_continue = False
+        self.cycle.message_event.set()
 
     def _refuse(self, status: HTTPStatus, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         """The answer to a connection that gets no other."""

@@ -72,11 +72,14 @@ def named_as_sent(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except errors.InvalidRequest as error:
-        ours = "|".join(map(re.escape, names))
+        # What a message quotes, it ends with; that is the client's already.
+        ours = re.split(r"(?<!\w)['\"]", error.message, maxsplit=1)[0]
         # Where a message names a field: at its start, or before the field's value.
-        told = re.sub(rf"^({ours})\b|\b({ours})(?= \(|=)", lambda found: names[found[0]], error.message)
-        field = error.field or ""
-        raise errors.InvalidRequest(told, field=names.get(field, error.field)) from None
+        theirs = re.sub(r"^\w+|\b\w+(?= \(|=)", lambda found: names.get(found[0], found[0]), ours)
+        field = names.get(error.field or "", error.field)
+        if (theirs, field) == (ours, error.field):
+            raise
+        raise errors.InvalidRequest(theirs + error.message[len(ours) :], field=field) from None
 
 
 class Impolite(HTTPException):

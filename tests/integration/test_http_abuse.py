@@ -11,17 +11,25 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from http_house import HttpHouse, error_of, http_configuration, open_http_house
+from http_house import (
+    HEAD,
+    HttpHouse,
+    error_of,
+    http_configuration,
+    noted_connections,
+    open_http_house,
+    read_all,
+    refused,
+)
 from router_house import eventually_status
 from scripted_worker import eventually
 
 from router.http import body
-from router.http.door import HEADERS_BYTES, SEND_BUFFER_BYTES, Patience
+from router.http.door import SEND_BUFFER_BYTES
 
 LIMIT = 64 << 10
 # asyncio's own limit, above which a transport asks its writer to pause.
 ASYNCIO_BUFFER_BYTES = 64 << 10
-HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 HEAD_OF_20 = HEAD + b"content-length: 20\r\n\r\n"
 
 
@@ -52,16 +60,6 @@ async def test_a_body_that_says_it_is_endless_is_not_read(door: HttpHouse) -> No
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(raw, HEAD + b"content-length: %d\r\n\r\n" % 10**15)
     assert (await read_all(raw)).startswith(b"HTTP/1.1 413 ")
-
-
-async def read_all(raw: Any, within_s: float = 10) -> bytes:
-    """Until the other side closes."""
-    received = b""
-    async with asyncio.timeout(within_s):
-        with raw:
-            while data := await asyncio.get_running_loop().sock_recv(raw, 1 << 16):
-                received += data
-    return received
 
 
 async def test_a_body_that_does_not_arrive(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,78 +110,6 @@ async def test_headers_of_a_second_request_that_do_not_arrive(door: HttpHouse, m
     assert await outcome(raw, 4) == b"", "sooner than an idle connection ends"
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
-        b"GET /health HTTP/1.1\r\n\r\n",
-        HEAD + b"content-length: many\r\n\r\n",
-    ],
-    ids=["no http", "no host", "content-length"],
-)
-async def test_what_the_parser_refuses(door: HttpHouse, sent: bytes) -> None:
-    raw = door.dial()
-    await asyncio.get_running_loop().sock_sendall(raw, sent)
-    assert refused(await read_all(raw), 400)["code"] == "bad_request"
-
-
-def with_headers_of(size: int, filler: bytes) -> bytes:
-    """A request of so many bytes."""
-    head, tail = b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx:", b"x\r\n\r\n"
-    return head + filler * (size - len(head + tail)) + tail
-
-
-@pytest.mark.parametrize("filler", [b"x", b" "])
-@pytest.mark.parametrize("size", [HEADERS_BYTES + 1, 66_000, 100_000, 200_000])
-async def test_headers_that_are_too_large(door: HttpHouse, size: int, filler: bytes) -> None:
-    """Whether they come at once or in parts, and also when there is little in them."""
-    loop, sent = asyncio.get_running_loop(), with_headers_of(size, filler)
-    raw = door.dial()
-    await loop.sock_sendall(raw, sent)
-    whole = await read_all(raw)
-    raw = door.dial()
-    await loop.sock_sendall(raw, sent[:20_000])
-    assert (await door.complete()).status_code == 200, "meanwhile the part was read"
-    await loop.sock_sendall(raw, sent[20_000:])
-    for answer in (whole, await read_all(raw)):
-        error = refused(answer, 431)
-        assert error["code"] == "request_header_fields_too_large"
-        assert error["message"] == "the request line and the headers have more than 65536 bytes"
-
-
-async def test_headers_that_never_end(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes after the refusal is dropped, for as long as headers may take."""
-    monkeypatch.setattr("router.http.door.HEADERS_S", 1.0)
-    protocols = noted_connections(monkeypatch)
-    with door.dial() as raw:
-        async with asyncio.timeout(10):
-            with contextlib.suppress(ConnectionError):
-                while True:
-                    await asyncio.get_running_loop().sock_sendall(raw, with_headers_of(HEADERS_BYTES, b"x")[:-4])
-        await eventually(lambda: protocols[0] not in protocols[0].connections)
-
-
-async def test_headers_that_are_as_large_as_they_may_be(door: HttpHouse) -> None:
-    loop, sent = asyncio.get_running_loop(), with_headers_of(HEADERS_BYTES, b"x")
-    for first in (HEADERS_BYTES, 40_000):
-        raw = door.dial()
-        await loop.sock_sendall(raw, sent[:first])
-        assert (await door.complete()).status_code == 200, "meanwhile the part was read"
-        await loop.sock_sendall(raw, sent[first:])
-        assert (await read_all(raw)).startswith(b"HTTP/1.1 200 ")
-
-
-def refused(answer: bytes, status: int) -> dict[str, Any]:
-    """The error object, as long as its headers say, of an answer that no handler gave."""
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 %d " % status), head
-    headers = [line.lower() for line in head.split(b"\r\n")]
-    assert {b"content-type: application/json", b"connection: close", b"content-length: %d" % len(body)} <= set(headers)
-    error: dict[str, Any] = json.loads(body)["error"]
-    assert error["message"]
-    return error
-
-
 async def test_a_thousand_connections_that_never_send(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those above the limit are turned away, the others time out, and a request that comes meanwhile is served."""
     monkeypatch.setattr("router.http.door.HEADERS_S", 2.0)
@@ -226,16 +152,6 @@ async def test_clients_that_never_read_are_cancelled(door: HttpHouse, monkeypatc
         await door.house.check_empty()
     status = await door.house.status()
     assert (status.cancelled_requests, status.finished_requests) == (5, 1)
-
-
-def noted_connections(monkeypatch: pytest.MonkeyPatch) -> list[Patience]:
-    """The server's end of each, from now on."""
-    protocols: list[Patience] = []
-    made = Patience.connection_made
-    monkeypatch.setattr(
-        Patience, "connection_made", lambda self, transport: (protocols.append(self), made(self, transport))[1]
-    )
-    return protocols
 
 
 async def test_the_last_bytes_of_an_answer_wait_for_nobody_either(

@@ -128,6 +128,11 @@ async def test_a_bad_body_is_told_what_is_wrong(door: HttpHouse, body: bytes, pa
         ({"max_completion_tokens": 2, "min_tokens": 3}, "min_tokens", "in [0, max_completion_tokens=2], not 3"),
         ({"max_tokens": 2, "min_tokens": 3}, "min_tokens", "in [0, max_tokens=2], not 3"),
         ({"messages": [{"role": "user", "content": "cat " * 3000}]}, "messages", "the model's limit of 512"),
+        (
+            {"max_completion_tokens": 2, "logit_bias": {"max_tokens=5": 1}},
+            "logit_bias",
+            "keyed by token ids, not 'max_tokens=5'",
+        ),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "say one of them"),
     ],
 )

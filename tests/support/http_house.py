@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,9 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import pytest
 from router_house import House, open_house
 
+from router.http.door import Patience
 from tandem.config import TandemConfig, parse_config
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
 @dataclass
@@ -57,3 +63,34 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     assert sorted(body["error"]) == ["code", "message", "param", "type"]
     found: dict[str, Any] = body["error"]
     return found
+
+
+async def read_all(raw: socket.socket, within_s: float = 10) -> bytes:
+    """Until the other side closes."""
+    received = b""
+    async with asyncio.timeout(within_s):
+        with raw:
+            while data := await asyncio.get_running_loop().sock_recv(raw, 1 << 16):
+                received += data
+    return received
+
+
+def refused(answer: bytes, status: int) -> dict[str, Any]:
+    """The error object, as long as its headers say, of an answer that no handler gave."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status), head
+    headers = [line.lower() for line in head.split(b"\r\n")]
+    assert {b"content-type: application/json", b"connection: close", b"content-length: %d" % len(body)} <= set(headers)
+    error: dict[str, Any] = json.loads(body)["error"]
+    assert error["message"]
+    return error
+
+
+def noted_connections(monkeypatch: pytest.MonkeyPatch) -> list[Patience]:
+    """The server's end of each, from now on."""
+    protocols: list[Patience] = []
+    made = Patience.connection_made
+    monkeypatch.setattr(
+        Patience, "connection_made", lambda self, transport: (protocols.append(self), made(self, transport))[1]
+    )
+    return protocols
