@@ -207,7 +207,10 @@ class Patience(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun, and none can follow it
             self._refuse(*self.conn.refusal)
         # Closed with bytes unread, a connection is reset, and a client that was still sending would not see the answer.
-        self.transport.write_eof()
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has reset the connection, and its transport has not heard of it yet
+            self.transport.abort()
         self._deaf = True
         self.flow.resume_reading()
         if self._headers_due is None:
