@@ -2,7 +2,8 @@
 
 usage: python benchmarks/router.py [--seconds 8] [--case NAME ...] [--output FILE]
 
-Three processes: the router, alone on the first core; scripted workers without a model and the clients, on the others.
+Four processes: the router, alone on the first core; scripted workers without a model, the clients of the streams and a
+probe that asks now and then, on the others. What the router adds is what the probe sees.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import psutil
 import record
 from rich.console import Console
 from rich.table import Table
+from router_client import PROBE_TOKENS
 from side import Side, cpu_s, routing
 
 HERE = Path(__file__).resolve().parent
@@ -55,18 +57,20 @@ def start(stack: ExitStack, cores: Sequence[int], script: str, *arguments: str) 
     return side
 
 
-def measure(case: Case, seconds: float, router: int, workers: Side, clients: Side) -> dict[str, Any]:
+def measure(case: Case, seconds: float, router: int, workers: Side, clients: Side, probe: Side) -> dict[str, Any]:
     step_s = case.step_ms / 1000
     asked = {"streams": case.streams, "output_tokens": case.output_tokens, "warm_s": WARM_S, "seconds": seconds}
     workers.ask(json.dumps({"step_s": step_s}))
     clients.ask(json.dumps({**asked, "step_s": step_s}))
     before = [cpu_s(router), workers.cpu_s(), clients.cpu_s()]
-    seen = clients.read()
+    probe.ask(json.dumps({"seconds": seconds}))
+    seen, probed = clients.read(), probe.read()
     after = [cpu_s(router), workers.cpu_s(), clients.cpu_s()]
     if seen["failed"]:
         raise SystemExit(f"requests failed: {seen['failed'][:3]}")
     elapsed_s = seen["elapsed_s"]
     router_s, *others_s = (end - start for start, end in zip(before, after, strict=True))
+    requests, tokens = seen["requests"] + len(probed["routed"]), seen["tokens"] + PROBE_TOKENS * len(probed["routed"])
     return {
         "streams": case.streams,
         "step_ms": case.step_ms,
@@ -76,12 +80,13 @@ def measure(case: Case, seconds: float, router: int, workers: Side, clients: Sid
         "requests_s": seen["requests"] / elapsed_s,
         "tokens_per_delta": seen["tokens"] / max(1, seen["deltas"]),
         "ttft_ms": spread_ms(seen["ttft"]),
-        "direct_ttft_ms": spread_ms(seen["probe_ttft"]),
+        "routed_ttft_ms": spread_ms(probed["routed"]),
+        "direct_ttft_ms": spread_ms(probed["direct"]),
         "token_lag_ms": spread_ms(seen["lag"]),
         "router_cores": router_s / elapsed_s,
         "others_cores": sum(others_s) / elapsed_s,
-        "router_ms_per_request": router_s * 1000 / max(1, seen["requests"]),
-        "router_s_per_1000_tokens": router_s * 1000 / max(1, seen["tokens"]),
+        "router_ms_per_request": router_s * 1000 / requests,
+        "router_s_per_1000_tokens": router_s * 1000 / tokens,
     }
 
 
@@ -100,22 +105,24 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         pid, address = stack.enter_context(routing(-1, [first], options.python))
         workers = start(stack, others, "router_workers.py", address)
         direct = f"127.0.0.1:{workers.hello['port']}"
-        clients = start(stack, others, "router_client.py", address, direct)
+        clients = start(stack, others, "router_client.py", "streams", address)
+        probe = start(stack, others, "router_client.py", "probe", address, direct)
         rows = []
         for name in options.case:
-            rows.append({"case": name, **measure(CASES[name], options.seconds, pid, workers, clients)})
+            rows.append({"case": name, **measure(CASES[name], options.seconds, pid, workers, clients, probe)})
             print(f"{name}: {rows[-1]['tokens_s']:.0f} tokens/s", file=sys.stderr)
         return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table(title="p50 / p99 in ms; added: through the router less the workers called without it")
-    headings = ("case", "tokens/s", "TTFT", "added", "token lag", "tokens/delta", "router core", "ms/req", "s/1000 tok")
-    for heading in headings:
+    names = "case|tokens/s|streams' TTFT|added|token lag|tokens/delta|router core|ms/req|s/1000 tok"
+    for heading in names.split("|"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for row in rows:
-        ttft, direct, lag = row["ttft_ms"], row["direct_ttft_ms"], row["token_lag_ms"]
-        added = {key: ttft[key] - direct[key] for key in ttft} if ttft and direct else None
+        ttft, lag = row["ttft_ms"], row["token_lag_ms"]
+        routed, direct = row["routed_ttft_ms"], row["direct_ttft_ms"]
+        added = {key: routed[key] - direct[key] for key in routed}
         table.add_row(
             row["case"],
             f"{row['tokens_s']:.0f}",

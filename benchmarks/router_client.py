@@ -1,10 +1,12 @@
-"""The clients of router.py, in a process of their own.
+"""The clients of router.py. Each answers a line of JSON on stdin with two: that its measured time begins, and what was
+seen in it.
 
-    router_client.py ROUTER WORKERS        answers each case, a line of JSON on stdin, with two lines: when its
-                                           measured time begins, and what was seen in it
+    router_client.py streams ROUTER              a line is a case
+    router_client.py probe ROUTER WORKERS        a line is {"seconds": ...}
 
-A case is a closed loop: each of `streams` callers sends its next request when its last is answered. Beside it runs a
-probe, which calls the workers without a router (Reserve, then Prefill up to the first token), one call after another.
+A case is a closed loop: each of `streams` callers sends its next request when its last is answered. What one more
+request sees, the probe tells, a process of its own so that the callers do not delay it: one call after another, at
+random moments, by turns through the router and to the workers without it (Reserve, then Prefill up to the first token).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import random
 import sys
 import time
 from dataclasses import dataclass, field
@@ -23,8 +26,11 @@ from tandem.types import EngineRequest, SamplingParams
 from tandem.v1 import generation_pb2, generation_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 PROMPT = "Once upon a time there was a router that stood between many clients and a few workers. " * 4
-PROBE_INTERVAL_S = 0.02
 READY_S = 20.0
+# As many as the prompt has.
+PROBE_IDS = tuple(range(10, 110))
+PROBE_TOKENS = 2
+PROBE_PAUSE_S = (0.005, 0.035)
 
 
 @dataclass
@@ -35,19 +41,14 @@ class Seen:
     deltas: int = 0
     requests: int = 0
     ttft: list[float] = field(default_factory=list)
-    probe_ttft: list[float] = field(default_factory=list)
     # From the decode worker's sending of a token to its being here.
     lag: list[float] = field(default_factory=list)
 
 
 class Clients:
-    def __init__(self, router: str, workers: str) -> None:
+    def __init__(self, router: str) -> None:
         self._router: Any = generation_pb2_grpc.GenerationStub(rpc.make_channel(router))
-        channel = rpc.make_channel(workers)
-        self._prefill: Any = worker_pb2_grpc.PrefillWorkerStub(channel)
-        self._decode: Any = worker_pb2_grpc.DecodeWorkerStub(channel)
         self._seen = Seen()
-        self._prompt_ids = tuple(range(10, 110))
 
     async def ready(self) -> None:
         """Returns when the router has workers and answers."""
@@ -60,8 +61,7 @@ class Clients:
     async def run(self, case: dict[str, Any]) -> dict[str, Any]:
         """streams, output_tokens, step_s, warm_s, seconds."""
         spread_s = case["output_tokens"] * case["step_s"] / case["streams"]
-        tasks = [asyncio.create_task(self._probe())]
-        tasks += [
+        tasks = [
             asyncio.create_task(self._caller(case["output_tokens"], index * spread_s))
             for index in range(case["streams"])
         ]
@@ -103,25 +103,62 @@ class Clients:
         elif delta.tokens[0].logprob:
             seen.lag += [now_s - token.logprob for token in delta.tokens if token.logprob]
 
-    async def _probe(self) -> None:
-        number = 0
-        while True:
-            await asyncio.sleep(PROBE_INTERVAL_S)
-            number += 1
-            request = wire.request_to_wire(
-                EngineRequest(f"probe-{number}", self._prompt_ids, SamplingParams(max_tokens=1))
-            )
-            started_s = time.monotonic()
-            await self._decode.Reserve(worker_pb2.ReserveRequest(request=request))
-            target = worker_pb2.TransferTarget(reservation_id=request.request_id)
-            call = self._prefill.Prefill(worker_pb2.PrefillRequest(request=request, target=target))
-            while (event := await rpc.read(call)) is not None:
-                if event.WhichOneof("event") == "first_token":
-                    self._seen.probe_ttft.append(time.monotonic() - started_s)
+
+class Probe:
+    def __init__(self, router: str, workers: str) -> None:
+        self._router: Any = generation_pb2_grpc.GenerationStub(rpc.make_channel(router))
+        channel = rpc.make_channel(workers)
+        self._prefill: Any = worker_pb2_grpc.PrefillWorkerStub(channel)
+        self._decode: Any = worker_pb2_grpc.DecodeWorkerStub(channel)
+        self._count = 0
+
+    async def ready(self) -> None:
+        """Returns when the router has workers and answers."""
+        async with asyncio.timeout(READY_S):
+            while True:
+                with contextlib.suppress(rpc.grpc.RpcError):
+                    await self.routed_ttft()
+                    return
+                await asyncio.sleep(0.05)
+
+    async def run(self, asked: dict[str, float]) -> dict[str, list[float]]:
+        """seconds."""
+        print(json.dumps({"started": True}), flush=True)
+        seen: dict[str, list[float]] = {"routed": [], "direct": []}
+        end_s, randomness = time.monotonic() + asked["seconds"], random.Random(1)
+        while time.monotonic() < end_s:
+            for way, ttft in (("routed", self.routed_ttft), ("direct", self.direct_ttft)):
+                await asyncio.sleep(randomness.uniform(*PROBE_PAUSE_S))
+                seen[way].append(await ttft())
+        return seen
+
+    async def routed_ttft(self) -> float:
+        sampling = wire.sampling_to_wire(SamplingParams(max_tokens=PROBE_TOKENS, seed=1))
+        request = generation_pb2.GenerateRequest(text=PROMPT.encode(), sampling=sampling)
+        return await _time_to(self._router.Generate(request, timeout=60), "delta", time.monotonic())
+
+    async def direct_ttft(self) -> float:
+        self._count += 1
+        sampling = SamplingParams(max_tokens=1)
+        request = wire.request_to_wire(EngineRequest(f"probe-{self._count}", PROBE_IDS, sampling))
+        started_s = time.monotonic()
+        await self._decode.Reserve(worker_pb2.ReserveRequest(request=request))
+        target = worker_pb2.TransferTarget(reservation_id=request.request_id)
+        call = self._prefill.Prefill(worker_pb2.PrefillRequest(request=request, target=target))
+        return await _time_to(call, "first_token", started_s)
 
 
-async def serve(router: str, workers: str) -> None:
-    clients = Clients(router, workers)
+async def _time_to(call: Any, event: str, started_s: float) -> float:
+    """The call is over on return."""
+    seconds = None
+    while (message := await rpc.read(call)) is not None:
+        if message.WhichOneof("event") == event and seconds is None:
+            seconds = time.monotonic() - started_s
+    assert seconds is not None, f"the call brought no {event}"
+    return seconds
+
+
+async def serve(clients: Clients | Probe) -> None:
     await clients.ready()
     gc.freeze()
     print(json.dumps({"ready": True}), flush=True)
@@ -129,5 +166,9 @@ async def serve(router: str, workers: str) -> None:
         print(json.dumps(await clients.run(json.loads(line))), flush=True)
 
 
+async def main(kind: str, *addresses: str) -> None:
+    await serve(Probe(*addresses) if kind == "probe" else Clients(*addresses))
+
+
 if __name__ == "__main__":
-    asyncio.run(serve(*sys.argv[1:]))
+    asyncio.run(main(*sys.argv[1:]))

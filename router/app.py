@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -50,7 +51,13 @@ async def _serve_until_signal(config: TandemConfig) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await serve(config, stop, lambda address: print(f"ready {address}", flush=True))
+    await serve(config, stop, _on_ready)
+
+
+def _on_ready(address: str) -> None:
+    # To look through what stays until the end for garbage stops the event loop for 50 ms.
+    gc.freeze()
+    print(f"ready {address}", flush=True)
 
 
 async def serve(config: TandemConfig, stop: asyncio.Event, ready: Callable[[str], None]) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -220,27 +220,26 @@ async def eventually_served(door: HttpHouse) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_a_client_that_leaves_before_the_first_token(door: HttpHouse) -> None:
-    worker = door.house.cluster.workers["c1"]
+@asynccontextmanager
+async def asking(door: HttpHouse) -> AsyncIterator[socket.socket]:
+    """A client whose prompt is being prefilled, and who is gone, with all that it caused, in the end."""
+    worker, raw = door.house.cluster.workers["c1"], door.dial()
     worker.hold("first")
-    raw = door.dial()
     await asyncio.get_running_loop().sock_sendall(raw, stream_request(4))
     await door.house.cluster.saw("first")
-    raw.close()
+    yield raw
     await door.house.check_empty()
     assert (await door.house.status()).cancelled_requests == 1
     worker.let("first")
+
+
+async def test_a_client_that_leaves_before_the_first_token(door: HttpHouse) -> None:
+    async with asking(door) as raw:
+        raw.close()
 
 
 async def test_a_client_that_ends_its_sending_side_has_left(door: HttpHouse) -> None:
     """As docs/http.md has it: on the wire it is the same."""
-    worker = door.house.cluster.workers["c1"]
-    worker.hold("first")
-    raw = door.dial()
-    await asyncio.get_running_loop().sock_sendall(raw, stream_request(4))
-    await door.house.cluster.saw("first")
-    raw.shutdown(socket.SHUT_WR)
-    assert await outcome(raw) == b""
-    await door.house.check_empty()
-    assert (await door.house.status()).cancelled_requests == 1
-    worker.let("first")
+    async with asking(door) as raw:
+        raw.shutdown(socket.SHUT_WR)
+        assert await outcome(raw) == b""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from http_house import HEAD, HttpHouse, http_configuration, noted_connections, open_http_house, read_all, refused
 from scripted_worker import eventually
 
-from router.http.door import HEADERS_BYTES
+from router.http.door import HEADERS_BYTES, Patience
 
 
 @pytest.fixture
@@ -122,3 +125,21 @@ async def test_headers_that_are_as_large_as_they_may_be(door: HttpHouse) -> None
         assert (await door.complete()).status_code == 200, "meanwhile the part was read"
         await loop.sock_sendall(raw, sent[first:])
         assert (await read_all(raw)).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_a_client_that_resets_its_connection_when_it_is_refused(
+    door: HttpHouse, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gRPC's do; the server's end hears of it when it is told that nothing follows."""
+    protocols, raw, refuse = noted_connections(monkeypatch), door.dial(), Patience._refuse
+
+    def refused_and_gone(self: Patience, *answer: Any) -> None:
+        refuse(self, *answer)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raw.close()
+
+    monkeypatch.setattr(Patience, "_refuse", refused_and_gone)
+    await asyncio.get_running_loop().sock_sendall(raw, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    await eventually(lambda: protocols and protocols[0] not in protocols[0].connections)
+    assert raw.fileno() == -1
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
