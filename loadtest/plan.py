@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from loadtest import arrivals, traces, workloads
-from loadtest.metrics import OBJECTIVES, Metric
 from loadtest.runner import Arrival
 from loadtest.target import Served
 from tandem.errors import ConfigError, InvalidRequest
@@ -216,27 +215,6 @@ def require(ok: bool, option: str, limit: str, value: object) -> None:
     if not ok:
         name = option.replace("_", "-")
         raise ConfigError(f"--{name} must be {limit}, not {shown(value)}", field=option)
-
-
-def parse_goodput(words: Iterable[str]) -> dict[Metric, float]:
-    """From `ttft:500 tpot:50`, in one text or several. Raises ConfigError."""
-    found: dict[Metric, float] = {}
-    for word in " ".join(words).split():
-        name, _, text = word.partition(":")
-        metric = next((each for each in OBJECTIVES if each == name), None)
-        try:
-            limit_ms = float(text)
-        except ValueError:
-            limit_ms = math.nan
-        if metric is None or not is_positive(limit_ms):
-            raise ConfigError(
-                f"--goodput takes ttft, tpot and e2el with milliseconds, such as ttft:500, not {shown(word)}",
-                field="goodput",
-            )
-        if metric in found:
-            raise ConfigError(f"--goodput names {metric} twice", field="goodput")
-        found[metric] = limit_ms
-    return found
 
 
 def parse_percentiles(text: str) -> tuple[float, ...]:

@@ -15,15 +15,16 @@ from typing import Protocol
 
 import tandem
 from loadtest.compare import model
-from loadtest.compare.contender import Contender, Ending, Offered
+from loadtest.compare.contender import Alone, Contender, Ending, Offered
 from loadtest.compare.judge import keeps
 from loadtest.compare.processes import memory_gib, processor
 from loadtest.compare.question import Question
 from loadtest.compare.search import Search
 from loadtest.compare.shapes import all_shapes
 from loadtest.compare.verdict import best_of, verdict_on
+from loadtest.metrics import Goodput
 from loadtest.runner import Run
-from loadtest.session import Measuring
+from loadtest.session import Measuring, nothing_answered
 from loadtest.target import SendOptions
 from tandem.errors import DeadlineExceeded, TandemError, Unavailable
 
@@ -38,6 +39,9 @@ TRIES = 3
 class Progress(Protocol):
     def stage(self, words: str) -> None:
         """What is being done."""
+
+    def limits(self, goodput: Goodput) -> None:
+        """What an answer may take: known before the first load."""
 
     def watch(self, run: Run) -> None:
         """The load that runs."""
@@ -60,7 +64,7 @@ class _Entry:
     contender: Contender
     search: Search
     # Requests one after the other.
-    alone: model.Run | None = None
+    alone: Alone | None = None
     probes: list[model.Run] = field(default_factory=list)
     shown: list[model.ShownRun] = field(default_factory=list)
     broken: list[model.Run] = field(default_factory=list)
@@ -102,7 +106,8 @@ class Comparing:
         self._start = start
         self._stop = stop
         self._progress = progress
-        self._measuring = Measuring(goodput=question.objectives)
+        # With the objectives in milliseconds, once it is known what an answer takes alone.
+        self._measuring = Measuring()
         # On the monotonic clock; set when the loads begin.
         self._deadline_s: float | None = None
         self._search_deadline_s: float | None = None
@@ -142,8 +147,21 @@ class Comparing:
         for entry in entries:
             if entry.failure is not None:
                 self._progress.failed(entry.shape, entry.failure.message)
-        self._begin([(entry, entry.alone) for entry in entries if entry.alone is not None])
+        alone = [(entry, entry.alone) for entry in entries if entry.alone is not None]
+        self._measuring = Measuring(goodput=self._limits_ms([each for _, each in alone]))
+        self._progress.limits(self._measuring.goodput)
+        self._begin([(entry, each.judged(self._measuring.goodput)) for entry, each in alone])
         return entries
+
+    def _limits_ms(self, alone: Sequence[Alone]) -> Goodput:
+        """The same for all shapes: in times of what the fastest takes. Raises Unavailable if nothing was answered."""
+        found = [each.judged({}).figures for each in alone if not all(outcome.failure for outcome in each.outcomes)]
+        metrics = self._question.objectives.times_alone
+        if metrics and not found:
+            raise nothing_answered([outcome for each in alone for outcome in each.outcomes], "request without load")
+        return self._question.objectives.in_ms(
+            {metric: min(float(figures[f"median_{metric}_ms"]) for figures in found) for metric in metrics}
+        )
 
     def _begin(self, alone: Sequence[tuple[_Entry, model.Run]]) -> None:
         """Every search begins at the same rate."""
@@ -169,7 +187,7 @@ class Comparing:
             now_s = time.monotonic()
             self._deadline_s, self._search_deadline_s = now_s + limit_s, now_s + limit_s * SEARCH_SHARE
 
-    async def _alone(self, entry: _Entry) -> model.Run:
+    async def _alone(self, entry: _Entry) -> Alone:
         contender, plan = entry.contender, self._question.plan
         self._check_stop()
         self._progress.stage(f"warming up {contender.shape.name}")
@@ -177,10 +195,10 @@ class Comparing:
         for _ in range(TRIES):
             await contender.ready(plan, self._stop, self._stop.is_set)
             self._check_stop()
-            run = await contender.alone(plan, self._question.objectives, self._stop)
-            if not run.lost:
-                return run
-            entry.broken.append(run)
+            alone = await contender.alone(plan, self._stop)
+            if not alone.lost:
+                return alone
+            entry.broken.append(alone.judged(self._question.objectives.limits_ms))
         raise _keeps_dying("without load")
 
     def _first_rate(self, alone: Sequence[model.Run]) -> float:
@@ -288,7 +306,8 @@ class Comparing:
             ),
             model=some.served.model,
             workload=question.plan.as_json() | {"request_rate": None, "min_seconds": question.min_seconds},
-            objectives=dict(question.objectives),
+            objectives=dict(self._measuring.goodput),
+            times_alone=dict(question.objectives.times_alone),
             target_attainment=question.target,
             measured=measured,
             verdict=verdict_on(measured, question.target, self._cut),

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -64,6 +64,23 @@ class Offered:
     def shown(self) -> model.ShownRun:
         answers = [_answer(outcome, self.run, self.result) for outcome in self.run.outcomes]
         return model.ShownRun(**self.result.model_dump(), answers=answers)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What requests saw that were sent one after the other."""
+
+    arrivals: Sequence[Arrival]
+    outcomes: Sequence[Outcome]
+    seconds: float
+    use: list[model.WorkerUse]
+    # Workers that died meanwhile.
+    lost: list[str]
+
+    def judged(self, objectives: Goodput) -> model.Run:
+        found = summarize(self.outcomes, self.seconds, DEFAULT_PERCENTILES, objectives)
+        found["missed"] = Judge(self.arrivals, objectives, 1.0).causes(self.outcomes, time.perf_counter())
+        return _result(len(self.outcomes) / self.seconds, found, self.use, self.lost)
 
 
 class Contender:
@@ -128,7 +145,7 @@ class Contender:
             await warm_up(target, plan.schedule(self.served).warm_up(4 * len(self.workers)), stop)
         await self._idle()
 
-    async def alone(self, plan: Plan, objectives: Goodput, stop: asyncio.Event) -> model.Run:
+    async def alone(self, plan: Plan, stop: asyncio.Event) -> Alone:
         """Some requests, each sent when the one before it has ended."""
         schedule = replace(plan, num_prompts=ALONE).schedule(self.served)
         outcomes: list[Outcome] = []
@@ -138,10 +155,8 @@ class Contender:
                 run = await Runner(target, [Arrival(0.0, arrival.request)], None).send_all(stop)
                 outcomes += run.outcomes
         seconds = time.perf_counter() - started_s
-        found = summarize(outcomes, seconds, DEFAULT_PERCENTILES, objectives)
-        found["missed"] = Judge(schedule.arrivals, objectives, 1.0).causes(outcomes, time.perf_counter())
         use = self._use(before, seconds)
-        return _result(len(outcomes) / seconds, found, use, self._missing(await self._idle()))
+        return Alone(schedule.arrivals, outcomes, seconds, use, self._missing(await self._idle()))
 
     async def offer(
         self,
@@ -239,7 +254,7 @@ def _result(rate_rps: float, found: dict[str, object], use: list[model.WorkerUse
             "offered": found["offered"],
             "failed": found["failed"],
             "attainment": scheduled["attainment"] or 0.0,
-            "goodput_rps": scheduled["request_goodput"],
+            "goodput_rps": scheduled["request_goodput"] or 0.0,
             "figures": found,
             "use": use,
             "lost": lost,

@@ -150,6 +150,8 @@ class Comparison(_Value):
     workload: dict[str, Any]
     # Milliseconds by metric: ttft, tpot, e2el.
     objectives: dict[str, float]
+    # Those that were asked for as so many times what an answer takes alone.
+    times_alone: dict[str, float] = {}
     # The share of offered requests that must meet every objective.
     target_attainment: float
     measured: list[Measured]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loadtest.metrics import Goodput
+from loadtest.objectives import Objectives
 from loadtest.plan import MAX_REQUESTS, Plan, check_timeout, is_positive, require
 from tandem.errors import ConfigError
 from tandem.types import shown
@@ -21,7 +21,7 @@ class Question:
 
     # Without a rate of its own: that is searched.
     plan: Plan
-    objectives: Goodput
+    objectives: Objectives
     # Into how many the machine's cores are shared.
     workers: int
     # Step budgets of colocated workers, each a shape of its own; split workers get the largest.
@@ -48,7 +48,7 @@ class Question:
             require(value is None or is_positive(value), option, "a number above 0", value)
         check_timeout(self.timeout_s)
         # With TPOT alone requests may wait for their first token for ever, and no rate would be too high.
-        if not {"ttft", "e2el"} & set(self.objectives):
+        if not {"ttft", "e2el"} & self.objectives.metrics:
             raise ConfigError(
                 "--goodput must limit ttft or e2el, such as ttft:2000 tpot:100: without them any queue would do",
                 field="goodput",

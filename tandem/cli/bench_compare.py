@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # numpy: only for whoever runs a load test
     from loadtest.compare.contender import Ending
     from loadtest.compare.model import Comparison, Run, Shape
     from loadtest.compare.question import Question
+    from loadtest.metrics import Goodput
 
 # No service stays in use when it is stopped, so nothing is worth waiting for.
 DRAIN_S = 1.0
@@ -130,6 +131,10 @@ class _Progress:
         self._console = console
         self.stage = bar.stage
         self.watch = bar.watch
+
+    def limits(self, goodput: Goodput) -> None:
+        words = " and ".join(f"{metric} ≤ {limit_ms:g} ms" for metric, limit_ms in goodput.items())
+        self._console.print(f"objectives: {words}")
 
     def ended(self, shape: Shape, run: Run, ending: Ending) -> None:
         how = {"whole": "", "hopeless": ", out of reach: stopped", "cut": ", cut off"}[ending.value]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # numpy: only for whoever runs a load test
     from loadtest.arrivals import RampUp
     from loadtest.compare.question import Question
     from loadtest.metrics import Goodput
+    from loadtest.objectives import Objectives
     from loadtest.plan import Plan
 
 
@@ -100,6 +101,9 @@ class ArrivalOptions:
         return None
 
 
+GOODPUT_HELP = "Objectives: ttft:500 tpot:50 e2el:5000; in a comparison also times what an answer takes alone: ttft:4x."
+
+
 @dataclass(frozen=True)
 class ObjectiveOptions:
     """What an answer may take; all words behind `--goodput` count, also those that the shell passes as arguments."""
@@ -107,15 +111,24 @@ class ObjectiveOptions:
     more_goodput: Annotated[
         list[str] | None, typer.Argument(metavar="[METRIC:MS]...", help="More objectives, as after --goodput.")
     ] = None
-    goodput: Annotated[
-        list[str] | None, typer.Option(metavar="METRIC:MS", help="Objectives: ttft:500 tpot:50 e2el:5000.")
-    ] = None
+    goodput: Annotated[list[str] | None, typer.Option(metavar="METRIC:MS", help=GOODPUT_HELP)] = None
 
-    def objectives(self) -> Goodput:
+    def objectives(self) -> Objectives:
         """Raises ConfigError."""
-        from loadtest.plan import parse_goodput
+        from loadtest.objectives import parse_goodput
 
         return parse_goodput([*(self.goodput or ()), *(self.more_goodput or ())])
+
+    def limits_ms(self) -> Goodput:
+        """Where nobody measures what an answer takes alone. Raises ConfigError."""
+        objectives = self.objectives()
+        if objectives.times_alone:
+            raise ConfigError(
+                "--goodput in times what an answer takes alone is for `tandem bench compare`, which measures that; "
+                "say milliseconds, such as ttft:500",
+                field="goodput",
+            )
+        return objectives.limits_ms
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,7 @@ class SearchOptions:
     time_limit: Annotated[float | None, typer.Option(metavar="SECONDS", help="Of all loads together.")] = None
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For each answer.")] = 600.0
 
-    def question(self, plan: Plan, objectives: Goodput) -> Question:
+    def question(self, plan: Plan, objectives: Objectives) -> Question:
         """Raises ConfigError for what makes no sense."""
         from loadtest.compare.question import Question, parse_step_tokens
 

@@ -56,7 +56,7 @@ def run(
         from loadtest.target import SendOptions
 
         plan = load.plan(vocab_size=vocab_size, max_model_len=max_model_len, **arrivals.of_plan())
-        measuring = Measuring(max_concurrency, num_warmups, objectives.objectives(), parse_percentiles(percentiles))
+        measuring = Measuring(max_concurrency, num_warmups, objectives.limits_ms(), parse_percentiles(percentiles))
         options = SendOptions(model, ignore_eos, check_temperature(temperature), check_timeout(timeout))
         if output is not None:
             check_writable(output)

@@ -17,6 +17,8 @@ from loadtest.compare import contender, model
 from loadtest.compare.comparing import TRIES, Comparing, NothingFound
 from loadtest.compare.contender import Ending
 from loadtest.compare.question import Question
+from loadtest.metrics import Goodput
+from loadtest.objectives import Objectives
 from loadtest.plan import Plan
 from loadtest.runner import Run
 from loadtest.workloads import Lengths
@@ -96,6 +98,7 @@ class Notes:
     loads: list[tuple[str, model.Run, Ending]] = field(default_factory=list)
     failed_shapes: list[tuple[str, str]] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
+    limits_ms: list[Goodput] = field(default_factory=list)
 
     def stage(self, words: str) -> None:
         self.stages.append(words)
@@ -103,6 +106,9 @@ class Notes:
             self.stop.set()
         if words.endswith("requests/s"):
             self.at_load(words.rpartition(": ")[0])
+
+    def limits(self, goodput: Goodput) -> None:
+        self.limits_ms.append(goodput)
 
     def watch(self, run: Run) -> None: ...
 
@@ -116,7 +122,7 @@ class Notes:
 def question(**changed: Any) -> Question:
     given: dict[str, Any] = {
         "plan": Plan(num_prompts=20, lengths=Lengths(8, OUTPUT), seed=3),
-        "objectives": {"ttft": 250.0},
+        "objectives": Objectives({"ttft": 250.0}),
         "workers": 2,
         "step_tokens": (64,),
         "min_seconds": 0.5,
@@ -177,7 +183,7 @@ async def test_no_load_finds_what_another_left_in_a_cache() -> None:
 
 async def test_a_shape_that_is_too_slow_even_alone_is_not_searched() -> None:
     found, _ = await compared(
-        Scripted(colocated_s=0.12, split_s=0.01), question(resolution=1.0, objectives={"ttft": 100.0})
+        Scripted(colocated_s=0.12, split_s=0.01), question(resolution=1.0, objectives=Objectives({"ttft": 100.0}))
     )
     colocated = found.measured[0]
     assert (colocated.best_rate_rps, len(colocated.probes), colocated.probes[0].attainment) == (0, 1, 0)
@@ -185,6 +191,18 @@ async def test_a_shape_that_is_too_slow_even_alone_is_not_searched() -> None:
     assert colocated.probes[0].figures["missed"] == {"ttft": 3}
     assert found.verdict.ratio is None
     assert found.verdict.pays
+
+
+async def test_objectives_in_times_of_what_the_fastest_shape_takes_alone() -> None:
+    asked = Objectives({"e2el": 900.0}, {"ttft": 6.0})
+    found, notes = await compared(Scripted(colocated_s=0.2, split_s=0.02), question(resolution=1.0, objectives=asked))
+    assert found.times_alone == {"ttft": 6.0}
+    assert notes.limits_ms == [found.objectives]
+    assert 120 < found.objectives["ttft"] < 6 * 40, "of the split shape"
+    assert found.objectives["e2el"] == 900
+    colocated = found.measured[0]
+    assert [run.figures["goodput"] for run in colocated.shown] == [found.objectives]
+    assert (colocated.missed_rate_rps, colocated.probes[0].figures["missed"]) == (0, {"ttft": 3})
 
 
 async def test_a_load_that_the_model_cannot_take_is_told_once() -> None:

@@ -15,6 +15,8 @@ from loadtest.compare import model, search
 from loadtest.compare.comparing import TRIES, Comparing
 from loadtest.compare.contender import Ending
 from loadtest.compare.question import Question
+from loadtest.metrics import Goodput
+from loadtest.objectives import Objectives
 from loadtest.plan import Plan
 from loadtest.runner import Run
 from loadtest.workloads import Lengths
@@ -86,6 +88,8 @@ class Killer:
         os.kill(pid, signal.SIGKILL)
         self.killed.append((self._shape, pid))
 
+    def limits(self, goodput: Goodput) -> None: ...
+
     def ended(self, shape: model.Shape, run: model.Run, ending: Ending) -> None: ...
 
     def failed(self, shape: model.Shape, why: str) -> None:
@@ -97,7 +101,7 @@ async def compared(deaths: dict[str, int]) -> tuple[model.Comparison, Killer]:
     killer = Killer(settings, deaths, {MIXED: "worker-0", SPLIT: "decode-0"})
     question = Question(
         plan=LOAD,
-        objectives={"ttft": 20_000.0},
+        objectives=Objectives({"ttft": 20_000.0}),
         workers=2,
         step_tokens=(64,),
         min_seconds=0.0,

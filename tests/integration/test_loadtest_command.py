@@ -130,6 +130,7 @@ def test_token_ids_that_the_model_does_not_know_are_refused_before_any_load() ->
     [
         (["--workload", "mooncake", "--trace", "/nope"], 2, "cannot read the trace /nope"),
         (["--goodput", "itl:5"], 2, "--goodput takes ttft, tpot and e2el"),
+        (["--goodput", "ttft:4x"], 2, "for `tandem bench compare`"),
         (["--request-rate", "0"], 2, "--request-rate must be above 0"),
         (["--workload", "azure"], 2, "--workload azure needs --trace FILE"),
         (["--ramp-up-strategy", "linear"], 2, "go together"),

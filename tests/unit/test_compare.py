@@ -19,6 +19,7 @@ from loadtest.compare.question import Question, parse_step_tokens
 from loadtest.compare.search import MAX_STEPS, Search
 from loadtest.compare.shapes import all_shapes
 from loadtest.metrics import Goodput, Metric, Outcome
+from loadtest.objectives import Objectives
 from loadtest.plan import Plan
 from loadtest.runner import Arrival
 from loadtest.target import Served
@@ -167,7 +168,12 @@ def test_loads_at_two_rates_ask_the_same() -> None:
 
 
 def question_of(**changed: Any) -> Question:
-    given: dict[str, Any] = {"plan": Plan(num_prompts=20), "objectives": TTFT, "workers": 2, "step_tokens": (64,)}
+    given: dict[str, Any] = {
+        "plan": Plan(num_prompts=20),
+        "objectives": Objectives(TTFT),
+        "workers": 2,
+        "step_tokens": (64,),
+    }
     return Question(**{**given, **changed})
 
 
@@ -180,8 +186,8 @@ def question_of(**changed: Any) -> Question:
         ({"min_seconds": math.inf}, "--min-seconds must be"),
         ({"start_rps": 0.0}, "--start-rate must be a number above 0"),
         ({"time_limit_s": math.nan}, "--time-limit must be a number above 0"),
-        ({"objectives": {"tpot": 50}}, "--goodput must limit ttft or e2el"),
-        ({"objectives": {}}, "--goodput must limit ttft or e2el"),
+        ({"objectives": Objectives({"tpot": 50})}, "--goodput must limit ttft or e2el"),
+        ({"objectives": Objectives()}, "--goodput must limit ttft or e2el"),
         ({"plan": Plan(num_prompts=9)}, "--num-prompts must be 10 or more"),
     ],
 )

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from loadtest.plan import Plan, parse_goodput, parse_percentiles
+from loadtest.objectives import Objectives, parse_goodput
+from loadtest.plan import Plan, parse_percentiles
 from loadtest.target import Served
 from loadtest.traces import BLOCK_TOKENS, TraceRow, made_up, read_trace
 from loadtest.workloads import Lengths, LoadRequest, Vocabulary, random_requests, trace_requests, warm_up_requests
@@ -212,12 +213,20 @@ def test_more_prompt_tokens_than_can_be_held_are_refused_before_they_are_made() 
 
 
 def test_objectives_come_in_one_text_or_several() -> None:
-    assert parse_goodput(["ttft:500 tpot:50", "e2el:9e3"]) == {"ttft": 500, "tpot": 50, "e2el": 9000}
-    for wrong in ("ttft", "itl:5", "ttft:0", "ttft:nan", "ttft:inf", "ttft:x"):
+    limits = {"ttft": 500, "tpot": 50, "e2el": 9000}
+    assert parse_goodput(["ttft:500 tpot:50", "e2el:9e3"]) == Objectives(limits)
+    for wrong in ("ttft", "itl:5", "ttft:0", "ttft:nan", "ttft:inf", "ttft:x", "ttft:0x", "ttft:4xx", "x"):
         with pytest.raises(ConfigError, match="--goodput takes"):
             parse_goodput([wrong])
     with pytest.raises(ConfigError, match="--goodput names ttft twice"):
-        parse_goodput(["ttft:5", "tpot:5 ttft:6"])
+        parse_goodput(["ttft:5", "tpot:5 ttft:6x"])
+
+
+def test_objectives_in_times_of_what_an_answer_takes_alone() -> None:
+    asked = parse_goodput(["tpot:1.5x e2el:900 ttft:4x"])
+    assert asked == Objectives({"e2el": 900}, {"tpot": 1.5, "ttft": 4})
+    assert asked.metrics == {"ttft", "tpot", "e2el"}
+    assert list(asked.in_ms({"ttft": 100.04, "tpot": 20}).items()) == [("ttft", 400.2), ("tpot", 30), ("e2el", 900)]
 
 
 def test_percentiles_are_numbers_up_to_100() -> None:

@@ -35,8 +35,14 @@ def _date(text: str) -> str:
 
 
 def objectives(comparison: Comparison) -> str:
-    limits = " and ".join(f"{_UNITS.get(name, name)} ≤ {limit:g} ms" for name, limit in comparison.objectives.items())
+    limits = " and ".join(_limit(name, comparison) for name in comparison.objectives)
     return f"{limits or 'none'}, kept for {comparison.target_attainment:.0%} of the requests that were offered"
+
+
+def _limit(name: str, comparison: Comparison) -> str:
+    times = comparison.times_alone.get(name)
+    alone = "" if times is None else f" ({times:g} times what an answer takes alone)"
+    return f"{_UNITS.get(name, name)} ≤ {comparison.objectives[name]:g} ms{alone}"
 
 
 def _workload(comparison: Comparison) -> Iterator[str]:
