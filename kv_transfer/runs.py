@@ -33,7 +33,7 @@ _memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, ty
 # Of a processor's cache.
 _LINE = 64
 # What is copied and then checked fits into the cache next to the core.
-_STEP = 64 << 10
+_STEP = 32 << 10
 _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
 _new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t]
 
