@@ -76,7 +76,8 @@ class ModelConfig(Section):
 
     @property
     def served_name(self) -> str:
-        return self.name or Path(self.path).name
+        # Of `.` too.
+        return self.name or Path(self.path).absolute().name
 
 
 class EngineConfig(Section):

@@ -42,6 +42,13 @@ def test_a_file_and_overrides_on_top(tmp_path: Path) -> None:
     assert config.model.served_name == "m"
 
 
+def test_the_working_directory_as_a_model_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "llama"
+    model.mkdir()
+    monkeypatch.chdir(model)
+    assert parse_config({"model": {"path": "."}}).model.served_name == "llama"
+
+
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, "")) == TandemConfig()
 
