@@ -173,9 +173,9 @@ class Orchestrator:
         )
         note = f"{len(admitted.prompt_ids)} prompt tokens, n={admitted.n}, tag {admitted.user_tag!r}"
         async with self._counted(Live(admitted.request_id, timeline, choices), note):
+            await emit(Accepted(admitted.request_id, len(admitted.prompt_ids)))
             with first_error():
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(emit(Accepted(admitted.request_id, len(admitted.prompt_ids))))
                     for choice in choices:
                         tasks.create_task(choice.run())
             await emit(Completed(_usage(admitted, choices)))
