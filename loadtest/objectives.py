@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -23,10 +24,23 @@ class Objectives:
         return frozenset((*self.limits_ms, *self.times_alone))
 
     def in_ms(self, alone_ms: Goodput) -> Goodput:
-        """alone_ms: of those that are said in times of it."""
-        multiples = {metric: round(times * alone_ms[metric], 1) for metric, times in self.times_alone.items()}
+        """alone_ms: what an answer takes alone, where that is known. Raises ConfigError where it would have to be."""
+        times = self.times_alone.items()
+        multiples = {metric: _times(metric, value, alone_ms.get(metric, 0)) for metric, value in times}
         both = {**self.limits_ms, **multiples}
         return {metric: both[metric] for metric in OBJECTIVES if metric in both}
+
+
+def _times(metric: Metric, times: float, alone_ms: float) -> float:
+    """To four digits."""
+    limit_ms = float(f"{times * alone_ms:.4g}")
+    if not 0 < limit_ms < math.inf:
+        raise ConfigError(
+            f"--goodput {metric}:{times:g}x is no limit where the {metric.upper()} of an answer alone is {alone_ms:g} ms; "
+            f"say milliseconds, such as {metric}:50",
+            field="goodput",
+        )
+    return limit_ms
 
 
 def parse_goodput(words: Iterable[str]) -> Objectives:
@@ -50,7 +64,8 @@ def parse_goodput(words: Iterable[str]) -> Objectives:
 
 
 def _number(text: str) -> float:
+    """NaN for anything else, also for what only Python takes for a number."""
     try:
-        return float(text)
+        return float(text) if re.fullmatch("[0-9.eE+-]+", text) else math.nan
     except ValueError:
         return math.nan

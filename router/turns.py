@@ -30,7 +30,10 @@ class Turns:
         self._next_turn: asyncio.Handle | None = None
 
     def ask(self, take: Callable[[], None]) -> None:
-        """take is called when the turn has come: now, if nobody waits. Whoever waits must not ask again."""
+        """take is called when the turn has come: now, if there is one and nobody waits for it.
+
+        Whoever waits must not ask again.
+        """
         self._queue.append(take)
         if self._next_turn is None:
             self._give_one()

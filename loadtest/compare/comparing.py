@@ -15,7 +15,7 @@ from typing import Protocol
 
 import tandem
 from loadtest.compare import model
-from loadtest.compare.contender import Alone, Contender, Ending, Offered
+from loadtest.compare.contender import ALONE, ALONE_AS_MEASURE, Alone, Contender, Ending, Offered
 from loadtest.compare.judge import keeps
 from loadtest.compare.processes import memory_gib, processor
 from loadtest.compare.question import Question
@@ -65,6 +65,8 @@ class _Entry:
     search: Search
     # Requests one after the other.
     alone: Alone | None = None
+    # Those in which a worker died.
+    alone_broken: list[Alone] = field(default_factory=list)
     probes: list[model.Run] = field(default_factory=list)
     shown: list[model.ShownRun] = field(default_factory=list)
     broken: list[model.Run] = field(default_factory=list)
@@ -148,20 +150,25 @@ class Comparing:
             if entry.failure is not None:
                 self._progress.failed(entry.shape, entry.failure.message)
         alone = [(entry, entry.alone) for entry in entries if entry.alone is not None]
-        self._measuring = Measuring(goodput=self._limits_ms([each for _, each in alone]))
-        self._progress.limits(self._measuring.goodput)
-        self._begin([(entry, each.judged(self._measuring.goodput)) for entry, each in alone])
+        limits_ms = self._limits_ms([each for _, each in alone])
+        self._measuring = Measuring(goodput=limits_ms)
+        self._progress.limits(limits_ms)
+        for entry in entries:
+            entry.broken += [each.judged(limits_ms) for each in entry.alone_broken]
+        self._begin([(entry, each.judged(limits_ms)) for entry, each in alone])
         return entries
 
     def _limits_ms(self, alone: Sequence[Alone]) -> Goodput:
-        """The same for all shapes: in times of what the fastest takes. Raises Unavailable if nothing was answered."""
-        found = [each.judged({}).figures for each in alone if not all(outcome.failure for outcome in each.outcomes)]
-        metrics = self._question.objectives.times_alone
-        if metrics and not found:
-            raise nothing_answered([outcome for each in alone for outcome in each.outcomes], "request without load")
-        return self._question.objectives.in_ms(
-            {metric: min(float(figures[f"median_{metric}_ms"]) for figures in found) for metric in metrics}
-        )
+        """The same for all shapes: in times of what the fastest takes, metric by metric.
+
+        Raises Unavailable if nothing was answered, ConfigError if answers have no such metric.
+        """
+        objectives = self._question.objectives
+        outcomes = [outcome for each in alone for outcome in each.outcomes]
+        if objectives.times_alone and not any(outcome.ok for outcome in outcomes):
+            raise nothing_answered(outcomes, "request without load")
+        medians = {metric: [each.median_ms(metric) for each in alone] for metric in objectives.times_alone}
+        return objectives.in_ms({metric: min(filter(None, values), default=0) for metric, values in medians.items()})
 
     def _begin(self, alone: Sequence[tuple[_Entry, model.Run]]) -> None:
         """Every search begins at the same rate."""
@@ -189,16 +196,18 @@ class Comparing:
 
     async def _alone(self, entry: _Entry) -> Alone:
         contender, plan = entry.contender, self._question.plan
+        count = ALONE_AS_MEASURE if self._question.objectives.times_alone else ALONE
         self._check_stop()
         self._progress.stage(f"warming up {contender.shape.name}")
         await contender.warm_up(plan, self._stop)
         for _ in range(TRIES):
             await contender.ready(plan, self._stop, self._stop.is_set)
             self._check_stop()
-            alone = await contender.alone(plan, self._stop)
+            alone = await contender.alone(plan, count, self._stop)
+            self._check_stop()
             if not alone.lost:
                 return alone
-            entry.broken.append(alone.judged(self._question.objectives.limits_ms))
+            entry.alone_broken.append(alone)
         raise _keeps_dying("without load")
 
     def _first_rate(self, alone: Sequence[model.Run]) -> float:

@@ -15,7 +15,7 @@ from loadtest.compare import model
 from loadtest.compare.judge import Judge, is_disturbed
 from loadtest.compare.processes import cores_of, cpu_seconds, others_cpu_seconds
 from loadtest.grpc_target import GrpcTarget
-from loadtest.metrics import Goodput, Outcome, missed, summarize
+from loadtest.metrics import Goodput, Metric, Outcome, missed, summarize
 from loadtest.plan import Plan
 from loadtest.runner import Arrival, Run, Runner, Watch
 from loadtest.session import DEFAULT_PERCENTILES, Measuring, figures, warm_up
@@ -29,8 +29,9 @@ LOOK_S = 0.2
 IDLE_S = 30.0
 # The supervisor waits half a minute at most before it starts a worker again; then the model is loaded.
 READY_S = 300.0
-# Requests one after the other, to see whether a shape can meet the objectives at all.
-ALONE = 3
+# Requests one after the other, to see whether a shape can meet the objectives at all, and where the objectives are
+# times of what these take.
+ALONE, ALONE_AS_MEASURE = 3, 9
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ class Alone:
     use: list[model.WorkerUse]
     # Workers that died meanwhile.
     lost: list[str]
+
+    def median_ms(self, metric: Metric) -> float | None:
+        """None if no answer has one."""
+        figures = summarize(self.outcomes, self.seconds, DEFAULT_PERCENTILES, {})
+        found: float | None = figures[f"median_{metric}_ms"]
+        return found
 
     def judged(self, objectives: Goodput) -> model.Run:
         found = summarize(self.outcomes, self.seconds, DEFAULT_PERCENTILES, objectives)
@@ -145,9 +152,9 @@ class Contender:
             await warm_up(target, plan.schedule(self.served).warm_up(4 * len(self.workers)), stop)
         await self._idle()
 
-    async def alone(self, plan: Plan, stop: asyncio.Event) -> Alone:
-        """Some requests, each sent when the one before it has ended."""
-        schedule = replace(plan, num_prompts=ALONE).schedule(self.served)
+    async def alone(self, plan: Plan, count: int, stop: asyncio.Event) -> Alone:
+        """So many requests, each sent when the one before it has ended."""
+        schedule = replace(plan, num_prompts=count).schedule(self.served)
         outcomes: list[Outcome] = []
         before, started_s = self._cpu(), time.perf_counter()
         async with self._target() as target:
@@ -254,7 +261,7 @@ def _result(rate_rps: float, found: dict[str, object], use: list[model.WorkerUse
             "offered": found["offered"],
             "failed": found["failed"],
             "attainment": scheduled["attainment"] or 0.0,
-            "goodput_rps": scheduled["request_goodput"] or 0.0,
+            "goodput_rps": scheduled["request_goodput"],
             "figures": found,
             "use": use,
             "lost": lost,

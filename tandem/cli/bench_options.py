@@ -109,9 +109,9 @@ class ObjectiveOptions:
     """What an answer may take; all words behind `--goodput` count, also those that the shell passes as arguments."""
 
     more_goodput: Annotated[
-        list[str] | None, typer.Argument(metavar="[METRIC:MS]...", help="More objectives, as after --goodput.")
+        list[str] | None, typer.Argument(metavar="[METRIC:LIMIT]...", help="More objectives, as after --goodput.")
     ] = None
-    goodput: Annotated[list[str] | None, typer.Option(metavar="METRIC:MS", help=GOODPUT_HELP)] = None
+    goodput: Annotated[list[str] | None, typer.Option(metavar="METRIC:LIMIT", help=GOODPUT_HELP)] = None
 
     def objectives(self) -> Objectives:
         """Raises ConfigError."""

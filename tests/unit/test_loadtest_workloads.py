@@ -215,7 +215,7 @@ def test_more_prompt_tokens_than_can_be_held_are_refused_before_they_are_made() 
 def test_objectives_come_in_one_text_or_several() -> None:
     limits = {"ttft": 500, "tpot": 50, "e2el": 9000}
     assert parse_goodput(["ttft:500 tpot:50", "e2el:9e3"]) == Objectives(limits)
-    for wrong in ("ttft", "itl:5", "ttft:0", "ttft:nan", "ttft:inf", "ttft:x", "ttft:0x", "ttft:4xx", "x"):
+    for wrong in ("ttft", "itl:5", "ttft:0", "ttft:nan", "ttft:inf", "ttft:x", "ttft:0x", "ttft:4xx", "ttft:1_0x", "x"):
         with pytest.raises(ConfigError, match="--goodput takes"):
             parse_goodput([wrong])
     with pytest.raises(ConfigError, match="--goodput names ttft twice"):
@@ -226,7 +226,11 @@ def test_objectives_in_times_of_what_an_answer_takes_alone() -> None:
     asked = parse_goodput(["tpot:1.5x e2el:900 ttft:4x"])
     assert asked == Objectives({"e2el": 900}, {"tpot": 1.5, "ttft": 4})
     assert asked.metrics == {"ttft", "tpot", "e2el"}
-    assert list(asked.in_ms({"ttft": 100.04, "tpot": 20}).items()) == [("ttft", 400.2), ("tpot", 30), ("e2el", 900)]
+    in_ms = asked.in_ms({"ttft": 100.04, "tpot": 0.01})
+    assert list(in_ms.items()) == [("ttft", 400.2), ("tpot", 0.015), ("e2el", 900)]
+    for tpot in ({}, {"tpot": 0.0}, {"tpot": math.inf}):
+        with pytest.raises(ConfigError, match="--goodput tpot:2x is no limit"):
+            parse_goodput(["ttft:4x tpot:2x"]).in_ms({"ttft": 100.0, **tpot})
 
 
 def test_percentiles_are_numbers_up_to_100() -> None:

@@ -26,20 +26,21 @@ async def test_a_turn_comes_at_once_while_there_are_few() -> None:
     assert seen == list(range(BURST))
 
 
-async def test_those_who_waited_get_one_turn_in_each_pass_of_the_event_loop() -> None:
-    turns, seen, passes, last = Turns(), list[int](), list[int](), asyncio.Event()
+async def test_those_who_waited_get_one_turn_in_each_pass_of_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, seen, last = Turns(), list[int](), asyncio.Event()
+    loop, passes, now_s = asyncio.get_running_loop(), 0, 1e6
+    monkeypatch.setattr(loop, "time", lambda: now_s)
     for number in range(BURST):
         turns.ask(noting(seen, number))
-    count, loop = 0, asyncio.get_running_loop()
+    assert len(seen) == BURST
+    taken_in = list[int]()
     for _ in range(20):
-        turns.ask(lambda: passes.append(count))
+        turns.ask(lambda: taken_in.append(passes))
     turns.ask(last.set)
     while not last.is_set():
         await asyncio.sleep(0)
-        count, over_s = count + 1, loop.time() + 2 / RATE
-        while loop.time() < over_s:
-            """Two turns become due in each pass."""
-    assert len(passes) == len(set(passes)) == 20
+        passes, now_s = passes + 1, now_s + 2 / RATE  # two turns become due in each
+    assert len(taken_in) == len(set(taken_in)) == 20
 
 
 async def test_many_wait_in_order_and_each_gets_one_turn() -> None:
