@@ -36,7 +36,7 @@ def _times(metric: Metric, times: float, alone_ms: float) -> float:
     limit_ms = float(f"{times * alone_ms:.4g}")
     if not 0 < limit_ms < math.inf:
         raise ConfigError(
-            f"--goodput {metric}:{times:g}x is no limit where the {metric.upper()} of an answer alone is {alone_ms:g} ms; "
+            f"--goodput {metric}:{times:g}x is no limit where one answer alone has {metric.upper()} {alone_ms:g} ms: "
             f"say milliseconds, such as {metric}:50",
             field="goodput",
         )
