@@ -47,7 +47,8 @@ class Running:
         for line in self.process.stderr:
             self.lines.append(line)
             self.below |= set(psutil.Process(self.process.pid).children(recursive=True))
-            self.measured.set()
+            if "requests met all" in line:
+                self.measured.set()
 
     def ended(self) -> int:
         code = self.process.wait(BOUND_S)
