@@ -50,13 +50,9 @@ class Clients:
         self._router: Any = generation_pb2_grpc.GenerationStub(rpc.make_channel(router))
         self._seen = Seen()
 
-    async def ready(self) -> None:
-        """Returns when the router has workers and answers."""
-        async with asyncio.timeout(READY_S):
-            while True:
-                with contextlib.suppress(rpc.grpc.RpcError):
-                    return await self._request(2)
-                await asyncio.sleep(0.05)
+    async def ask(self) -> None:
+        """One request. Raises grpc.RpcError."""
+        await self._request(PROBE_TOKENS)
 
     async def run(self, case: dict[str, Any]) -> dict[str, Any]:
         """streams, output_tokens, step_s, warm_s, seconds."""
@@ -112,14 +108,9 @@ class Probe:
         self._decode: Any = worker_pb2_grpc.DecodeWorkerStub(channel)
         self._count = 0
 
-    async def ready(self) -> None:
-        """Returns when the router has workers and answers."""
-        async with asyncio.timeout(READY_S):
-            while True:
-                with contextlib.suppress(rpc.grpc.RpcError):
-                    await self.routed_ttft()
-                    return
-                await asyncio.sleep(0.05)
+    async def ask(self) -> None:
+        """One request. Raises grpc.RpcError."""
+        await self.routed_ttft()
 
     async def run(self, asked: dict[str, float]) -> dict[str, list[float]]:
         """seconds."""
@@ -158,8 +149,17 @@ async def _time_to(call: Any, event: str, started_s: float) -> float:
     return seconds
 
 
+async def ready(clients: Clients | Probe) -> None:
+    """Returns when the router has workers and answers."""
+    async with asyncio.timeout(READY_S):
+        while True:
+            with contextlib.suppress(rpc.grpc.RpcError):
+                return await clients.ask()
+            await asyncio.sleep(0.05)
+
+
 async def serve(clients: Clients | Probe) -> None:
-    await clients.ready()
+    await ready(clients)
     gc.freeze()
     print(json.dumps({"ready": True}), flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):

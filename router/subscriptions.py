@@ -158,7 +158,7 @@ class Subscription:
         while (batch := await rpc.read(self._call)) is not None:
             for number, message in enumerate(batch.requests, 1):
                 self._dispatch(message)
-                if number % MOST_IN_A_PASS == 0:  # a worker that is lost in this moment has told the rest to nobody
+                if number % MOST_IN_A_PASS == 0:  # lost just now, a worker's last words are too
                     await asyncio.sleep(0)
         raise errors.Unavailable("it ended its token stream")
 
