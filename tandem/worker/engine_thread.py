@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
@@ -25,25 +26,33 @@ class EngineThread:
 
     One loop callback per step delivers all of its events, each to its sequence's listener, in order.
 
-        idle ◀──▶ stepping ◀──▶ stuck (everybody waits for blocks: until a call or `wake`)
-          └──────────┴── stop() ──▶ ended;  a bug outside of a step's own failures ──▶ `crashed`
+        building ──▶ idle ◀──▶ stepping ◀──▶ stuck (everybody waits for blocks: until a call or `wake`)
+                       └──────────┴── stop() ──▶ ended;  a bug outside of a step's own failures ──▶ `crashed`
     """
 
     def __init__(self, config: TandemConfig, allocate: Allocate | None = None) -> None:
-        """Loads the model, here and now; allocate: see KVCache. Raises ModelRefused."""
-        self.engine = Engine(config, self._publish, allocate)
+        """Returns once the model is loaded; allocate: see KVCache. Raises ModelRefused, or what else loading raises.
+
+        The model is loaded by the thread that will step it. OpenMP keeps a pool of threads for every thread that starts
+        a parallel region, and where all pools together have more threads than cores, none of them waits busily any
+        more: a second pool, even an idle one, makes decoding 1.4 times slower.
+        """
+        self.engine: Engine
         self._calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         # Gets an exception when the thread dies of a bug: nothing steps any more, so the process must end.
         self.crashed: asyncio.Future[None] | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        built: Future[None] = Future()
+        build = partial(Engine, config, self._publish, allocate)
+        self._thread = threading.Thread(target=self._run, args=(build, built), name="engine", daemon=True)
+        self._thread.start()
+        built.result()
 
     def start(self) -> None:
-        """Starts stepping; listeners are called in the running event loop."""
+        """What steps bring is told in the running event loop; no call or sequence may come before this."""
         self._loop = asyncio.get_running_loop()
         self.crashed = self._loop.create_future()
-        self._thread.start()
 
     def stop(self) -> None:
         """Ends after the step under way. Blocks for it."""
@@ -74,7 +83,13 @@ class EngineThread:
         self._calls.put(run)
         return await done
 
-    def _run(self) -> None:
+    def _run(self, build: Callable[[], Engine], built: Future[None]) -> None:
+        try:
+            self.engine = build()
+        except BaseException as error:  # of whoever waits for it
+            built.set_exception(error)
+            return
+        built.set_result(None)
         try:
             self._step_until_stopped()
         except Exception as error:

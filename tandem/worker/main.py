@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def run_rooms(kind: WorkerKind, config: TandemConfig, router: str) -> int:
         print(f"error: {error.message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while the model loads; later SIGINT drains
-        return INTERRUPTED
+        os._exit(INTERRUPTED)  # the engine's thread is amid torch, which does not survive an orderly exit
     return 0
 
 
@@ -81,7 +82,10 @@ def serve_rooms(
     # Torch, transformers and the model stay until the end. To look through them for garbage stops every thread for
     # 0.2 s, and takes a second when the process ends.
     gc.freeze()
-    asyncio.run(_serve(kind, config, router, thread, started, ready))
+    try:
+        asyncio.run(_serve(kind, config, router, thread, started, ready))
+    finally:
+        thread.stop()
 
 
 def _drain_on_signals(host: WorkerHost) -> None:
@@ -120,7 +124,6 @@ async def _serve(
         await server.stop(grace=None)
         for room in rooms:
             await room.aclose()
-        thread.stop()
 
 
 async def _work(host: WorkerHost, router: str, server: grpc.aio.Server, ready: Callable[[WorkerHost], None]) -> None:

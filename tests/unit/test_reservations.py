@@ -1,7 +1,7 @@
 """Reservations that a colocated prefill computes in, and the stream that takes tokens to a router."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import pytest
@@ -32,8 +32,10 @@ def sent() -> list[worker_pb2.RequestTokens]:
 
 
 @pytest.fixture
-async def make(sent: list[worker_pb2.RequestTokens]) -> Make:
-    host = WorkerHost(CONFIG, EngineThread(CONFIG), frozenset())
+async def make(sent: list[worker_pb2.RequestTokens]) -> AsyncIterator[Make]:
+    thread = EngineThread(CONFIG)
+    thread.start()
+    host = WorkerHost(CONFIG, thread, frozenset())
 
     def reservation(local: bool = True) -> Reservation:
         table = host.engine.reserve(REQUEST, local)
@@ -41,7 +43,8 @@ async def make(sent: list[worker_pb2.RequestTokens]) -> Make:
         order = Order(REQUEST, host.engine.name_blocks(REQUEST), "router", local, lease_s=60, deadline=None)
         return Reservation(host, order, table, sent.append, lambda reservation: None)
 
-    return reservation
+    yield reservation
+    thread.stop()
 
 
 def _sequence(reservation: Reservation) -> Sequence:
