@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("settings", help="JSON of the configuration's sections")
     config = parse_config(json.loads(parser.parse_args().settings))
-    # As in a worker: the engine runs in a thread that is not the main one.
+    # As in a worker: a thread that is not the main one loads the engine and steps it.
     thread = threading.Thread(target=serve, args=(config,))
     thread.start()
     thread.join()

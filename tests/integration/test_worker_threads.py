@@ -1,4 +1,4 @@
-"""One pool of OpenMP threads in a worker, that of the thread which loads and steps its engine; and signals meanwhile."""
+"""One pool of OpenMP threads in a worker: the thread that steps its engine loads it too. And signals meanwhile."""
 
 from __future__ import annotations
 
