@@ -1,4 +1,4 @@
-"""The whole comparison: every shape's search by turns, then runs at common rates whose answers are kept."""
+"""The whole comparison: every shape's search by turns, then the same draws of arrivals for the best of either kind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loadtest.compare.processes import memory_gib, processor
 from loadtest.compare.question import Question
 from loadtest.compare.search import Search
 from loadtest.compare.shapes import all_shapes
-from loadtest.compare.verdict import best_of, verdict_on
+from loadtest.compare.verdict import best_of, common_rate, verdict_on
 from loadtest.metrics import Goodput
 from loadtest.runner import Run
 from loadtest.session import Measuring, nothing_answered
@@ -30,8 +30,8 @@ from tandem.errors import DeadlineExceeded, TandemError, Unavailable
 
 # Starts a shape's service; gives its router's address, and ends all of its processes on leaving.
 Starter = Callable[[model.Shape], AbstractAsyncContextManager[str]]
-# Of the time limit, what the search may take: the rest is for the runs that are shown.
-SEARCH_SHARE = 0.75
+# Of the time limit, what the search may take: the rest is for the draws, which decide.
+SEARCH_SHARE = 0.4
 # Of a load that other programs disturbed, and of one during which workers died.
 TRIES = 3
 
@@ -68,6 +68,7 @@ class _Entry:
     # Those in which a worker died.
     alone_broken: list[Alone] = field(default_factory=list)
     probes: list[model.Run] = field(default_factory=list)
+    draws: list[model.Run] = field(default_factory=list)
     shown: list[model.ShownRun] = field(default_factory=list)
     broken: list[model.Run] = field(default_factory=list)
     # Why there is no going on with it.
@@ -87,13 +88,12 @@ class _Entry:
         return max((rival.search.kept_rps for rival in same), default=0.0)
 
     def measured(self) -> model.Measured:
-        best = next((run for run in self.probes if run.rate_rps == self.search.kept_rps), None)
         return model.Measured(
             shape=self.shape,
             probes=self.probes,
             best_rate_rps=self.search.kept_rps,
-            goodput_rps=best.goodput_rps if best else 0.0,
             missed_rate_rps=self.search.missed_rps if math.isfinite(self.search.missed_rps) else None,
+            draws=self.draws,
             shown=self.shown,
             broken=self.broken,
             failure=None if self.failure is None else self.failure.message,
@@ -126,7 +126,7 @@ class Comparing:
             entries = await self._entries(services)
             self._set_deadlines()
             await self._search(entries)
-            await self._show(entries)
+            await self._draw(entries)
         return self._comparison(entries, command)
 
     async def _entries(self, services: AsyncExitStack) -> list[_Entry]:
@@ -240,49 +240,48 @@ class Comparing:
         kept = offered.ending is Ending.WHOLE and keeps(offered.result.attainment, self._question.target)
         entry.search.learn(rate_rps, kept)
 
-    async def _show(self, entries: list[_Entry]) -> None:
-        """The best of either kind at the best rate of each, with other arrivals than in the search.
-
-        If nobody kept any rate, at the lowest that was tried.
-        """
+    async def _draw(self, entries: list[_Entry]) -> None:
+        """The best of either kind get the same draws of arrivals by turns, A B B A; the search has seen none of them."""
         measured = [entry.measured() for entry in entries]
         best = [best_of(measured, split) for split in (False, True)]
-        finalists = [entry for entry in entries if entry.shape in [each.shape for each in best]]
-        tried = sorted(run.rate_rps for each in best for run in each.probes)
-        rates = sorted({each.best_rate_rps for each in best if each.best_rate_rps}) or tried[:1]
-        broken: list[model.Shape] = []
-        for number, rate_rps in enumerate(rates):
-            for entry in finalists if number % 2 == 0 else finalists[::-1]:
+        rate_rps = common_rate(best)
+        finalists = [entry for entry in entries if entry.shape in [each.shape for each in best] and not entry.failure]
+        # One that is left alone is only to be seen.
+        for draw in range(1, (self._question.draws if len(finalists) == 2 else 1) + 1):
+            for entry in finalists if draw % 2 else finalists[::-1]:
                 if self._halted(self._deadline_s):
                     self._cut = True
                     return
-                if entry.failure is None and entry.shape not in broken:
-                    try:
-                        await self._show_at(entry, rate_rps)
-                    except TandemError as error:  # what its search found stands
-                        broken.append(entry.shape)
-                        self._progress.failed(entry.shape, error.message)
+                try:
+                    offered = await self._offer(entry, rate_rps, self._deadline_s, draw)
+                except TandemError as error:  # what was found until then stands
+                    self._progress.failed(entry.shape, error.message)
+                    return
+                if offered.ending is Ending.CUT:
+                    self._cut = True
+                    return
+                entry.draws.append(offered.result)
+                if draw == 1:
+                    entry.shown.append(offered.shown())
 
-    async def _show_at(self, entry: _Entry, rate_rps: float) -> None:
-        offered = await self._offer(entry, rate_rps, self._deadline_s, shown=True)
-        if offered.ending is Ending.CUT:
-            self._cut = True
-        else:
-            entry.shown.append(offered.shown())
+    async def _offer(self, entry: _Entry, rate_rps: float, deadline_s: float | None, draw: int = 0) -> Offered:
+        """Again while it is no fair measure. Raises Unavailable when workers keep dying.
 
-    async def _offer(self, entry: _Entry, rate_rps: float, deadline_s: float | None, shown: bool = False) -> Offered:
-        """Again while it misses the target and is no fair measure. Raises Unavailable when workers keep dying."""
-        plan = self._question.plan_at(rate_rps, seed_offset=int(shown))
+        draw: see Question.plan_at; those that decide go to their end.
+        """
+        plan = self._question.plan_at(rate_rps, draw)
         halted, tries = partial(self._halted, deadline_s), Counter[bool]()
         while True:
             self._progress.stage(f"{entry.shape.name}: {rate_rps:.2f} requests/s")
             await entry.contender.ready(plan, self._stop, halted)
             offered = await entry.contender.offer(
-                plan, self._measuring, self._question.target, halted, self._progress.watch, whole=shown
+                plan, self._measuring, self._question.target, halted, self._progress.watch, whole=draw > 0
             )
             self._progress.ended(entry.shape, offered.result, offered.ending)
-            # What was kept all the same is kept.
-            kept = offered.ending is Ending.WHOLE and keeps(offered.result.attainment, self._question.target)
+            # What the search saw kept all the same is kept; a draw counts as it is.
+            kept = (
+                not draw and offered.ending is Ending.WHOLE and keeps(offered.result.attainment, self._question.target)
+            )
             lost = bool(offered.result.lost)
             if offered.ending is Ending.CUT or kept or not (lost or offered.disturbed):
                 return offered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -97,14 +98,15 @@ class Measured(_Value):
     shape: Shape
     # Of the search, in the order in which they ran.
     probes: list[Run]
-    # The highest rate found that kept the share of objectives, and the goodput there; 0 if no rate did. Settings that
-    # lose to others of the same workers may have none: they are tried only above what the others have kept.
+    # The highest rate that kept the share of objectives, with the search's one draw of arrivals; 0 if no rate did.
+    # Settings that lose to others of the same workers may have none: they are tried only above what those have kept.
     best_rate_rps: float
-    goodput_rps: float
     # The lowest rate that it was found not to keep: 0 if it misses the objectives even without load, None if the search
     # found none.
     missed_rate_rps: float | None = None
-    # At rates that all shapes share; by turns with the other shapes.
+    # Of the finalists, all at one rate: draw by draw the same arrivals for both, by turns.
+    draws: list[Run] = []
+    # The first of those, with its answers.
     shown: list[ShownRun]
     # Loads that missed the target while a worker was lost; they were offered again, and decide nothing.
     broken: list[Run] = []
@@ -117,14 +119,35 @@ class Measured(_Value):
         return next((run for run in self.probes if run.rate_rps == self.best_rate_rps), None)
 
 
-class Verdict(_Value):
-    """Goodput of the best split shape against the best colocated one."""
+class Pair(_Value):
+    """One draw of arrivals that both finalists got: how many answers met every objective."""
 
-    pays: bool
+    offered: int
+    split_good: int
+    colocated_good: int
+
+    @property
+    def ratio(self) -> float:
+        """Infinite if only the split shape had a good answer; 1 if neither had."""
+        if self.colocated_good:
+            return self.split_good / self.colocated_good
+        return math.inf if self.split_good else 1.0
+
+
+class Verdict(_Value):
+    """Good answers of the best split shape against those of the best colocated one, to the same requests."""
+
+    # It pays if the ratio was above 1 in every draw, it costs if it was below in every one.
+    outcome: Literal["pays", "costs", "unknown"]
     best_split: str
     best_colocated: str
-    # Goodput of the split / of the colocated; None if the colocated reached none.
-    ratio: float | None
+    # At which the draws were offered; None without any.
+    rate_rps: float | None
+    pairs: list[Pair]
+    # The least, the median and the largest ratio of the pairs. None: infinite, or there are no pairs.
+    lowest: float | None
+    median: float | None
+    highest: float | None
     # Plain words, also when splitting does not pay; sentences. The first is the result; of an interrupted comparison
     # the first says that it was, and the second is the result.
     text: list[str] = Field(min_length=1)

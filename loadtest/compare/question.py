@@ -11,7 +11,7 @@ from loadtest.plan import MAX_REQUESTS, Plan, check_timeout, is_positive, requir
 from tandem.errors import ConfigError
 from tandem.types import shown
 
-MAX_WORKERS = 16
+MAX_WORKERS, MAX_DRAWS = 16, 100
 MAX_STEP_TOKENS = 1 << 20
 
 
@@ -32,6 +32,8 @@ class Question:
     min_seconds: float = 30.0
     # The search ends when the lowest rate that failed is at most this share above the highest that did not.
     resolution: float = 0.1
+    # Draws of arrivals that decide between the best of either kind.
+    draws: int = 5
     # The first rate to try, requests a second; None: what the workers could prefill one by one.
     start_rps: float | None = None
     # Of the whole comparison, seconds.
@@ -44,6 +46,7 @@ class Question:
         require(0 < self.target < 1, "attainment", "between 0 and 1", self.target)
         require(0 <= self.min_seconds < math.inf, "min_seconds", "a number of seconds", self.min_seconds)
         require(0.01 <= self.resolution <= 1, "resolution", "in [0.01, 1]", self.resolution)
+        require(1 <= self.draws <= MAX_DRAWS, "draws", f"in [1, {MAX_DRAWS}]", self.draws)
         for option, value in (("start_rate", self.start_rps), ("time_limit", self.time_limit_s)):
             require(value is None or is_positive(value), option, "a number above 0", value)
         check_timeout(self.timeout_s)
@@ -61,14 +64,17 @@ class Question:
                 field="num_prompts",
             )
 
-    def plan_at(self, rate_rps: float, seed_offset: int = 0) -> Plan:
-        """The same requests at every rate, only nearer together; a longer load goes on where a shorter one ends."""
+    def plan_at(self, rate_rps: float, draw: int = 0) -> Plan:
+        """The same requests at every rate, only nearer together; a longer load goes on where a shorter one ends.
+
+        draw: number of the draw; the search has 0.
+        """
         count = max(self.plan.num_prompts, math.ceil(rate_rps * self.min_seconds))
         return replace(
             self.plan,
             request_rate=rate_rps,
             num_prompts=min(count, MAX_REQUESTS),
-            seed=(self.plan.seed + seed_offset) % 2**32,
+            seed=(self.plan.seed + draw) % 2**32,
         )
 
 

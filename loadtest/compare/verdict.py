@@ -3,44 +3,68 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from loadtest.compare.judge import FAILED, QUIET, is_disturbed, keeps
-from loadtest.compare.model import Measured, Pool, Run, Verdict, WorkerUse
+from loadtest.compare.model import Measured, Pair, Pool, Run, Verdict, WorkerUse
 
+# Fewer draws of arrivals that all fall on one side of 1 are no verdict: of as many, equal shapes give that in 1 of 16
+# comparisons.
+LEAST_DRAWS = 5
 _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL", FAILED: "an answer at all"}
 
 
 def verdict_on(measured: Sequence[Measured], target: float, interrupted: bool) -> Verdict:
     texts = _Texts(measured, target, interrupted)
-    colocated, split = texts.colocated, texts.split
+    ratios = texts.ratios
     return Verdict(
-        pays=texts.pays,
-        best_split=split.shape.name,
-        best_colocated=colocated.shape.name,
-        ratio=split.goodput_rps / colocated.goodput_rps if colocated.goodput_rps and not texts.failed else None,
+        outcome=texts.outcome,
+        best_split=texts.split.shape.name,
+        best_colocated=texts.colocated.shape.name,
+        rate_rps=texts.split.draws[0].rate_rps if texts.pairs else None,
+        pairs=texts.pairs,
+        lowest=_finite(min(ratios, default=math.inf)),
+        median=_finite(statistics.median(ratios) if ratios else math.inf),
+        highest=_finite(max(ratios, default=math.inf)),
         text=list(texts.all()),
     )
 
 
 def best_of(measured: Sequence[Measured], split: bool) -> Measured:
     """The first of its kind if none kept any rate; one that failed only if all did."""
-    return max(_kind(measured, split), key=lambda each: (not each.failure, each.best_rate_rps, each.goodput_rps))
+    return max(_kind(measured, split), key=lambda each: (not each.failure, each.best_rate_rps))
+
+
+def common_rate(best: Sequence[Measured]) -> float:
+    """Between what either kind was found to keep, where the draws are compared: the better one has room there, the
+    other has not. If nobody kept any rate, the lowest that was tried.
+    """
+    kept = [each.best_rate_rps for each in best if each.best_rate_rps and not each.failure]
+    if kept:
+        return float(math.prod(kept) ** (1 / len(kept)))
+    return min((run.rate_rps for each in best for run in each.probes), default=1.0)
 
 
 def _kind(measured: Sequence[Measured], split: bool) -> list[Measured]:
     return [each for each in measured if each.shape.is_split == split]
 
 
-def _beats(winner: Measured, others: Sequence[Measured]) -> bool:
-    """It delivers more, at a rate that the search knows each of the others not to keep. Who failed is no rival."""
-    rivals = [each for each in others if each.failure is None]
-    return bool(rivals and winner.failure is None) and all(
-        each.missed_rate_rps is not None
-        and winner.best_rate_rps >= each.missed_rate_rps
-        and winner.goodput_rps > each.goodput_rps
-        for each in rivals
-    )
+def _pairs(split: Measured, colocated: Measured) -> list[Pair]:
+    """Draw by draw; one that only one of them got is no pair."""
+    return [
+        Pair(offered=one.offered, split_good=_good(one), colocated_good=_good(other))
+        for one, other in zip(split.draws, colocated.draws, strict=False)
+    ]
+
+
+def _good(run: Run) -> int:
+    return round(run.attainment * run.offered)
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isinf(value) else value
 
 
 def _fell_short(measured: Measured, target: float) -> Run | None:
@@ -57,7 +81,29 @@ class _Texts:
         self.colocated, self.split = best_of(measured, split=False), best_of(measured, split=True)
         # All shapes of a kind have.
         self.failed = bool(self.colocated.failure or self.split.failure)
-        self.pays = _beats(self.split, _kind(measured, split=False))
+        self.pairs = [] if self.failed else _pairs(self.split, self.colocated)
+        self.ratios = [pair.ratio for pair in self.pairs]
+        self.outcome = self._outcome()
+
+    def _outcome(self) -> Literal["pays", "costs", "unknown"]:
+        kept = self.split.best_rate_rps or self.colocated.best_rate_rps
+        if not kept or len(self.pairs) < LEAST_DRAWS:
+            return "unknown"
+        if min(self.ratios) > 1 and not self._unseen(self.colocated):
+            return "pays"
+        if max(self.ratios) < 1 and not self._unseen(self.split):
+            return "costs"
+        return "unknown"
+
+    def _unseen(self, loser: Measured) -> list[str]:
+        """Shapes of its kind that may be better: the search was cut before they missed the rate of the draws."""
+        if not self._interrupted:
+            return []
+        rate_rps = loser.draws[0].rate_rps
+        rivals = [
+            each for each in _kind(self._measured, loser.shape.is_split) if each is not loser and not each.failure
+        ]
+        return [each.shape.name for each in rivals if each.missed_rate_rps is None or each.missed_rate_rps > rate_rps]
 
     def all(self) -> Iterator[str]:
         if self._interrupted:
@@ -68,42 +114,44 @@ class _Texts:
             return
         for best in (self.split, self.colocated):
             yield from self._limit(best)
-        yield from self._shown()
         yield from self._others()
         yield from self._certainty()
 
     def _result(self) -> str:
-        """A cut search may know of nobody who lost: then it cannot tell who won."""
-        split, colocated = self.split, self.colocated
         if self.failed:
-            kind = "split" if split.failure else "colocated"
+            kind = "split" if self.split.failure else "colocated"
             return f"Nothing can be said of splitting: no {kind} shape could be measured to the end."
-        if not split.best_rate_rps and not colocated.best_rate_rps:
+        if not self.split.best_rate_rps and not self.colocated.best_rate_rps:
             return "Nothing can be said of splitting: no shape kept the objectives at any rate that was tried."
-        both = split.best_rate_rps > 0 and colocated.best_rate_rps > 0
-        ratio = split.goodput_rps / colocated.goodput_rps if both else math.nan
-        if self.pays:
-            head = "Splitting pays here" + (f", {ratio:.2f} times" if both else "")
-        elif _beats(colocated, _kind(self._measured, split=True)):
-            costs = f", it costs {1 - ratio:.0%} of the goodput ({ratio:.2f} times)"
-            head = "Splitting does not pay here" + (costs if both else "")
-        elif self._interrupted:
-            so_far = f" ({ratio:.2f} times so far)" if both else ""
-            head = f"Whether splitting pays cannot be told from what was found until then{so_far}"
+        if not self.pairs:
+            return "Whether splitting pays cannot be told: no draw of arrivals was offered to both kinds."
+        times = f"{_times(min(self.ratios))} to {_times(max(self.ratios))} times the good answers"
+        if self.outcome == "pays":
+            head = f"Splitting pays here, {times}"
+        elif self.outcome == "costs":
+            head = f"Splitting does not pay here, it gives {times}"
+        elif len(self.pairs) < LEAST_DRAWS:
+            head = f"Whether splitting pays cannot be told from so few draws, {times}"
+        elif min(self.ratios) <= 1 <= max(self.ratios):
+            head = f"Whether splitting pays cannot be told, it is too close, {times}"
         else:
-            head = f"Splitting makes no difference that this search can tell ({ratio:.2f} times)"
+            head = f"Whether splitting pays cannot be told from what was found until then, {times}"
         return f"{head}: {self._told()}."
 
     def _told(self) -> str:
-        split, colocated = _delivered(self.split), _delivered(self.colocated)
+        split, colocated = ([_good(run) for run in each.draws] for each in (self.split, self.colocated))
+        count = len(self.pairs)
+        draws = f"each of {count} draws of arrivals" if count > 1 else "one draw of arrivals"
         return (
-            f"{split or 'no split shape kept the objectives at any rate that was tried'}, "
-            f"{colocated or 'colocated workers kept the objectives at no rate that was tried'}"
+            f"of {self.pairs[0].offered} requests in {draws}, offered to both by turns at "
+            f"{_rate(self.split.draws[0].rate_rps)}, {self.split.shape.name} met the objectives for "
+            f"{_listed(split[:count])}, {self.colocated.shape.name} for {_listed(colocated[:count])}; "
+            f"the median ratio is {_times(statistics.median(self.ratios))}"
         )
 
     def _lost(self) -> Iterator[str]:
         for each in self._measured:
-            for run in [*each.broken, *(run for run in [*each.probes, *each.shown] if run.lost)]:
+            for run in [*each.broken, *(run for run in [*each.probes, *each.draws] if run.lost)]:
                 yield f"{each.shape.name} lost {_lost_in(run)}."
             if each.failure:
                 yield f"{each.shape.name} failed and is left out of the comparison: {each.failure}."
@@ -118,23 +166,6 @@ class _Texts:
         if measured.best is not None and measured.best.use:
             yield f"At its best rate {_busy(measured.best.use)}."
 
-    def _shown(self) -> Iterator[str]:
-        """What each does at the other one's best rate, of which both have a run."""
-        for run in self.split.shown:
-            other = next((each for each in self.colocated.shown if each.rate_rps == run.rate_rps), None)
-            if other is not None:
-                yield (
-                    f"With other arrivals, at {_rate(run.rate_rps)}: {self.split.shape.name} met the objectives for "
-                    f"{run.attainment:.0%} of the requests, {self.colocated.shape.name} for {other.attainment:.0%}."
-                )
-        for best in (self.split, self.colocated):
-            again = next((run for run in best.shown if run.rate_rps == best.best_rate_rps), None)
-            if again is not None and not keeps(again.attainment, self._target):
-                yield (
-                    f"{best.shape.name} did not keep its own best rate with other arrivals: what it keeps whatever the "
-                    "arrivals is less than the search found."
-                )
-
     def _others(self) -> Iterator[str]:
         for split, best in ((False, self.colocated), (True, self.split)):
             others = [each for each in self._measured if each.shape.is_split == split and each is not best]
@@ -144,7 +175,7 @@ class _Texts:
                 yield f"Of the {kind} shapes {best.shape.name} was the best. The others: {words}."
 
     def _certainty(self) -> Iterator[str]:
-        every = [run for each in self._measured for run in [*each.probes, *each.shown]]
+        every = [run for each in self._measured for run in [*each.probes, *each.draws]]
         disturbed = [run.figures["others_busy"] for run in every if is_disturbed(run)]
         if disturbed:
             yield (
@@ -152,26 +183,29 @@ class _Texts:
                 f"{QUIET:.0%} of the cores, up to {max(disturbed):.0%}, also when a load was repeated for that."
             )
         brackets = [
-            f"{each.shape.name} within {_rate(each.best_rate_rps)} and {short.rate_rps:.2f}"
+            f"{each.shape.name} kept {_rate(each.best_rate_rps)} and missed {short.rate_rps:.2f}"
             for each in (self.split, self.colocated)
             if each.best_rate_rps and (short := _fell_short(each, self._target)) is not None
         ]
-        runs = [each.best for each in self._measured if each.best is not None]
-        if brackets and runs:
-            offered = min(run.offered for run in runs)
-            spread = math.sqrt(self._target * (1 - self._target) / offered)
+        if brackets:
             yield (
-                f"How sure this is: the highest rates lie {', '.join(brackets)}. Each rate was tried once, the best "
-                f"ones with {offered} requests or more: a share of {self._target:.0%} of so few is uncertain by "
-                f"{spread * 100:.0f} percentage points if requests miss independently of each other, and by more as "
-                "they miss in bursts. A difference of less than the resolution is none."
+                f"The search tried each rate with one draw of arrivals, so it only says where to compare: "
+                f"{', '.join(brackets)}."
+            )
+        if len(self.pairs) >= LEAST_DRAWS:
+            yield (
+                f"How sure this is: shapes that are equal have all of {len(self.pairs)} ratios on one side of 1 in one "
+                f"of {1 << (len(self.pairs) - 1)} comparisons."
             )
 
 
-def _delivered(measured: Measured) -> str | None:
-    if not measured.best_rate_rps:
-        return None
-    return f"{measured.shape.name} gives {measured.goodput_rps:.2f} good answers/s at {_rate(measured.best_rate_rps)}"
+def _times(ratio: float) -> str:
+    return "∞" if math.isinf(ratio) else f"{ratio:.2f}"
+
+
+def _listed(counts: Sequence[int]) -> str:
+    *most, last = map(str, counts)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _lost_in(run: Run) -> str:

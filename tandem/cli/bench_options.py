@@ -145,6 +145,9 @@ class SearchOptions:
         float, typer.Option(metavar="SECONDS", help="More prompts at high rates, until a load lasts so long.")
     ] = 30.0
     resolution: Annotated[float, typer.Option(help="Of the highest rates; 0.1: to 10 %.")] = 0.1
+    draws: Annotated[
+        int, typer.Option(help="Draws of arrivals that decide; fewer than 5 say what happens, but give no verdict.")
+    ] = 5
     start_rate: Annotated[
         float | None, typer.Option(metavar="RPS", help="The first rate to try; if not given: what prefills one by one.")
     ] = None
@@ -163,6 +166,7 @@ class SearchOptions:
             target=self.attainment,
             min_seconds=self.min_seconds,
             resolution=self.resolution,
+            draws=self.draws,
             start_rps=self.start_rate,
             time_limit_s=self.time_limit,
             timeout_s=self.timeout,

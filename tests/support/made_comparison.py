@@ -186,21 +186,26 @@ def made_run(shape: Shape, rate_rps: float, count: int = 120, seed: int = 7, fai
     )
 
 
+def _plain(run: ShownRun) -> Run:
+    return Run(**{name: getattr(run, name) for name in Run.model_fields})
+
+
 def _as_probe(run: ShownRun) -> Run:
     """One that misses the target is stopped early."""
-    told = {name: getattr(run, name) for name in Run.model_fields}
-    return Run(**told | {"figures": run.figures | {"interrupted": run.attainment < TARGET}})
+    return _plain(run).model_copy(update={"figures": run.figures | {"interrupted": run.attainment < TARGET}})
 
 
-def made_measured(shape: Shape, probes: Sequence[float], shown: Sequence[float], **options: Any) -> Measured:
+def made_measured(
+    shape: Shape, probes: Sequence[float], shown: Sequence[float], draws_at: float | None = None, **options: Any
+) -> Measured:
     runs = [_as_probe(made_run(shape, rate, **options)) for rate in probes]
     best = max((run for run in runs if run.attainment >= TARGET), key=lambda run: run.rate_rps, default=None)
     return Measured(
         shape=shape,
         probes=runs,
         best_rate_rps=best.rate_rps if best else 0.0,
-        goodput_rps=best.goodput_rps if best else 0.0,
         missed_rate_rps=min((run.rate_rps for run in runs if run.attainment < TARGET), default=None),
+        draws=[_plain(made_run(shape, draws_at, seed=8 + draw, **options)) for draw in range(5)] if draws_at else [],
         shown=[made_run(shape, rate, **options) for rate in shown],
     )
 
@@ -215,7 +220,8 @@ def made_comparison(
     """Of so many requests a run; `changes` are fields of the Comparison."""
     workers = max(shape.prefill + shape.decode + shape.colocated for shape in shapes)
     scaled = [[rate * workers / 2 for rate in rates] for rates in (probes, shown)]
-    measured = [made_measured(shape, *scaled, count=count) for shape in shapes]
+    draws_at = 2.5 * workers / 2
+    measured = [made_measured(shape, *scaled, draws_at, count=count) for shape in shapes]
     made = Comparison(
         tandem_version="0.1.0",
         date="2026-11-21T10:30:00+00:00",

@@ -184,6 +184,7 @@ def question_of(**changed: Any) -> Question:
         ({"target": 1.0}, "--attainment must be between 0 and 1"),
         ({"resolution": 0.0}, "--resolution must be in [0.01, 1]"),
         ({"min_seconds": math.inf}, "--min-seconds must be"),
+        ({"draws": 0}, "--draws must be in [1, 100], not 0"),
         ({"start_rps": 0.0}, "--start-rate must be a number above 0"),
         ({"time_limit_s": math.nan}, "--time-limit must be a number above 0"),
         ({"objectives": Objectives({"tpot": 50})}, "--goodput must limit ttft or e2el"),

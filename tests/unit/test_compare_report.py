@@ -13,7 +13,7 @@ import pytest
 from made_comparison import FOUR, OBJECTIVES, TWO, made_comparison, made_measured, made_run
 
 from loadtest.compare.html import render
-from loadtest.compare.model import Answer, Comparison, Measured, Shape, ShownRun, Verdict
+from loadtest.compare.model import Answer, Comparison, Measured, Shape, ShownRun
 
 NASTY = "</script><img src=x onerror=alert(1)>&\"'{{ 7*7 }}"
 MAX_BYTES = 6_000_000
@@ -79,9 +79,10 @@ def answerless(comparison: Comparison) -> Comparison:
 
 def test_it_says_the_verdict_first_and_what_was_compared(two: Comparison, page: Page) -> None:
     headline, lead = two.verdict.text[0].split(": ")
+    lead = f"O{lead.removeprefix('o')}"
     at = [page.text.index(sentence) for sentence in (f"{headline}.", lead, *two.verdict.text[1:])]
     assert at == sorted(at)
-    assert at[0] < page.text.index("Machine") < page.text.index("Goodput")
+    assert at[0] < page.text.index("Machine") < page.text.index("Good answers")
     for expected in (
         two.machine.processor,
         "2026-11-21 10:30 UTC",
@@ -93,10 +94,18 @@ def test_it_says_the_verdict_first_and_what_was_compared(two: Comparison, page: 
 
 
 def test_every_shape_is_named_in_each_table(two: Comparison, page: Page) -> None:
-    rows = page.text[page.text.index("Goodput") :]
+    rows = page.text[page.text.index("Good answers") :]
     for each in two.measured:
         assert rows.count(each.shape.name) > 5
-        assert f"{each.goodput_rps:.2f}" in rows
+        assert f"{each.best_rate_rps:.2f}" in rows
+
+
+def test_every_draw_is_told(two: Comparison, page: Page) -> None:
+    assert len(two.verdict.pairs) == 5
+    for number, pair in enumerate(two.verdict.pairs, 1):
+        assert f"{number} {pair.offered} {pair.split_good} {pair.colocated_good} {pair.ratio:.2f}" in page.text
+    curves = page.figures["draws"]["data"]
+    assert [len(curve["y"]) for curve in curves] == [5, 5]
 
 
 def test_it_is_one_file_and_loads_nothing(two: Comparison, page: Page) -> None:
@@ -125,7 +134,7 @@ def test_its_policy_admits_its_own_scripts_and_nothing_else(page: Page) -> None:
 
 def test_every_figure_has_its_element(page: Page) -> None:
     assert set(page.figures) <= page.ids
-    expected = {"goodput", "attainment", "ttft-0", "tpot-1", "itl-0", "timeline-shape-0", "timeline-shape-1"}
+    expected = {"draws", "attainment", "ttft-0", "tpot-1", "itl-0", "timeline-shape-0", "timeline-shape-1"}
     assert expected <= set(page.figures)
 
 
@@ -137,12 +146,11 @@ def test_what_users_wrote_is_text(two: Comparison) -> None:
         shape=TWO[0],
         probes=[],
         best_rate_rps=0,
-        goodput_rps=0,
         shown=[run.model_copy(update={"answers": named, "use": use})],
     )
     changes: dict[str, Any] = dict.fromkeys(("command", "model", "date", "tandem_version"), NASTY)
     machine = two.machine.model_copy(update={"processor": NASTY, "device": NASTY})
-    verdict = Verdict(pays=False, best_split=NASTY, best_colocated=NASTY, ratio=None, text=[NASTY, NASTY])
+    verdict = two.verdict.model_copy(update={"best_split": NASTY, "best_colocated": NASTY, "text": [NASTY, NASTY]})
     workload = {"workload": NASTY, "source": NASTY, NASTY: NASTY}
     changes |= {"machine": machine, "verdict": verdict, "workload": workload, "measured": [measured]}
     page = Page(render(two.model_copy(update=changes)))
@@ -200,17 +208,15 @@ def test_a_shape_that_kept_no_rate_is_said_so(two: Comparison) -> None:
     assert f"1P1D: no rate that was tried kept 90%. {lowest}" in text
 
 
-def test_a_shape_that_failed_has_no_goodput(two: Comparison) -> None:
-    failed = two.measured[0].model_copy(update={"failure": "workers died", "shown": []})
+def test_a_shape_that_failed_has_no_draws(two: Comparison) -> None:
+    failed = two.measured[0].model_copy(update={"failure": "workers died", "shown": [], "draws": []})
     page = Page(render(two.model_copy(update={"measured": [failed, two.measured[1]]})))
     assert f"{failed.shape.name}: failed and takes no part: workers died." in page.text
-    bars = page.figures["goodput"]["data"][0]
-    assert (bars["x"][0], bars["text"][0]) == (0, "failed")
-    assert bars["x"][1] > 0
+    assert [curve["name"] for curve in page.figures["draws"]["data"]] == ["1P1D"]
 
 
 def test_an_interrupted_comparison_says_so(two: Comparison) -> None:
-    nothing = [Measured(shape=shape, probes=[], best_rate_rps=0, goodput_rps=0, shown=[]) for shape in TWO]
+    nothing = [Measured(shape=shape, probes=[], best_rate_rps=0, shown=[]) for shape in TWO]
     for measured in (nothing, two.measured[:1], answerless(two).measured, []):
         text = Page(render(two.model_copy(update={"interrupted": True, "measured": measured}))).text
         assert "Interrupted." in text
@@ -237,7 +243,7 @@ def test_workers_that_nobody_watched_have_no_use(two: Comparison) -> None:
     blind = measured.model_copy(
         update={
             "probes": [run.model_copy(update={"use": []}) for run in measured.probes],
-            "shown": [run.model_copy(update={"use": []}) for run in measured.shown],
+            "draws": [],
         }
     )
     page = Page(render(two.model_copy(update={"measured": [blind]})))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -67,12 +66,6 @@ def limits(shapes: Sequence[Drawn], comparison: Comparison) -> list[str]:
     whole = [run for run in runs if not stopped_early(run)]
     if whole:
         fewest = min(run.offered for run in whole) or 1
-        share = comparison.target_attainment
-        error = math.sqrt(share * (1 - share) / fewest)
-        said.append(
-            f"With {fewest} requests in a run, an attainment of {share:.0%} has a standard error of about "
-            f"{error * 100:.1f} points: goodputs that are closer than neighbouring rates of the search are a draw."
-        )
         if fewest < 300:
             said.append("The 99th percentile of so few requests is close to the slowest one.")
     said.append(_failures(runs))
@@ -94,10 +87,10 @@ def _failures(runs: Sequence[Run]) -> str:
 
 
 def _counted(shapes: Sequence[Drawn], runs: Sequence[Run]) -> str:
-    shown = [run for each in shapes for run in each.measured.shown]
-    offered = sum(run.offered for run in [*runs, *shown])
+    draws = [run for each in shapes for run in each.measured.draws]
+    offered = sum(run.offered for run in [*runs, *draws])
     early = sum(map(stopped_early, runs))
     return (
-        f"{len(shapes)} shapes, {len(runs)} runs of the search ({early} of them stopped early) and {len(shown)} runs "
-        f"at shared rates: {offered:,} requests in all."
+        f"{len(shapes)} shapes, {len(runs)} runs of the search ({early} of them stopped early) and {len(draws)} of "
+        f"the draws: {offered:,} requests in all."
     )

@@ -1,4 +1,4 @@
-"""How much each shape serves within its objectives: the bars, the curves over the rate, and the table."""
+"""How much each shape serves within its objectives: draw by draw, over the rate of the search, and as a table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from loadtest.compare.html.figure import Drawn, Figure, Look, plain, rate_axis, requests_per_s, rounded
 from loadtest.compare.model import Comparison, Measured, Run
+from loadtest.compare.table import good_in
 
 METRICS = ("ttft", "tpot", "itl")
 _PERCENTILES = ("median", "p90", "p99")
@@ -17,7 +18,8 @@ _PERCENTILES = ("median", "p90", "p99")
 class Row:
     look: Look
     best_rate: str
-    goodput: str
+    # Shares of requests that met every objective, of all draws, and at the best rate in the search.
+    good: str
     attainment: str
     # TTFT, TPOT and ITL in turn, each at the median, 90 % and 99 %.
     latencies: list[str]
@@ -47,7 +49,7 @@ def _row(drawn: Drawn, target: float) -> Row:
     return Row(
         drawn.look,
         f"{measured.best_rate_rps:.2f}" if measured.best_rate_rps else "none",
-        f"{measured.goodput_rps:.2f}",
+        good_in(measured.draws).replace("-", "–"),
         f"{run.attainment:.1%}",
         [_latency(run, name, percentile) for name in METRICS for percentile in _PERCENTILES],
         note,
@@ -56,11 +58,7 @@ def _row(drawn: Drawn, target: float) -> Row:
 
 def at_best(measured: Measured) -> Run | None:
     """The probe that decided; for a shape that kept the target nowhere, its slowest one."""
-    return min(
-        measured.probes,
-        key=lambda run: (abs(run.rate_rps - measured.best_rate_rps), abs(run.goodput_rps - measured.goodput_rps)),
-        default=None,
-    )
+    return min(measured.probes, key=lambda run: abs(run.rate_rps - measured.best_rate_rps), default=None)
 
 
 def _latency(run: Run, name: str, percentile: str) -> str:
@@ -74,35 +72,31 @@ def milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def bars(shapes: Sequence[Drawn]) -> Figure:
-    names = [_broken(each.look.name) for each in shapes]
-    values = [0.0 if each.measured.failure else each.measured.goodput_rps for each in shapes]
-    bar = {
-        "type": "bar",
-        "orientation": "h",
-        "x": rounded(values),
-        "y": names,
-        "marker": {"color": [f"var({each.look.colour})" for each in shapes]},
-        "text": [f"{value:.2f}" if value else _why_none(each) for each, value in zip(shapes, values, strict=True)],
-        "textposition": ["auto" if value else "outside" for value in values],
-        "hovertemplate": "%{y}: %{x} good requests/s<extra></extra>",
-        "width": 0.62,
-    }
+def draws(shapes: Sequence[Drawn], target: float) -> Figure:
+    """What became of each draw of arrivals, which both finalists got."""
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": plain(each.look.name),
+            "x": list(range(1, len(each.measured.draws) + 1)),
+            "y": rounded(run.attainment for run in each.measured.draws),
+            "line": each.look.line | {"width": 1},
+            "marker": {"symbol": each.look.symbol, "color": f"var({each.look.colour})", "size": 11},
+            "customdata": [_told(run) for run in each.measured.draws],
+            "hovertemplate": "<b>%{fullData.name}</b><br>draw %{x}: %{y:.1%}<br>%{customdata}<extra></extra>",
+        }
+        for each in shapes
+        if each.measured.draws
+    ]
+    most = max((len(each.measured.draws) for each in shapes), default=0)
     layout = {
-        "xaxis": {"title": {"text": "good requests/s"}, "range": [0, 1.05 * max([*values, 0.1])]},
-        "yaxis": {"autorange": "reversed", "automargin": True, "type": "category", "ticks": "", "showgrid": False},
-        "margin": {"l": 8, "r": 16, "t": 6, "b": 44},
+        "xaxis": {"title": {"text": "draw of arrivals"}, "range": [0.5, most + 0.5], "dtick": 1},
+        "yaxis": {"title": {"text": "met every objective"}, "range": [0, 1.06], "tickformat": ".0%"},
+        "margin": {"l": 56, "r": 12, "t": 12, "b": 44},
+        "shapes": [limit_line("y", target)],
     }
-    return Figure("goodput", "Goodput of each shape", 62 + 46 * len(names), [bar], layout)
-
-
-def _why_none(drawn: Drawn) -> str:
-    return "failed" if drawn.measured.failure else "0: no rate that was tried kept the target"
-
-
-def _broken(name: str) -> str:
-    """On two lines: a phone has no room for more."""
-    return plain(name).replace(", ", ",<br>") + " "
+    return Figure("draws", "Attainment of both finalists, draw by draw", 280, data, layout)
 
 
 def attainment(shapes: Sequence[Drawn], comparison: Comparison) -> Figure:

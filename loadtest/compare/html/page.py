@@ -32,7 +32,7 @@ def render(comparison: Comparison) -> str:
     scripts = [_script(_plotly()), _script(_file("page.js"))]
     return environment.from_string(_file("page.html")).render(
         **content,
-        verdict=_Told.of(comparison),
+        told=_Told.of(comparison),
         comparison=comparison,
         style=Markup(_file("page.css")),
         policy=_policy(scripts),
@@ -72,20 +72,21 @@ def _content(comparison: Comparison, shapes: list[Drawn]) -> dict[str, Any]:
         "objectives": facts.objectives(comparison),
         "limits": facts.limits(shapes, comparison),
         "rows": goodput.table(shapes, comparison.target_attainment),
-        "bars": goodput.bars(shapes),
+        "draws": goodput.draws(shapes, comparison.target_attainment),
         "attainment": goodput.attainment(shapes, comparison),
         "distributions": distributions.distributions(shapes, comparison),
         "story": story.story(shapes, comparison),
         "utilisation": utilisation.utilisation(shapes),
         "workers": utilisation.workers(shapes),
         "rates": rates,
+        "drawn": [each for each in shapes if each.measured.draws],
     }
 
 
 def _figures(content: dict[str, Any]) -> list[Figure]:
     told = content["story"]
     return [
-        content["bars"],
+        content["draws"],
         content["attainment"],
         *(figure for each in content["distributions"] for figure in each.figures),
         *(picture.figure for picture in (told.pictures if told else [])),

@@ -22,7 +22,7 @@ def utilisation(shapes: Sequence[Drawn]) -> list[Figure]:
 
 def _runs(drawn: Drawn) -> list[Run]:
     """Those whose workers were watched."""
-    runs = [run for run in [*drawn.measured.probes, *drawn.measured.shown] if run.use]
+    runs = [run for run in [*drawn.measured.probes, *drawn.measured.draws] if run.use]
     return sorted(runs, key=lambda run: run.rate_rps)
 
 
