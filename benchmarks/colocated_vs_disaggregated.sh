@@ -6,8 +6,8 @@
 # usage: benchmarks/colocated_vs_disaggregated.sh [FOLDER]
 #
 # Writes FOLDER/long-prompts.json and .html, FOLDER/short-prompts.json and .html (FOLDER: the working directory), and
-# prints both verdicts. Takes 20 minutes at most (2 of them, on a fresh checkout, to compile the kernels) and 14 GiB of
-# memory; the machine must have nothing else to do.
+# prints both verdicts: of five draws of arrivals each. Takes 20 minutes at most (2 of them, on a fresh checkout, to
+# compile the kernels) and 14 GiB of memory; the machine must have nothing else to do.
 # PYTHON: an interpreter that has tandem[serve,bench].
 set -euo pipefail
 
@@ -28,8 +28,8 @@ echo "== long prompts, tight TPOT: 320 tokens in, 20 out; TTFT at most 4 times, 
 # Steps of 336 tokens hold a whole prompt and the decodes beside it, but no large part of a second prompt, which would
 # only delay the first one's token.
 compare --input-len 320 --output-len 20 --goodput ttft:4x tpot:1.6x --step-tokens 64,336 \
-  --num-prompts 30 --min-seconds 30 --start-rate 1 --resolution 0.2 --time-limit 640 --output "$folder/long-prompts"
+  --num-prompts 25 --min-seconds 25 --start-rate 1 --resolution 0.5 --time-limit 620 --output "$folder/long-prompts"
 
 echo "== short prompts, loose TPOT: 32 tokens in, 48 out; first token within 2 s, then 5 tokens/s or more"
 compare --input-len 32 --output-len 48 --goodput ttft:2000 tpot:200 --step-tokens 64,512 \
-  --num-prompts 60 --min-seconds 15 --start-rate 6 --resolution 0.2 --time-limit 360 --output "$folder/short-prompts"
+  --num-prompts 60 --min-seconds 15 --start-rate 6 --resolution 0.5 --time-limit 420 --output "$folder/short-prompts"

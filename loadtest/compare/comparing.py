@@ -241,7 +241,7 @@ class Comparing:
         entry.search.learn(rate_rps, kept)
 
     async def _draw(self, entries: list[_Entry]) -> None:
-        """The best of either kind get the same draws of arrivals by turns, A B B A; the search has seen none of them."""
+        """The best of either kind get the same draws of arrivals by turns, A B B A. The search has seen none."""
         measured = [entry.measured() for entry in entries]
         best = [best_of(measured, split) for split in (False, True)]
         rate_rps = common_rate(best)
