@@ -27,7 +27,8 @@ from tandem.errors import ConfigError, DeadlineExceeded, Overloaded, Unavailable
 from tandem.types import Accepted, ChoiceFinished, Completed, Delta, FinishReason, Token, Usage
 from tandem.v1 import generation_pb2, registry_pb2
 
-pytestmark = pytest.mark.alone
+# Those that say how many requests were good, and when.
+alone = pytest.mark.alone
 
 OUTPUT = 3
 ROLES = (registry_pb2.ROLE_PREFILL, registry_pb2.ROLE_DECODE)
@@ -145,6 +146,7 @@ async def compared(
         assert scripted.running == 0
 
 
+@alone
 async def test_the_faster_shape_wins_by_about_what_it_is_faster() -> None:
     found, notes = await compared(Scripted(colocated_s=0.04, split_s=0.01), question(draws=5))
     colocated, split = found.measured
@@ -169,6 +171,7 @@ async def test_the_faster_shape_wins_by_about_what_it_is_faster() -> None:
     ]
 
 
+@alone
 async def test_equal_shapes_are_too_close_to_tell() -> None:
     """Both keep every request of every draw."""
     found, _ = await compared(
@@ -187,6 +190,7 @@ def slower_split() -> tuple[model.Comparison, Notes, Scripted]:
         return (*asyncio.run(compared(scripted, question(resolution=1.0))), scripted)
 
 
+@alone
 def test_draws_have_the_same_arrivals_and_the_first_keeps_every_answer(
     slower_split: tuple[model.Comparison, Notes, Scripted],
 ) -> None:
@@ -204,6 +208,7 @@ def test_draws_have_the_same_arrivals_and_the_first_keeps_every_answer(
         assert run.answers[0].scheduled_s <= run.answers[0].sent_s <= run.answers[0].arrivals_s[0]
 
 
+@alone
 def test_no_load_finds_what_another_left_in_a_cache(slower_split: tuple[model.Comparison, Notes, Scripted]) -> None:
     _, notes, scripted = slower_split
     for name, router in scripted.routers.items():
@@ -213,11 +218,13 @@ def test_no_load_finds_what_another_left_in_a_cache(slower_split: tuple[model.Co
         assert len(set(salts)) == 2 + len([load for load in notes.loads if load[0] == name])
 
 
+@alone
 def test_the_comparison_reads_back_what_it_wrote(slower_split: tuple[model.Comparison, Notes, Scripted]) -> None:
     found, _, _ = slower_split
     assert model.Comparison.model_validate_json(found.model_dump_json()) == found
 
 
+@alone
 async def test_a_shape_that_is_too_slow_even_alone_is_not_searched() -> None:
     found, _ = await compared(
         Scripted(colocated_s=0.12, split_s=0.01), question(resolution=1.0, objectives=Objectives({"ttft": 100.0}))
@@ -230,6 +237,7 @@ async def test_a_shape_that_is_too_slow_even_alone_is_not_searched() -> None:
     assert [(pair.colocated_good, pair.split_good > 0) for pair in found.verdict.pairs] == [(0, True)]
 
 
+@alone
 async def test_objectives_in_times_of_what_the_fastest_shape_takes_alone() -> None:
     asked = question(
         plan=Plan(num_prompts=10, lengths=Lengths(8, OUTPUT)),
@@ -300,6 +308,7 @@ async def test_a_time_limit_too_short_for_any_load_is_said_so() -> None:
         await compared(Scripted(0.02, 0.02), question(time_limit_s=0.01))
 
 
+@alone
 async def test_a_time_limit_ends_the_search_and_leaves_time_for_what_is_shown() -> None:
     loop = asyncio.get_running_loop()
     started_s = loop.time()
@@ -310,6 +319,7 @@ async def test_a_time_limit_ends_the_search_and_leaves_time_for_what_is_shown() 
     assert any(each.draws for each in found.measured)
 
 
+@alone
 async def test_a_load_that_others_disturbed_is_repeated_unless_it_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = itertools.count(0.0, 5.0)
     monkeypatch.setattr(contender, "others_cpu_seconds", lambda cores: next(seconds))
@@ -325,6 +335,7 @@ async def test_a_load_that_others_disturbed_is_repeated_unless_it_was_kept(monke
     assert any("The machine was not quiet" in sentence for sentence in found.verdict.text)
 
 
+@alone
 async def test_a_worker_that_does_not_come_back_takes_its_shape_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contender, "READY_S", 0.5)
     scripted = Scripted(0.02, 0.02)

@@ -6,54 +6,57 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
+import pytest_asyncio
 
-from loadtest.compare import model, search
+from loadtest.compare import contender, model, search
 from loadtest.compare.comparing import TRIES, Comparing
 from loadtest.compare.contender import Ending
 from loadtest.compare.question import Question
+from loadtest.compare.shapes import all_shapes
 from loadtest.metrics import Goodput
 from loadtest.objectives import Objectives
 from loadtest.plan import Plan
 from loadtest.runner import Run
 from loadtest.workloads import Lengths
 from tandem.cli.bench_compare import settings_of
-from tandem.config import TandemConfig, load_config
+from tandem.config import load_config
 from tandem.engine.cores import usable_cores
 from tandem.launch.processes import Supervisor
 
 pytestmark = [
-    pytest.mark.alone,
+    pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(len(usable_cores()) < 2, reason="two workers need two cores"),
     pytest.mark.timeout(400),
 ]
 
 LOAD = Plan(num_prompts=40, lengths=Lengths(40, 30), seed=1)
-MIXED, SPLIT = "2 colocated, 64-token steps", "1P1D"
+SHAPES = all_shapes(2, [64])
+MIXED, SPLIT = (shape.name for shape in SHAPES)
 
 
 @pytest.fixture(autouse=True)
 def few_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rate is kept: no search doubles it more than twice."""
+    """Every rate is kept: no search doubles it more than twice. What else runs on this machine repeats no load."""
     monkeypatch.setattr(search, "_FURTHEST", 4.0)
+    monkeypatch.setattr(contender, "others_cpu_seconds", lambda cores: 0.0)
 
 
 @dataclass
 class Killer:
-    """Starts the services, follows the loads, and ends a worker in the middle of some of them.
+    """Follows the loads on the services, and ends a worker in the middle of some of them.
 
     Until every request has been sent the workers are stopped, so that the one that ends takes its share of them along,
     however late this process sees what they have answered.
     """
 
-    settings: TandemConfig
+    supervisors: dict[str, Supervisor]
     # How often, by shape; which of its workers.
     deaths: dict[str, int]
     victims: dict[str, str]
-    supervisors: dict[str, Supervisor] = field(default_factory=dict)
     killed: list[tuple[str, int]] = field(default_factory=list)
     failed_shapes: list[str] = field(default_factory=list)
     _shape: str = ""
@@ -61,9 +64,7 @@ class Killer:
 
     @asynccontextmanager
     async def start(self, shape: model.Shape) -> AsyncIterator[str]:
-        async with Supervisor(settings_of(self.settings, shape), output=None) as supervisor:
-            self.supervisors[shape.name] = supervisor
-            yield supervisor.address
+        yield self.supervisors[shape.name].address
 
     def stage(self, words: str) -> None:
         self._shape, _, load = words.rpartition(": ")
@@ -96,9 +97,18 @@ class Killer:
         self.failed_shapes.append(shape.name)
 
 
-async def compared(deaths: dict[str, int]) -> tuple[model.Comparison, Killer]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def services() -> AsyncIterator[dict[str, Supervisor]]:
+    """Of each shape; both comparisons use them, the one that leaves them whole first."""
     settings = load_config(None, {"router": {"port": 0, "http_port": -1}, "engine": {"kv_memory_mib": 32}})
-    killer = Killer(settings, deaths, {MIXED: "worker-0", SPLIT: "decode-0"})
+    supervisors = {shape.name: Supervisor(settings_of(settings, shape), output=None) for shape in SHAPES}
+    async with AsyncExitStack() as stack:
+        await asyncio.gather(*(stack.enter_async_context(each) for each in supervisors.values()))
+        yield supervisors
+
+
+async def compared(services: dict[str, Supervisor], deaths: dict[str, int]) -> tuple[model.Comparison, Killer]:
+    killer = Killer(services, deaths, {MIXED: "worker-0", SPLIT: "decode-0"})
     question = Question(
         plan=LOAD,
         objectives=Objectives({"ttft": 20_000.0}),
@@ -106,6 +116,7 @@ async def compared(deaths: dict[str, int]) -> tuple[model.Comparison, Killer]:
         step_tokens=(64,),
         min_seconds=0.0,
         resolution=1.0,
+        draws=1,
         start_rps=200.0,
     )
     found = await Comparing(question, killer.start, asyncio.Event(), killer).run("tandem bench compare")
@@ -113,8 +124,20 @@ async def compared(deaths: dict[str, int]) -> tuple[model.Comparison, Killer]:
     return found, killer
 
 
-async def test_a_worker_that_dies_costs_one_load_and_one_that_keeps_dying_its_shape() -> None:
-    found, killer = await compared({MIXED: 1, SPLIT: TRIES})
+async def test_the_verdict_is_of_those_that_are_left_whole(services: dict[str, Supervisor]) -> None:
+    found, killer = await compared(services, {SPLIT: 1})
+    assert killer.failed_shapes == []
+    assert [each.failure for each in found.measured] == [None, None]
+    assert [len(each.broken) for each in found.measured] == [0, 1]
+    assert all(each.best_rate_rps and each.draws for each in found.measured)
+    assert any("1P1D lost" in sentence for sentence in found.verdict.text)
+    assert len(found.verdict.pairs) == 1
+
+
+async def test_a_worker_that_dies_costs_one_load_and_one_that_keeps_dying_its_shape(
+    services: dict[str, Supervisor],
+) -> None:
+    found, killer = await compared(services, {MIXED: 1, SPLIT: TRIES})
     mixed, split = found.measured
     assert sorted(name for name, _ in killer.killed) == sorted([MIXED, *[SPLIT] * TRIES])
 
@@ -139,13 +162,3 @@ async def test_a_worker_that_dies_costs_one_load_and_one_that_keeps_dying_its_sh
     assert text[0].startswith("Nothing can be said of splitting")
     assert any(f"{MIXED} lost {broken.lost[0]} during a load at 200.00 requests/s" in sentence for sentence in text)
     assert any(sentence.startswith(f"{SPLIT} failed and is left out of the comparison") for sentence in text)
-
-
-async def test_the_verdict_is_of_those_that_are_left_whole() -> None:
-    found, killer = await compared({SPLIT: 1})
-    assert killer.failed_shapes == []
-    assert [each.failure for each in found.measured] == [None, None]
-    assert [len(each.broken) for each in found.measured] == [0, 1]
-    assert all(each.best_rate_rps and each.shown for each in found.measured)
-    assert any("1P1D lost" in sentence for sentence in found.verdict.text)
-    assert found.verdict.text[0].startswith("Splitting")
