@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tandem.engine.sending import send
 
 
 @dataclass(frozen=True)
@@ -35,20 +40,60 @@ class PagedBatch:
     # int32 [B + 1] on the device: the same as query_starts.
     query_starts_B1: Tensor
 
+    @cached_property
+    def most_rows(self) -> int:
+        """Of any sequence."""
+        return max(end - start for start, end in pairwise(self.query_starts))
+
+    @cached_property
+    def longest_context(self) -> int:
+        return max(self.context_lens)
+
+    @cached_property
+    def key_starts_B1(self) -> Tensor:
+        """int32 [B + 1] on the device: where each sequence's keys begin when all lie one after another."""
+        return torch.nn.functional.pad(self.context_lens_B.cumsum(0, dtype=torch.int32), (1, 0))
+
+    def context_slots_C(self, block_size: int) -> Tensor:
+        """int64 [C] on the device: the slots of every sequence's context, one sequence after another."""
+        if block_size not in self._context_slots:
+            self._context_slots[block_size] = self._find_context_slots(block_size)
+        return self._context_slots[block_size]
+
+    @cached_property
+    def _context_slots(self) -> dict[int, Tensor]:
+        return {}
+
+    def _find_context_slots(self, block_size: int) -> Tensor:
+        # The device works from what it has, and is told how long the result is: nothing waits for it.
+        total, device = sum(self.context_lens), self.slots_T.device
+        sequences = torch.arange(len(self.context_lens), device=device)
+        owner_C = torch.repeat_interleave(sequences, self.context_lens_B, output_size=total)
+        position_C = torch.arange(total, device=device) - self.key_starts_B1[owner_C]
+        block_C = self.block_table_BxM[owner_C, position_C // block_size].long()
+        return block_C * block_size + position_C % block_size
+
     def rows_alone(self, rows: list[int]) -> PagedBatch:
         """The same pages as these rows see them, each row a sequence of its own."""
         owners = [bisect_right(self.query_starts, row) - 1 for row in rows]
         after = [self.query_starts[owner + 1] - 1 - row for owner, row in zip(owners, rows, strict=True)]
         context_lens = [self.context_lens[owner] - left for owner, left in zip(owners, after, strict=True)]
-        starts, device = list(range(len(rows) + 1)), self.slots_T.device
+        starts = list(range(len(rows) + 1))
+        rows_R, owners_R, context_lens_R, starts_R1 = send(
+            self.slots_T.device,
+            np.array(rows, np.int64),
+            np.array(owners, np.int64),
+            np.array(context_lens, np.int32),
+            np.array(starts, np.int32),
+        )
         return PagedBatch(
             num_decodes=len(rows),
             query_starts=starts,
             context_lens=context_lens,
-            block_table_BxM=self.block_table_BxM[owners],
-            context_lens_B=torch.tensor(context_lens, dtype=torch.int32, device=device),
-            slots_T=self.slots_T[rows],
-            query_starts_B1=torch.tensor(starts, dtype=torch.int32, device=device),
+            block_table_BxM=self.block_table_BxM[owners_R],
+            context_lens_B=context_lens_R,
+            slots_T=self.slots_T[rows_R],
+            query_starts_B1=starts_R1,
         )
 
 

@@ -1,8 +1,19 @@
-"""Attention over the paged KV pool on CUDA: flash attention reads the pages in place."""
+"""Attention over the paged KV pool on CUDA.
+
+    pages      flash attention reads the pages in place: one kernel launch for all rows of a step
+    gathered   where it does not take these pages, or none at all, they are copied together first
+    torch      where it does not take the numbers: sequence by sequence, with SDPA or by the textbook; slow
+
+Which one a layer gets is a function of the model, the GPU and the torch at hand alone.
+"""
 
 from __future__ import annotations
 
-from itertools import pairwise
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,8 +22,36 @@ from torch.nn.attention.varlen import varlen_attn
 from tandem.engine.batch import AttentionOptions, PagedBatch
 from tandem.engine.cpu_attention import paged_attention_cpu
 
-# The kernel takes pages of a multiple of this many tokens.
-PAGE_MULTIPLE = 256
+# Of flash attention 2, which stock torch brings.
+PAGE_MULTIPLE, HEAD_DIM_MULTIPLE, LARGEST_HEAD_DIM, LEAST_CAPABILITY = 256, 8, 256, (8, 0)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class FlashFeatures:
+    """What the `varlen_attn` of the torch at hand takes."""
+
+    # From torch 2.11 on.
+    window: bool
+    # From torch 2.12 on: pages, and fewer key heads than query heads (before, it was not asked about those).
+    pages: bool
+    gqa: bool
+    # Torch 2.12 has the argument and takes it with flash attention 3 only.
+    splits: bool
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], version: str) -> Self:
+        takes = set(inspect.signature(function).parameters)
+        major, minor = (int(part) for part in version.split(".")[:2])
+        return cls(
+            window="window_size" in takes,
+            pages={"block_table", "seqused_k"} <= takes,
+            gqa="enable_gqa" in takes,
+            splits="num_splits" in takes and (major, minor) >= (2, 13),
+        )
+
+
+FLASH = FlashFeatures.of(varlen_attn, torch.__version__)
 
 
 def paged_attention_cuda(
@@ -24,30 +63,76 @@ def paged_attention_cuda(
     batch: PagedBatch,
     options: AttentionOptions,
 ) -> Tensor:
-    """All rows of a step in one kernel launch; [T, H, D]. What the kernel cannot do goes by gathered pages and SDPA."""
-    if not _kernel_takes(query_TxHxD, k_pool_NxPxKxD, options):
+    """Attention for all rows of a step whose keys and values are in the pool already; [T, H, D]."""
+    if why_not_flash(query_TxHxD.dtype, query_TxHxD.shape[2], options, _capability(query_TxHxD.device)):
         return paged_attention_cpu(query_TxHxD, key_TxKxD, value_TxKxD, k_pool_NxPxKxD, v_pool_NxPxKxD, batch, options)
-    starts = batch.query_starts
+    asked: dict[str, Any] = {"scale": options.scale, "window_size": _window(batch, options)}
+    if FLASH.gqa:
+        asked["enable_gqa"] = query_TxHxD.shape[1] != k_pool_NxPxKxD.shape[2]
+    if FLASH.splits:
+        # One: the order of summation, and so the result, does not depend on the batch.
+        asked["num_splits"] = 1
+    if why_not_pages(k_pool_NxPxKxD.shape[1]):
+        keys, values = (_gather(pool, batch) for pool in (k_pool_NxPxKxD, v_pool_NxPxKxD))
+    else:
+        keys, values = k_pool_NxPxKxD, v_pool_NxPxKxD
+        asked |= {"seqused_k": batch.context_lens_B, "block_table": batch.block_table_BxM}
     out = varlen_attn(
         query_TxHxD.contiguous(),
-        k_pool_NxPxKxD,
-        v_pool_NxPxKxD,
+        keys,
+        values,
         batch.query_starts_B1,
-        None,
-        max(end - start for start, end in pairwise(starts)),
-        max(batch.context_lens),
-        scale=options.scale,
-        window_size=(options.window - 1 if options.window else -1, 0),
-        enable_gqa=query_TxHxD.shape[1] != k_pool_NxPxKxD.shape[2],
-        seqused_k=batch.context_lens_B,
-        block_table=batch.block_table_BxM,
-        # One split: the order of summation, and so the result, does not depend on the batch.
-        num_splits=1,
+        # Asked for with pages too, though lengths and pages say the same.
+        batch.key_starts_B1,
+        batch.most_rows,
+        batch.longest_context,
+        **asked,
     )
     assert isinstance(out, Tensor)
     return out
 
 
-def _kernel_takes(query: Tensor, k_pool: Tensor, options: AttentionOptions) -> bool:
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return half and k_pool.shape[1] % PAGE_MULTIPLE == 0 and not options.softcap
+def why_not_flash(
+    dtype: torch.dtype, head_dim: int, options: AttentionOptions, capability: tuple[int, int], flash: FlashFeatures = FLASH
+) -> str:
+    """Why flash attention cannot compute this layer; empty if it can."""
+    if not flash.window:
+        return f"torch {torch.__version__} has no flash attention with windows; 2.11 has"
+    if capability < LEAST_CAPABILITY:
+        return f"the GPU is of compute capability {capability[0]}.{capability[1]}, and it needs 8.0"
+    if dtype not in _HALF:
+        return f"it computes in float16 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    if head_dim % HEAD_DIM_MULTIPLE or head_dim > LARGEST_HEAD_DIM:
+        return f"its head_dim must be a multiple of {HEAD_DIM_MULTIPLE} up to {LARGEST_HEAD_DIM}, not {head_dim}"
+    # Whatever else a layer may ask for, now or later, is not passed on to the kernel.
+    if options != AttentionOptions(options.scale, options.window):
+        return "the model asks for more than causal attention with a window"
+    return ""
+
+
+def why_not_pages(block_size: int, flash: FlashFeatures | None = None) -> str:
+    """Why flash attention cannot read the pool's blocks where they lie; empty if it can."""
+    if not (flash or FLASH).pages:
+        return f"torch {torch.__version__} has no flash attention over pages; 2.12 has"
+    if block_size % PAGE_MULTIPLE:
+        return f"engine.block_size must be a multiple of {PAGE_MULTIPLE}, not {block_size}"
+    return ""
+
+
+def _window(batch: PagedBatch, options: AttentionOptions) -> tuple[int, int]:
+    """Keys before and after a row's own position that it sees; -1 for all."""
+    if 0 < options.window < batch.longest_context:
+        return options.window - 1, 0
+    # A sequence's only row is its last, and there is no key after it: said so, the kernel reads keys and values once
+    # for all query heads that share them.
+    return (-1, -1) if batch.most_rows == 1 else (-1, 0)
+
+
+def _gather(pool_NxPxKxD: Tensor, batch: PagedBatch) -> Tensor:
+    """The sequences' keys or values one after another, [C, K, D]; C: tokens of all contexts."""
+    return pool_NxPxKxD.flatten(0, 1).index_select(0, batch.context_slots_C(pool_NxPxKxD.shape[1]))
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

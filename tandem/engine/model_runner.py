@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tandem.engine.attention import PagedAttention, Step
@@ -16,6 +18,7 @@ from tandem.engine.kv_cache import KVCache
 from tandem.engine.last_layer import LastLayer
 from tandem.engine.model_loader import LoadedModel
 from tandem.engine.scheduler import StepPlan
+from tandem.engine.sending import send
 
 
 @dataclass(frozen=True)
@@ -34,66 +37,89 @@ class ModelRunner:
         self._model: Any = loaded.model
         self._last_layer = LastLayer(loaded.model, loaded.last_attention)
         self._options = loaded.options
-        self._cache = cache
+        # Of the same layout always; another one may be put in between steps.
+        self.cache = cache
         self._device = torch.device(device)
         self._block_size = loaded.info.fingerprint.block_size
         self._attention, self._write = _functions(device)
 
     def run(self, plan: StepPlan, layer_written: Callable[[int], None] = lambda layer: None) -> StepOutput:
         """layer_written: told of each layer as soon as its K and V are in the pool."""
-        rows = _rows(plan)
-        positions = [position for _, start, end in rows for position in range(start, end)]
-        ids = [token for sequence, start, end in rows for token in sequence.token_ids(start, end)]
-        batch = self._batch(rows)
-        sampled, pooled = _sampled_rows(plan, batch), _pooled_rows(plan, batch)
+        inputs = self._inputs(plan)
+        sampled, pooled = inputs.sampled, inputs.pooled
         with torch.inference_mode():
-            tail = self._last_layer.tail(sorted({*sampled, *pooled}), batch)
-            step = Step(batch, self._cache.layer, self._options, self._attention, self._write, layer_written, tail)
+            tail = self._last_layer.tail(sorted({*sampled, *pooled}), inputs.batch)
+            step = Step(inputs.batch, self.cache.layer, self._options, self._attention, self._write, layer_written, tail)
             with self._last_layer.only(tail):
                 if not pooled:
-                    logits = self._forward(ids, positions, step, sampled)
+                    logits = self._forward(inputs, step)
                     return StepOutput(logits, logits.new_empty(0, 0))
                 with _last_hidden_state(self._model) as seen:
-                    logits = self._forward(ids, positions, step, sampled)
+                    logits = self._forward(inputs, step)
                 return StepOutput(logits, seen[0][0, pooled])
 
-    def _forward(self, ids: list[int], positions: list[int], step: Step, sampled: list[int]) -> Tensor:
-        # The head always gets a row: kernels need not cope with none.
-        keep = sampled or [len(ids) - 1]
+    def _forward(self, inputs: _Inputs, step: Step) -> Tensor:
         output = self._model(
-            input_ids=self._tensor(ids, torch.long).unsqueeze(0),
-            position_ids=self._tensor(positions, torch.long).unsqueeze(0),
+            input_ids=inputs.ids_T.unsqueeze(0),
+            position_ids=inputs.positions_T.unsqueeze(0),
             use_cache=False,
-            logits_to_keep=self._tensor(keep, torch.long),
+            logits_to_keep=inputs.kept_R,
             paged=step,
         )
-        logits: Tensor = output.logits[0, : len(sampled)]
+        logits: Tensor = output.logits[0, : len(inputs.sampled)]
         return logits
 
-    def _batch(self, rows: list[tuple[Any, int, int]]) -> PagedBatch:
-        starts, slots = [0], []
+    def _inputs(self, plan: StepPlan) -> _Inputs:
+        """One copy takes all of it to the device."""
+        rows = _rows(plan)
+        starts, ids, positions, slots = [0], [], [], []
         for sequence, start, end in rows:
             starts.append(starts[-1] + end - start)
             blocks, size = sequence.table.blocks, self._block_size
+            ids += sequence.token_ids(start, end)
+            positions += range(start, end)
             slots += [blocks[position // size] * size + position % size for position in range(start, end)]
         context_lens = [end for _, _, end in rows]
-        return PagedBatch(
+        sampled = _sampled_rows(plan, starts)
+        # The head always gets a row: kernels need not cope with none.
+        kept = sampled or [len(ids) - 1]
+        ids_T, positions_T, slots_T, kept_R, starts_B1, context_lens_B, table_BxM = send(
+            self._device,
+            *(np.array(part, np.int64) for part in (ids, positions, slots, kept)),
+            *(np.array(part, np.int32) for part in (starts, context_lens)),
+            self._block_table(rows),
+        )
+        batch = PagedBatch(
             num_decodes=sum(1 for sequence, start, _ in rows if start >= sequence.prompt_len),
             query_starts=starts,
             context_lens=context_lens,
-            block_table_BxM=self._block_table(rows),
-            context_lens_B=self._tensor(context_lens, torch.int32),
-            slots_T=self._tensor(slots, torch.long),
-            query_starts_B1=self._tensor(starts, torch.int32),
+            block_table_BxM=table_BxM,
+            context_lens_B=context_lens_B,
+            slots_T=slots_T,
+            query_starts_B1=starts_B1,
         )
+        return _Inputs(ids_T, positions_T, kept_R, batch, sampled, _pooled_rows(plan, starts))
 
-    def _block_table(self, rows: list[tuple[Any, int, int]]) -> Tensor:
+    def _block_table(self, rows: list[tuple[Any, int, int]]) -> NDArray[np.int32]:
         used = [sequence.table.blocks[: -(-end // self._block_size)] for sequence, _, end in rows]
-        width = max(map(len, used))
-        return self._tensor([[*blocks, *[0] * (width - len(blocks))] for blocks in used], torch.int32)
+        table = np.zeros((len(used), max(map(len, used))), np.int32)
+        for row, blocks in enumerate(used):
+            table[row, : len(blocks)] = blocks
+        return table
 
-    def _tensor(self, values: list[Any], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a forward pass takes."""
+
+    # Int64, on the device. R: rows that go through the head, one at least.
+    ids_T: Tensor
+    positions_T: Tensor
+    kept_R: Tensor
+    batch: PagedBatch
+    # Rows whose logits, and whose final hidden states, are wanted.
+    sampled: list[int]
+    pooled: list[int]
 
 
 def _rows(plan: StepPlan) -> list[tuple[Any, int, int]]:
@@ -102,16 +128,16 @@ def _rows(plan: StepPlan) -> list[tuple[Any, int, int]]:
     return [*decodes, *((chunk.sequence, chunk.start, chunk.end) for chunk in plan.chunks)]
 
 
-def _sampled_rows(plan: StepPlan, batch: PagedBatch) -> list[int]:
+def _sampled_rows(plan: StepPlan, query_starts: list[int]) -> list[int]:
     """Rows of the flattened tokens whose logits are needed: every decode, and the last token of finished prompts."""
     first_chunk = len(plan.decodes)
-    ends = [batch.query_starts[first_chunk + index + 1] - 1 for index, chunk in enumerate(plan.chunks) if chunk.samples]
+    ends = [query_starts[first_chunk + index + 1] - 1 for index, chunk in enumerate(plan.chunks) if chunk.samples]
     return [*range(first_chunk), *ends]
 
 
-def _pooled_rows(plan: StepPlan, batch: PagedBatch) -> list[int]:
+def _pooled_rows(plan: StepPlan, query_starts: list[int]) -> list[int]:
     """Rows of the flattened tokens whose final hidden states are needed, in the order of plan.pooled."""
-    starts = batch.query_starts[len(plan.decodes) :]
+    starts = query_starts[len(plan.decodes) :]
     return [
         start + position - chunk.start
         for start, chunk in zip(starts, plan.chunks, strict=False)
