@@ -93,10 +93,14 @@ def paged_attention_cuda(
 
 
 def why_not_flash(
-    dtype: torch.dtype, head_dim: int, options: AttentionOptions, capability: tuple[int, int], flash: FlashFeatures = FLASH
+    dtype: torch.dtype,
+    head_dim: int,
+    options: AttentionOptions,
+    capability: tuple[int, int],
+    flash: FlashFeatures = FLASH,
 ) -> str:
     """Why flash attention cannot compute this layer; empty if it can."""
-    if not flash.window:
+    if not FLASH.window:
         return f"torch {torch.__version__} has no flash attention with windows; 2.11 has"
     if capability < LEAST_CAPABILITY:
         return f"the GPU is of compute capability {capability[0]}.{capability[1]}, and it needs 8.0"
@@ -110,9 +114,9 @@ def why_not_flash(
     return ""
 
 
-def why_not_pages(block_size: int, flash: FlashFeatures | None = None) -> str:
+def why_not_pages(block_size: int) -> str:
     """Why flash attention cannot read the pool's blocks where they lie; empty if it can."""
-    if not (flash or FLASH).pages:
+    if not FLASH.pages:
         return f"torch {torch.__version__} has no flash attention over pages; 2.12 has"
     if block_size % PAGE_MULTIPLE:
         return f"engine.block_size must be a multiple of {PAGE_MULTIPLE}, not {block_size}"

@@ -49,7 +49,9 @@ class ModelRunner:
         sampled, pooled = inputs.sampled, inputs.pooled
         with torch.inference_mode():
             tail = self._last_layer.tail(sorted({*sampled, *pooled}), inputs.batch)
-            step = Step(inputs.batch, self.cache.layer, self._options, self._attention, self._write, layer_written, tail)
+            step = Step(
+                inputs.batch, self.cache.layer, self._options, self._attention, self._write, layer_written, tail
+            )
             with self._last_layer.only(tail):
                 if not pooled:
                     logits = self._forward(inputs, step)
@@ -72,7 +74,10 @@ class ModelRunner:
     def _inputs(self, plan: StepPlan) -> _Inputs:
         """One copy takes all of it to the device."""
         rows = _rows(plan)
-        starts, ids, positions, slots = [0], [], [], []
+        starts: list[int] = [0]
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
         for sequence, start, end in rows:
             starts.append(starts[-1] + end - start)
             blocks, size = sequence.table.blocks, self._block_size

@@ -2,16 +2,23 @@
 
 One uniform number per row and an inverse CDF after filtering: batch, worker and attempt change nothing. Every row's
 result depends on that row alone, so rows may be computed together or apart.
+
+All parameters of a step go to the device in one copy, and all that is read of it comes back in one: a GPU's queue stays
+full.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tandem.engine.sending import Noted, Parcel
 from tandem.engine.sequence import Sequence
 from tandem.types import SamplingParams, Token
 
@@ -39,10 +46,51 @@ class _Seen:
     counts_V: Tensor
     counted: int = 0
 
-    def update(self, output_ids: list[int]) -> None:
-        new = torch.tensor(output_ids[self.counted :], dtype=torch.long, device=self.counts_V.device)
+    def update(self, new: Tensor) -> None:
         self.counts_V.index_add_(0, new, torch.ones_like(new, dtype=self.counts_V.dtype))
-        self.counted = len(output_ids)
+        self.counted += len(new)
+
+
+@dataclass(frozen=True)
+class _Shaping:
+    """Tokens of one row that its logits are shaped by, and biases: int64 and float32 [...] on the device."""
+
+    # All of the prompt's, where nobody has seen them yet; output tokens since the last step.
+    prompt: Noted
+    fresh: Noted
+    biased: Noted
+    biases: Noted
+    banned: Noted
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Rows that are drawn in the same way; int64 [R], and their parameters, float64 [R, 1] each, on the device."""
+
+    rows: Noted
+    uniforms: Noted
+    temperatures: Noted
+    top_k: Noted
+    top_p: Noted
+    min_p: Noted
+
+    @classmethod
+    def of(cls, chosen: list[int], rows: list[Sequence], parcel: Parcel) -> Self:
+        drawn = [rows[row] for row in chosen]
+        params = [sequence.request.sampling for sequence in drawn]
+
+        def column(values: list[float]) -> Noted:
+            return parcel.note(np.array(values, np.float64).reshape(-1, 1))
+
+        return cls(
+            rows=parcel.note(np.array(chosen, np.int64)),
+            # The router always sends a seed; 0 stands in for engines driven without one.
+            uniforms=column([uniform(s.request.sampling.seed or 0, len(s.output_ids)) for s in drawn]),
+            temperatures=column([p.temperature for p in params]),
+            top_k=column([p.top_k for p in params]),
+            top_p=column([p.top_p for p in params]),
+            min_p=column([p.min_p for p in params]),
+        )
 
 
 @dataclass
@@ -53,65 +101,70 @@ class Sampler:
     def sample(self, logits_RxV: Tensor, rows: list[Sequence]) -> list[Token]:
         """One token per row. logits: any float dtype, row i belongs to rows[i]."""
         raw = logits_RxV.float()
-        shaped = self._shape(raw, rows)
-        ids = shaped.argmax(dim=-1).tolist()
         # Split by whether a row needs sorting, so that nobody pays for a neighbour.
         random = [row for row, sequence in enumerate(rows) if sequence.request.sampling.temperature > 0]
         filtered = [row for row in random if _filters(rows[row].request.sampling)]
         plain = [row for row in random if row not in filtered]
-        for pick, chosen in ((_pick_plain, plain), (_pick_filtered, filtered)):
-            if chosen:
-                picked = pick(shaped[chosen], [rows[row] for row in chosen])
-                for row, token in zip(chosen, picked, strict=True):
-                    ids[row] = token
-        return self._with_logprobs(raw, ids, rows)
+        ways: tuple[tuple[_Pick, list[int]], ...] = ((_pick_plain, plain), (_pick_filtered, filtered))
+        parcel = Parcel(raw.device)
+        shapings = {row: self._shaping(sequence, parcel) for row, sequence in enumerate(rows) if _is_shaped(sequence)}
+        draws = [(pick, _Draws.of(chosen, rows, parcel)) for pick, chosen in ways if chosen]
+        parcel.send()
+        shaped = self._shape(raw, rows, shapings)
+        ids_R = shaped.argmax(dim=-1)
+        for pick, drawn in draws:
+            ids_R[drawn.rows.there] = pick(shaped[drawn.rows.there], drawn)
+        return _read(raw, ids_R, rows)
 
-    def _shape(self, raw_RxV: Tensor, rows: list[Sequence]) -> Tensor:
+    def _shaping(self, sequence: Sequence, parcel: Parcel) -> _Shaping:
+        params, seen = sequence.request.sampling, self._seen.get(sequence)
+        penalized, bans = _penalizes(params), len(sequence.output_ids) < params.min_tokens
+        return _Shaping(
+            prompt=parcel.note(np.array(sequence.request.prompt_ids if penalized and seen is None else (), np.int64)),
+            fresh=parcel.note(
+                np.array(sequence.output_ids[seen.counted if seen else 0 :] if penalized else (), np.int64)
+            ),
+            biased=parcel.note(np.array([*params.logit_bias], np.int64)),
+            biases=parcel.note(np.array([*params.logit_bias.values()], np.float32)),
+            banned=parcel.note(np.array([*stop_ids(params, self.eos_token_ids)] if bans else (), np.int64)),
+        )
+
+    def _shape(self, raw_RxV: Tensor, rows: list[Sequence], shapings: dict[int, _Shaping]) -> Tensor:
         """Penalties, biases and bans; the input stays as it is for log probabilities."""
         shaped = raw_RxV
-        for row, sequence in enumerate(rows):
-            if not _is_shaped(sequence):
-                continue
+        for row, shaping in shapings.items():
             if shaped is raw_RxV:
                 shaped = raw_RxV.clone()
-            self._penalize(shaped[row], sequence)
-            self._ban_and_bias(shaped[row], sequence)
+            self._penalize(shaped[row], rows[row], shaping)
+            self._ban_and_bias(shaped[row], shaping)
         return shaped
 
-    def _penalize(self, row_V: Tensor, sequence: Sequence) -> None:
+    def _penalize(self, row_V: Tensor, sequence: Sequence, shaping: _Shaping) -> None:
         params = sequence.request.sampling
         if not _penalizes(params):
             return
-        seen = self._seen_by(sequence, row_V)
+        seen = self._seen_by(sequence, row_V, shaping)
         touched = seen.in_prompt_V | (seen.counts_V > 0)
         penalty = params.repetition_penalty
         # As transformers computes it, to the last bit.
         row_V.copy_(torch.where(touched, torch.where(row_V > 0, row_V / penalty, row_V * penalty), row_V))
         row_V -= seen.counts_V * params.frequency_penalty + (seen.counts_V > 0) * params.presence_penalty
 
-    def _seen_by(self, sequence: Sequence, row_V: Tensor) -> _Seen:
+    def _seen_by(self, sequence: Sequence, row_V: Tensor, shaping: _Shaping) -> _Seen:
         seen = self._seen.get(sequence)
         if seen is None:
-            in_prompt = torch.zeros_like(row_V, dtype=torch.bool)
-            in_prompt[torch.tensor(sequence.request.prompt_ids, device=row_V.device)] = True
+            in_prompt = torch.zeros_like(row_V, dtype=torch.bool).index_fill_(0, shaping.prompt.there, True)
             seen = self._seen[sequence] = _Seen(in_prompt, torch.zeros_like(row_V))
-        seen.update(sequence.output_ids)
+        seen.update(shaping.fresh.there)
         return seen
 
-    def _ban_and_bias(self, row_V: Tensor, sequence: Sequence) -> None:
-        params = sequence.request.sampling
-        for token, bias in params.logit_bias.items():
-            row_V[token] += bias
-        if len(sequence.output_ids) < params.min_tokens:
-            row_V[list(stop_ids(params, self.eos_token_ids))] = float("-inf")
+    def _ban_and_bias(self, row_V: Tensor, shaping: _Shaping) -> None:
+        row_V.index_add_(0, shaping.biased.there, shaping.biases.there)
+        row_V.index_fill_(0, shaping.banned.there, float("-inf"))
 
-    def _with_logprobs(self, raw_RxV: Tensor, ids: list[int], rows: list[Sequence]) -> list[Token]:
-        tokens = [Token(token) for token in ids]
-        for row, sequence in enumerate(rows):
-            count = sequence.request.sampling.logprobs
-            if count is not None:
-                tokens[row] = _logprobs_of(raw_RxV[row], ids[row], count)
-        return tokens
+
+# [R] int64: one token for each row.
+_Pick = Callable[[Tensor, _Draws], Tensor]
 
 
 def stop_ids(params: SamplingParams, eos_token_ids: tuple[int, ...]) -> set[int]:
@@ -132,52 +185,55 @@ def _filters(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device).unsqueeze(1)
+def _probabilities(logits_RxV: Tensor, drawn: _Draws) -> Tensor:
+    return torch.softmax(logits_RxV.double() / drawn.temperatures.there, dim=-1)
 
 
-def _uniforms(rows: list[Sequence], like: Tensor) -> Tensor:
-    # The router always sends a seed; 0 stands in for engines driven without one.
-    return _column([uniform(s.request.sampling.seed or 0, len(s.output_ids)) for s in rows], like)
+def _pick_plain(logits_RxV: Tensor, drawn: _Draws) -> Tensor:
+    return _inverse_cdf(_probabilities(logits_RxV, drawn), drawn)
 
 
-def _probabilities(logits_RxV: Tensor, rows: list[Sequence]) -> Tensor:
-    temperatures = _column([s.request.sampling.temperature for s in rows], logits_RxV)
-    return torch.softmax(logits_RxV.double() / temperatures, dim=-1)
-
-
-def _pick_plain(logits_RxV: Tensor, rows: list[Sequence]) -> list[int]:
-    return _inverse_cdf(_probabilities(logits_RxV, rows), rows).tolist()
-
-
-def _pick_filtered(logits_RxV: Tensor, rows: list[Sequence]) -> list[int]:
+def _pick_filtered(logits_RxV: Tensor, drawn: _Draws) -> Tensor:
     """top-k, then top-p over what is left, then min-p, as transformers' warpers do in that order."""
-    params = [s.request.sampling for s in rows]
-    probs, order = torch.sort(_probabilities(logits_RxV, rows), dim=-1, descending=True, stable=True)
+    probs, order = torch.sort(_probabilities(logits_RxV, drawn), dim=-1, descending=True, stable=True)
     ranks = torch.arange(probs.shape[1], device=probs.device)
-    top_k = _column([p.top_k or probs.shape[1] for p in params], probs)
-    probs = torch.where(ranks < top_k, probs, 0.0)
+    top_k = drawn.top_k.there
+    # Filled, not chosen by torch.where: that would copy the 0 to the device.
+    probs = probs.masked_fill((ranks >= top_k) & (top_k > 0), 0.0)
     before = probs.cumsum(dim=-1) - probs
     # The best token always stays, whatever rounding does to its neighbours.
-    within = (before < _column([p.top_p for p in params], probs) * probs.sum(dim=-1, keepdim=True)) | (ranks == 0)
-    likely = probs >= _column([p.min_p for p in params], probs) * probs[:, :1]
-    picked = _inverse_cdf(torch.where(within & likely, probs, 0.0), rows)
-    return order.gather(1, picked.unsqueeze(1)).squeeze(1).tolist()
+    within = (before < drawn.top_p.there * probs.sum(dim=-1, keepdim=True)) | (ranks == 0)
+    likely = probs >= drawn.min_p.there * probs[:, :1]
+    picked = _inverse_cdf(probs.masked_fill(~(within & likely), 0.0), drawn)
+    return order.gather(1, picked.unsqueeze(1)).squeeze(1)
 
 
-def _inverse_cdf(weights_RxV: Tensor, rows: list[Sequence]) -> Tensor:
+def _inverse_cdf(weights_RxV: Tensor, drawn: _Draws) -> Tensor:
     """The first index whose cumulative weight exceeds u × total, per row; float64."""
     cumulative = weights_RxV.cumsum(dim=-1)
-    points = _uniforms(rows, weights_RxV) * cumulative[:, -1:]
+    points = drawn.uniforms.there * cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, points, right=True).squeeze(1)
     # u × total may round up to total: stay on the last token that has weight.
     last = weights_RxV.shape[1] - 1 - (weights_RxV > 0).flip(1).int().argmax(dim=1)
     return torch.minimum(picked, last)
 
 
-def _logprobs_of(row_V: Tensor, token: int, count: int) -> Token:
-    """Of the model's own distribution, before penalties, temperature and filters."""
-    logprobs = torch.log_softmax(row_V, dim=-1)
-    values, ids = torch.topk(logprobs, min(count, row_V.numel())) if count else (logprobs[:0], logprobs[:0].long())
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Token(token, float(logprobs[token]), top)
+def _read(raw_RxV: Tensor, ids_R: Tensor, rows: list[Sequence]) -> list[Token]:
+    """The tokens, with log probabilities for those who want them: of the model's own distribution, before penalties,
+    temperature and filters."""
+    wanted = [(row, count) for row, s in enumerate(rows) if (count := s.request.sampling.logprobs) is not None]
+    if not wanted:
+        return [Token(token) for token in ids_R.tolist()]
+    parts = [ids_R.double()]
+    for row, count in wanted:
+        logprobs_V = torch.log_softmax(raw_RxV[row], dim=-1)
+        values, ids = torch.topk(logprobs_V, min(count, logprobs_V.numel()))
+        parts += [logprobs_V.gather(0, ids_R[row : row + 1]).double(), ids.double(), values.double()]
+    # Float64 holds ids and float32 exactly.
+    numbers = iter(torch.cat(parts).tolist())
+    tokens = [Token(int(next(numbers))) for _ in rows]
+    for row, count in wanted:
+        most = min(count, raw_RxV.shape[1])
+        logprob, likely = next(numbers), [int(next(numbers)) for _ in range(most)]
+        tokens[row] = Token(tokens[row].id, logprob, tuple((token, next(numbers)) for token in likely))
+    return tokens

@@ -5,6 +5,8 @@ Every copy to a GPU from memory that is not pinned waits for the GPU, and every 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -35,3 +37,28 @@ def send(device: torch.device, *parts: NDArray[np.generic]) -> list[Tensor]:
         there[start : start + part.nbytes].view(torch.from_numpy(part[:0]).dtype).view(part.shape)
         for start, part in zip(starts, parts, strict=True)
     ]
+
+
+class Parcel:
+    """Numbers that are noted one after another, and sent together."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._noted: list[Noted] = []
+
+    def note(self, numbers: NDArray[Any]) -> Noted:
+        noted = Noted(numbers)
+        self._noted.append(noted)
+        return noted
+
+    def send(self) -> None:
+        """Once. Nothing is copied if nothing was noted."""
+        for noted, there in zip(self._noted, send(self._device, *(noted.here for noted in self._noted)), strict=True):
+            noted.there = there
+
+
+class Noted:
+    def __init__(self, here: NDArray[Any]) -> None:
+        self.here = here
+        # On the device, once the parcel is sent.
+        self.there: Tensor
