@@ -76,7 +76,8 @@ def _instantiate(config: TandemConfig, source: str, model_config: Any) -> nn.Mod
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True
         )
-    loaded: nn.Module = model.to(device)
+    # A dummy was made on its device.
+    loaded: nn.Module = model if config.model.load_format == "dummy" else model.to(device)
     return loaded
 
 

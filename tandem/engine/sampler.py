@@ -9,7 +9,7 @@ full.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Self
 from weakref import WeakKeyDictionary
@@ -118,16 +118,19 @@ class Sampler:
 
     def _shaping(self, sequence: Sequence, parcel: Parcel) -> _Shaping:
         params, seen = sequence.request.sampling, self._seen.get(sequence)
-        penalized, bans = _penalizes(params), len(sequence.output_ids) < params.min_tokens
-        return _Shaping(
-            prompt=parcel.note(np.array(sequence.request.prompt_ids if penalized and seen is None else (), np.int64)),
-            fresh=parcel.note(
-                np.array(sequence.output_ids[seen.counted if seen else 0 :] if penalized else (), np.int64)
-            ),
-            biased=parcel.note(np.array([*params.logit_bias], np.int64)),
-            biases=parcel.note(np.array([*params.logit_bias.values()], np.float32)),
-            banned=parcel.note(np.array([*stop_ids(params, self.eos_token_ids)] if bans else (), np.int64)),
-        )
+        prompt: Iterable[int] = ()
+        fresh: Iterable[int] = ()
+        if _penalizes(params):
+            prompt = sequence.request.prompt_ids if seen is None else ()
+            fresh = sequence.output_ids[seen.counted if seen else 0 :]
+        bans = len(sequence.output_ids) < params.min_tokens
+        banned = stop_ids(params, self.eos_token_ids) if bans else ()
+
+        def ids(tokens: Iterable[int]) -> Noted:
+            return parcel.note(np.fromiter(tokens, np.int64))
+
+        biases = parcel.note(np.fromiter(params.logit_bias.values(), np.float32))
+        return _Shaping(ids(prompt), ids(fresh), ids(params.logit_bias), biases, ids(banned))
 
     def _shape(self, raw_RxV: Tensor, rows: list[Sequence], shapings: dict[int, _Shaping]) -> Tensor:
         """Penalties, biases and bans; the input stays as it is for log probabilities."""
@@ -223,14 +226,14 @@ def _read(raw_RxV: Tensor, ids_R: Tensor, rows: list[Sequence]) -> list[Token]:
     temperature and filters."""
     wanted = [(row, count) for row, s in enumerate(rows) if (count := s.request.sampling.logprobs) is not None]
     if not wanted:
-        return [Token(token) for token in ids_R.tolist()]
+        return [Token(token) for token in ids_R.cpu().tolist()]
     parts = [ids_R.double()]
     for row, count in wanted:
         logprobs_V = torch.log_softmax(raw_RxV[row], dim=-1)
         values, ids = torch.topk(logprobs_V, min(count, logprobs_V.numel()))
         parts += [logprobs_V.gather(0, ids_R[row : row + 1]).double(), ids.double(), values.double()]
     # Float64 holds ids and float32 exactly.
-    numbers = iter(torch.cat(parts).tolist())
+    numbers = iter(torch.cat(parts).cpu().tolist())
     tokens = [Token(int(next(numbers))) for _ in rows]
     for row, count in wanted:
         most = min(count, raw_RxV.shape[1])

@@ -53,6 +53,8 @@ class Parcel:
 
     def send(self) -> None:
         """Once. Nothing is copied if nothing was noted."""
+        if not self._noted:
+            return
         for noted, there in zip(self._noted, send(self._device, *(noted.here for noted in self._noted)), strict=True):
             noted.there = there
 
