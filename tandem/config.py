@@ -27,7 +27,15 @@ from tandem.errors import ConfigError
 from tandem.types import shown
 
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
+# Blocks in a KV pool.
+MOST_BLOCKS = 1 << 24
+# What is not said on cuda: a GPU has room for it, and wants larger steps and frames than a processor.
+_CUDA_DEFAULTS: dict[str, dict[str, Any]] = {
+    "engine": {"kv_memory_mib": 0, "max_step_tokens": 8192, "max_running": 256},
+    "worker": {"frame_bytes": 8 << 20},
+}
 _DEVICE = re.compile(r"[A-Za-z0-9_.:-]+")
+_GPU = re.compile(r"(GPU|MIG)-[A-Za-z0-9/-]+")
 # By pydantic's name of the error, where its own words speak of Python.
 _IN_WORDS = {"model_type": "must hold keys with values", "tuple_type": "must be a list"}
 # The longest deadline, as the SDK's: gRPC's own arithmetic overflows somewhere above.
@@ -86,18 +94,39 @@ class EngineConfig(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     # Tokens in a KV block; 0: 16 on cpu, 256 on cuda (its attention kernel's page).
     block_size: StrictInt = Field(0, ge=0, le=1024)
+    # GPUs of the workers that one machine starts, in the order prefill, decode, colocated: one each; workers share one
+    # that is named again. Numbers count the GPUs that this process sees, from 0; texts are as CUDA_VISIBLE_DEVICES has
+    # them ("GPU-5ca11ab1e"). Empty: the first worker gets the first GPU, and so on.
+    devices: tuple[StrictInt | str, ...] = Field((), max_length=192)
     # Blocks in the pool; 0: as many as kv_memory_mib holds.
-    num_blocks: StrictInt = Field(0, ge=0, le=1 << 24)
-    kv_memory_mib: StrictInt = Field(512, ge=1, le=1 << 24)
-    # Tokens that one step may process: decodes first, then prefill chunks.
+    num_blocks: StrictInt = Field(0, ge=0, le=MOST_BLOCKS)
+    # 0, on cuda alone and its default: what the GPU has left beside the model and the largest step.
+    kv_memory_mib: StrictInt = Field(512, ge=0, le=1 << 24)
+    # Tokens that one step may process: decodes first, then prefill chunks. On cuda 8192.
     max_step_tokens: StrictInt = Field(512, ge=1, le=1 << 20)
-    # Sequences that one step may decode.
+    # Sequences that one step may decode. On cuda 256.
     max_running: StrictInt = Field(64, ge=1, le=1 << 16)
     # Prompts that may wait for prefill; one more is refused as overloaded.
     max_waiting: StrictInt = Field(256, ge=1, le=1 << 20)
     prefix_cache: bool = True
     # Torch threads; 0: one per core that this process may use.
     threads: StrictInt = Field(0, ge=0, le=1024)
+
+    @model_validator(mode="after")
+    def _fits_the_device(self) -> Self:
+        if self.device == "cpu" and not self.kv_memory_mib:
+            raise ValueError("engine.kv_memory_mib must be 1 or more on cpu, not 0; on cuda 0 is what the GPU has left")
+        if self.device == "cpu" and self.devices:
+            raise ValueError("engine.devices names GPUs, and engine.device is cpu (--device cuda)")
+        return self
+
+    @field_validator("devices")
+    @classmethod
+    def _gpu_names(cls, devices: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        for device in devices:
+            if not (device >= 0 if isinstance(device, int) else _GPU.fullmatch(device)):
+                raise ValueError(f"a number from 0 on, or a name such as GPU-5ca11ab1e, not {device!r}")
+        return devices
 
 
 class WorkerConfig(Section):
@@ -110,7 +139,7 @@ class WorkerConfig(Section):
     advertise: str = ""
     # Reserve calls that may wait for blocks; one more is refused as overloaded.
     max_waiting_reservations: StrictInt = Field(256, ge=0, le=1 << 20)
-    # KV frames are cut to about this many bytes.
+    # KV frames are cut to about this many bytes. On cuda 8 MiB.
     frame_bytes: StrictInt = Field(2 << 20, ge=1 << 12, le=1 << 24)
     # And those whose payload goes another way, through Ray's object store, shared memory or (at most 4 MiB) NIXL, to
     # about this many.
@@ -196,6 +225,20 @@ class TandemConfig(Section):
     worker: WorkerConfig = WorkerConfig()
     router: RouterConfig = RouterConfig()
     serve: ServeConfig = ServeConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_device(cls, given: Any) -> Any:
+        engine = given.get("engine") if isinstance(given, dict) else None
+        if not isinstance(engine, dict) or engine.get("device") != "cuda":
+            return given
+        sections = {name: given.get(name, {}) for name in _CUDA_DEFAULTS}
+        filled = {
+            name: {**_CUDA_DEFAULTS[name], **section}
+            for name, section in sections.items()
+            if isinstance(section, dict)  # anything else is refused next
+        }
+        return {**given, **filled}
 
 
 def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> TandemConfig:

@@ -4,6 +4,7 @@
     ├── InvalidRequest       a field of a request is wrong; names the field and its limit
     ├── ModelNotFound        no joined worker serves that model
     ├── Overloaded           a bounded queue or pool is full; retry_after_ms says when to try again
+    │   └── OutOfMemory      a worker's device had no room for the request's part of a step
     ├── DeadlineExceeded     the request's one deadline passed
     ├── Cancelled            the client left
     ├── Unavailable          nobody can serve this now (no worker has joined, all are draining)
@@ -45,6 +46,10 @@ class ModelNotFound(TandemError):
 
 class Overloaded(TandemError):
     code = "overloaded"
+
+
+class OutOfMemory(Overloaded):
+    code = "out_of_memory"
 
 
 class DeadlineExceeded(TandemError):

@@ -35,6 +35,8 @@ _OF_A_WORKER: tuple[tuple[str, str, Callable[[Worker], float]], ...] = (
     ("reservations", "Requests that hold its blocks.", lambda worker: worker.load.reservations),
     ("waiting_reservations", "Requests that wait for its blocks.", lambda worker: worker.load.waiting_reservations),
 )
+# Of tandem.v1.Load: since the worker started.
+_COUNTED = (("out_of_memory", "Steps that its device had no room for."),)
 # Of tandem.v1.KVTraffic: since the worker started.
 _OF_KV = (
     ("transfers", "Sealed transfers."),
@@ -126,6 +128,11 @@ class Standing:
             for worker in workers:
                 family.add_metric([worker.id, "+".join(sorted(worker.roles))], value(worker))
             yield family
+        for field, words in _COUNTED:
+            counter = CounterMetricFamily(f"tandem_worker_{field}", words, labels=["worker", "roles"])
+            for worker in workers:
+                counter.add_metric([worker.id, "+".join(sorted(worker.roles))], getattr(worker.load, field))
+            yield counter
 
     def _kv_counters(self) -> Iterator[Metric]:
         for field, words in _OF_KV:

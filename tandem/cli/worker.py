@@ -10,6 +10,7 @@ import typer
 from tandem.cli.common import AdvertiseOption, ConfigOption, Device, LoadFormat, ModelOption, RouterOption, reported
 from tandem.config import TandemConfig, load_config
 from tandem.engine.cores import usable_cores
+from tandem.engine.gpus import take_gpu
 from tandem.entry import starting
 from tandem.errors import ConfigError
 from tandem.launch.cores import pin
@@ -39,6 +40,11 @@ def parse_cpus(text: str) -> list[int]:
     return cores
 
 
+def parse_gpu(text: str | None) -> list[int | str] | None:
+    """For engine.devices, which checks it."""
+    return None if text is None else [int(text) if text.isdecimal() else text]
+
+
 def worker(
     role: Annotated[WorkerRole, typer.Option(help="What it plays; both is a colocated worker.")],
     router: RouterOption,
@@ -51,6 +57,7 @@ def worker(
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one.")] = None,
     advertise: AdvertiseOption = None,
     cpus: Annotated[str | None, typer.Option(metavar="0,1", help="Keep to these cores.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="0", help="Its GPU, as in engine.devices.")] = None,
 ) -> None:
     """Run one worker and join it to a router. `tandem serve` does this for you on one machine."""
     with reported():
@@ -58,13 +65,14 @@ def worker(
             config,
             {
                 "model": {"path": model, "load_format": load_format},
-                "engine": {"device": device, "threads": threads},
+                "engine": {"device": device, "threads": threads, "devices": parse_gpu(gpu)},
                 "worker": {"host": host, "port": port, "advertise": advertise},
             },
         )
         if cpus is not None:
             pin(parse_cpus(cpus))
-        # Not before the pinning: it imports torch, which counts the cores it may use.
+        take_gpu(settings.engine)
+        # Not before either: it imports torch, which counts the cores it may use.
         with starting():
             from tandem.launch.worker import worker_kind
             from tandem.worker.main import run_rooms

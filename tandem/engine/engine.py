@@ -10,12 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tandem.config import TandemConfig
+from tandem.config import EngineConfig, TandemConfig
 from tandem.engine.block_pool import BlockPool, BlockTable
 from tandem.engine.cpu_memory import use_huge_pages
+from tandem.engine.cuda_device import (
+    DeviceLost,
+    first_line,
+    free_memory,
+    is_lost,
+    is_out_of_memory,
+    require_device,
+    why_lost,
+)
 from tandem.engine.kv_cache import Allocate, KVCache, count_blocks
 from tandem.engine.kv_progress import KVProgress
-from tandem.engine.model_loader import load_model
+from tandem.engine.model_loader import LoadedModel, load_model
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.pooler import Pooler
 from tandem.engine.sampler import Sampler, stop_ids
@@ -31,7 +40,7 @@ from tandem.engine.sequence import (
     Started,
     prompt_hashes,
 )
-from tandem.errors import InternalError, InvalidRequest
+from tandem.errors import InternalError, InvalidRequest, OutOfMemory, TandemError
 from tandem.types import EngineRequest, FinishReason, Token
 
 log = logging.getLogger(__name__)
@@ -50,6 +59,8 @@ class EngineLoad:
     steps: int = 0
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
+    # Steps that the device had no room for.
+    out_of_memory: int = 0
 
 
 class Engine:
@@ -66,21 +77,23 @@ class Engine:
 
         Raises ModelRefused when the model would not be served exactly.
         """
+        self._device = config.engine.device
+        require_device(config.engine)
         loaded = load_model(config)
         self.info = loaded.info
         self.fingerprint = loaded.info.fingerprint
         weights_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
         if config.engine.device == "cpu":
             _fuse(loaded.model)
-        num_blocks = count_blocks(config.engine, self.fingerprint, tokens_checked(self.info))
-        self.cache = KVCache(self.fingerprint, num_blocks, config.engine.device, allocate)
+        self._runner = ModelRunner(loaded, KVCache(self.fingerprint, 0, self._device), self._device)
+        self._sampler = Sampler(self.info.eos_token_ids)
+        num_blocks = self._count_blocks(config.engine, loaded)
+        self.cache = self._runner.cache = KVCache(self.fingerprint, num_blocks, self._device, allocate)
         self.pool = BlockPool(num_blocks, self.fingerprint.block_size, config.engine.prefix_cache)
         self.load = EngineLoad()
-        self._steps = self._hit_tokens = self._query_tokens = 0
+        self._steps = self._hit_tokens = self._query_tokens = self._out_of_memory = 0
         self._publish = publish
         self._tell_bytes = config.worker.frame_bytes
-        self._runner = ModelRunner(loaded, self.cache, config.engine.device)
-        self._sampler = Sampler(self.info.eos_token_ids)
         self._pooler = Pooler()
         self._scheduler = Scheduler(config.engine, self.pool)
         self._live: dict[Sequence, None] = {}
@@ -88,6 +101,21 @@ class Engine:
         self._warn_of_a_small_pool()
         if config.engine.device == "cpu" and weights_bytes >= _HUGE_PAGES_FROM_BYTES:
             use_huge_pages()
+
+    def _count_blocks(self, config: EngineConfig, loaded: LoadedModel) -> int:
+        least = tokens_checked(self.info)
+        if config.device == "cpu":
+            return count_blocks(config, self.fingerprint, least)
+        # Imported late: one device's kernels must not be needed, or compiled, on the other.
+        from tandem.engine.kv_sizing import attention_obstacles, blocks_left
+
+        if obstacles := attention_obstacles(loaded):
+            log.warning(
+                "attention copies keys and values together in every step, which is slow: %s", "; ".join(obstacles)
+            )
+        return count_blocks(
+            config, self.fingerprint, least, lambda: blocks_left(config, loaded, self._runner, self._sampler)
+        )
 
     def _warn_of_a_small_pool(self) -> None:
         size = self.pool.block_size
@@ -188,6 +216,11 @@ class Engine:
             self._retire([sequence])
             self._take_snapshot()
 
+    def require_device(self) -> None:
+        """Raises DeviceLost when nothing can be computed any more, whoever met the error first."""
+        if why := why_lost(self._device):
+            raise DeviceLost(f"the device is lost: {why}")
+
     def step(self) -> bool:
         """Processes one batch of tokens. A failure ends the step's sequences, not the engine.
 
@@ -197,18 +230,53 @@ class Engine:
         if not plan:
             return False
         self._announce(plan)
-        progress = KVProgress(plan.chunks, self.fingerprint, self._tell_bytes, self._publish)
-        try:
-            tokens, embedded = self._run(plan, progress)
-        except Exception:
-            ids = ",".join(sequence.request.request_id for sequence in plan.sequences)
-            log.exception("a step of %d sequences failed", len(plan.sequences), extra={"request_id": ids})
-            self._fail(plan)
-        else:
-            self._emit(plan, progress, tokens, embedded)
+        self._process(plan)
         self._steps += 1
         self._take_snapshot()
         return True
+
+    def _process(self, plan: StepPlan, told: int = 0) -> None:
+        """told: see KVProgress."""
+        progress = KVProgress(plan.chunks, self.fingerprint, self._tell_bytes, self._publish, told)
+        try:
+            tokens, embedded = self._run(plan, progress)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                self._end(plan, error)
+                return
+            # Not here: the error holds what the failed step had allocated.
+        else:
+            self._emit(plan, progress, tokens, embedded)
+            return
+        self._retry_smaller(plan, progress.told)
+
+    def _end(self, plan: StepPlan, error: Exception) -> None:
+        ids = ",".join(sequence.request.request_id for sequence in plan.sequences)
+        log.exception("a step of %d sequences failed", len(plan.sequences), extra={"request_id": ids})
+        if is_lost(error, self._device):
+            raise DeviceLost(f"the device is lost: {first_line(error)}") from error
+        self._fail(plan, InternalError("the engine failed on this step; the worker's log has the details"))
+
+    def _retry_smaller(self, plan: StepPlan, told: int) -> None:
+        """The plan in two halves, and no larger steps from now on."""
+        free_memory(self._device)
+        self._out_of_memory += 1
+        tokens = plan.num_tokens
+        if tokens == 1:
+            log.error("out of memory in a step of one token: its request fails")
+            self._fail(
+                plan, OutOfMemory("the worker's device has no memory left for this request", retry_after_ms=1000)
+            )
+            return
+        self._scheduler.max_step_tokens = min(self._scheduler.max_step_tokens, -(-tokens // 2))
+        log.warning(
+            "out of memory in a step of %d tokens, which is tried again in two; steps have at most %d from now on: "
+            "engine.max_step_tokens or engine.kv_memory_mib may be lower",
+            *(tokens, self._scheduler.max_step_tokens),
+        )
+        for half in plan.halves():
+            if rest := half.without_finished():
+                self._process(rest, told)
 
     def _announce(self, plan: StepPlan) -> None:
         now = time.monotonic()
@@ -247,8 +315,7 @@ class Engine:
             if sequence.decode_here and sequence.table is not None:
                 sequence.table.release()
 
-    def _fail(self, plan: StepPlan) -> None:
-        failure = InternalError("the engine failed on this step; the worker's log has the details")
+    def _fail(self, plan: StepPlan, failure: TandemError) -> None:
         for sequence in plan.sequences:
             sequence.finish_reason = FinishReason.ERROR
         self._retire(plan.sequences)
@@ -263,6 +330,7 @@ class Engine:
             steps=self._steps,
             prefix_hit_tokens=self._hit_tokens,
             prefix_query_tokens=self._query_tokens,
+            out_of_memory=self._out_of_memory,
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tandem.config import EngineConfig
+from tandem.config import MOST_BLOCKS, EngineConfig
 from tandem.errors import ConfigError, ModelRefused
 from tandem.types import Fingerprint
 
@@ -62,8 +62,19 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: str, allocate: Al
     return torch.frombuffer(allocate(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
-def count_blocks(config: EngineConfig, fingerprint: Fingerprint, least_tokens: int) -> int:
-    """Blocks in the pool. Raises ConfigError when they do not hold the KV of least_tokens."""
+def block_bytes(fingerprint: Fingerprint) -> int:
+    """K and V of one block, in all layers."""
+    token_elements = 2 * fingerprint.num_layers * fingerprint.num_kv_heads * fingerprint.head_dim
+    return token_elements * DTYPES[fingerprint.dtype].itemsize * fingerprint.block_size
+
+
+def count_blocks(
+    config: EngineConfig, fingerprint: Fingerprint, least_tokens: int, left: Callable[[], int] = lambda: 0
+) -> int:
+    """Blocks in the pool. `left` finds for how many the device has room, where the configuration leaves that open.
+
+    Raises ConfigError when they do not hold the KV of least_tokens.
+    """
     least = -(-least_tokens // fingerprint.block_size)
     if config.num_blocks:
         if config.num_blocks < least:
@@ -73,14 +84,22 @@ def count_blocks(config: EngineConfig, fingerprint: Fingerprint, least_tokens: i
                 field="engine.num_blocks",
             )
         return config.num_blocks
-    token_elements = 2 * fingerprint.num_layers * fingerprint.num_kv_heads * fingerprint.head_dim
-    block_bytes = token_elements * DTYPES[fingerprint.dtype].itemsize * fingerprint.block_size
-    blocks = (config.kv_memory_mib << 20) // block_bytes
+    bytes_each = block_bytes(fingerprint)
+    mib = -(-least * bytes_each >> 20)
+    if not config.kv_memory_mib:
+        blocks = min(left(), MOST_BLOCKS)
+        if blocks < least:
+            raise ConfigError(
+                f"the GPU has room for {blocks} KV blocks of {bytes_each} bytes beside the model and its largest step, "
+                f"and the check of the model at load takes {least}: lower engine.max_step_tokens or engine.max_running",
+                field="engine.max_step_tokens",
+            )
+        return blocks
+    blocks = (config.kv_memory_mib << 20) // bytes_each
     if blocks < least:
-        mib = -(-least * block_bytes >> 20)
         raise ConfigError(
             f"engine.kv_memory_mib must be {mib} or more, not {config.kv_memory_mib}: the check of the model at load "
-            f"takes {least_tokens} tokens, a KV block of {fingerprint.block_size} takes {block_bytes} bytes",
+            f"takes {least_tokens} tokens, a KV block of {fingerprint.block_size} takes {bytes_each} bytes",
             field="engine.kv_memory_mib",
         )
     return blocks

@@ -64,8 +64,6 @@ def load_model(config: TandemConfig) -> LoadedModel:
 
 def _instantiate(config: TandemConfig, source: str, model_config: Any) -> nn.Module:
     device, dtype = config.engine.device, _dtype(config)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ModelRefused("engine.device is cuda, but torch sees no CUDA device here", field="engine.device")
     if config.model.load_format == "dummy":
         dtype = getattr(model_config, "dtype", None) or torch.float32 if dtype == "auto" else dtype
         torch.manual_seed(config.model.seed)

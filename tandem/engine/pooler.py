@@ -21,15 +21,19 @@ class Pooler:
 
     def pool(self, hidden_ExD: Tensor, chunks: Rows[Chunk]) -> list[tuple[Sequence, Embedded]]:
         """The embeddings that are whole now. hidden: one row for each position in `pooled` of each chunk, in order."""
-        whole = []
+        whole, sums = [], dict[Sequence, Tensor]()
         rows = torch.split_with_sizes(hidden_ExD.double(), [len(chunk.pooled) for chunk in chunks])
         for chunk, hidden in zip(chunks, rows, strict=True):
             sequence = chunk.sequence
-            total_D = hidden.sum(dim=0) + self._sums.pop(sequence, 0.0)
+            total_D = hidden.sum(dim=0) + self._sums.get(sequence, 0.0)
             if chunk.completes_prompt:
                 whole.append((sequence, Embedded(_vector(total_D, sequence))))
             else:
-                self._sums[sequence] = total_D
+                sums[sequence] = total_D
+        # Last: a step that fails before leaves no trace, and may be tried again.
+        self._sums.update(sums)
+        for sequence, _ in whole:
+            self._sums.pop(sequence, None)
         return whole
 
 

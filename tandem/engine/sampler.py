@@ -139,7 +139,8 @@ class Sampler:
             if shaped is raw_RxV:
                 shaped = raw_RxV.clone()
             self._penalize(shaped[row], rows[row], shaping)
-            self._ban_and_bias(shaped[row], shaping)
+            shaped[row].index_add_(0, shaping.biased.there, shaping.biases.there)
+            shaped[row].index_fill_(0, shaping.banned.there, float("-inf"))
         return shaped
 
     def _penalize(self, row_V: Tensor, sequence: Sequence, shaping: _Shaping) -> None:
@@ -160,10 +161,6 @@ class Sampler:
             seen = self._seen[sequence] = _Seen(in_prompt, torch.zeros_like(row_V))
         seen.update(shaping.fresh.there)
         return seen
-
-    def _ban_and_bias(self, row_V: Tensor, shaping: _Shaping) -> None:
-        row_V.index_add_(0, shaping.biased.there, shaping.biases.there)
-        row_V.index_fill_(0, shaping.banned.there, float("-inf"))
 
 
 # [R] int64: one token for each row.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from tandem.config import EngineConfig
@@ -62,6 +62,29 @@ class StepPlan:
         return [*self.decodes, *(chunk.sequence for chunk in self.chunks)]
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(chunk.end - chunk.start for chunk in self.chunks)
+
+    def halves(self) -> tuple[StepPlan, StepPlan]:
+        """The same work in two steps, about equal in tokens; the second is empty for a plan of one token."""
+        left = -(-self.num_tokens // 2)
+        decodes, left = self.decodes[:left], left - len(self.decodes[:left])
+        first, second = StepPlan(decodes, []), StepPlan(self.decodes[len(decodes) :], [])
+        for chunk in self.chunks:
+            middle = min(chunk.end, chunk.start + left)
+            left -= middle - chunk.start
+            for half, start, end in ((first, chunk.start, middle), (second, middle, chunk.end)):
+                if start < end:
+                    half.chunks.append(replace(chunk, start=start, end=end))
+        return first, second
+
+    def without_finished(self) -> StepPlan:
+        return StepPlan(
+            [sequence for sequence in self.decodes if not sequence.finished],
+            [chunk for chunk in self.chunks if not chunk.sequence.finished],
+        )
+
+    @property
     def started(self) -> list[Sequence]:
         return [chunk.sequence for chunk in self.chunks if chunk.starts_prompt]
 
@@ -82,6 +105,8 @@ class Scheduler:
     def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
         self._config = config
         self._pool = pool
+        # As configured, or fewer when the device had no room for so many.
+        self.max_step_tokens = config.max_step_tokens
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -117,11 +142,11 @@ class Scheduler:
         self.running = [sequence for sequence in self.running if id(sequence) not in ids]
 
     def schedule(self) -> StepPlan:
-        limit = min(self._config.max_running, self._config.max_step_tokens)
+        limit = min(self._config.max_running, self.max_step_tokens)
         decodes = self.running[:limit]
         # Those that did not fit come first next time.
         self.running = [*self.running[limit:], *decodes]
-        return StepPlan(decodes, self._chunks(self._config.max_step_tokens - len(decodes), fill=bool(decodes)))
+        return StepPlan(decodes, self._chunks(self.max_step_tokens - len(decodes), fill=bool(decodes)))
 
     def _chunks(self, budget: int, fill: bool) -> list[Chunk]:
         """Chunks in order of arrival; prompts are admitted one by one while there is budget.

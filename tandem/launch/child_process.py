@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # (name of the child, one line of its output)
 Output = Callable[[str, str], None]
@@ -31,6 +31,8 @@ class ProcessSpec:
     name: str
     module: str
     args: Sequence[str]
+    # Added to what all children get.
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Backoff:
@@ -94,7 +96,7 @@ class ChildProcess:
                 stdin=asyncio.subprocess.PIPE,  # nothing is written: the child exits when it closes
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env=None if environment is None else {**os.environ, **environment},
+                env={**os.environ, **(environment or {}), **spec.environment},
                 start_new_session=True,  # Ctrl-C reaches the supervisor alone, which ends the children in order
             )
         return cls(spec, process, output)

@@ -15,6 +15,11 @@ def check_pools(config: TandemConfig, on_ray: bool) -> None:
     if not serve.colocated and not (serve.prefill and serve.decode):
         missing = "decode" if serve.prefill else "prefill"
         raise ConfigError(f"nobody would play {missing}: serve.{missing} is 0", field=f"serve.{missing}")
+    if on_ray and config.engine.devices:
+        raise ConfigError(
+            "engine.devices is for the workers of one machine: on a cluster Ray gives each worker a GPU of its own",
+            field="engine.devices",
+        )
     for key in ("port", "advertise"):
         if getattr(config.worker, key) and workers > 1:
             raise ConfigError(

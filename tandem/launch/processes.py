@@ -13,6 +13,7 @@ from typing import Self
 from tandem.client import AsyncClient, ServiceStatus
 from tandem.config import TandemConfig
 from tandem.engine.cores import usable_cores
+from tandem.engine.gpus import VARIABLE, share_gpus
 from tandem.errors import ConfigError, DeadlineExceeded, TandemError, Unavailable
 from tandem.launch.child_process import Backoff, ChildProcess, Output, ProcessSpec
 from tandem.launch.cores import share_cores
@@ -54,7 +55,10 @@ class Supervisor:
     ) -> None:
         """`output` receives (child's name, line) for what children print; with None, errors quote their last lines."""
         check_pools(config, on_ray=False)
-        self._config = config
+        self._gpus = share_gpus(config.engine, config.serve.prefill + config.serve.decode + config.serve.colocated)
+        # Each worker sees its own GPU only.
+        engine = config.engine.model_copy(update={"devices": ()})
+        self._config = config.model_copy(update={"engine": engine})
         self._output = output
         self._start_timeout_s = start_timeout_s
         self._environment = environment
@@ -122,9 +126,10 @@ class Supervisor:
             for index in range(count)
         ]
         shares = share_cores(usable_cores(), len(names))
+        gpus = [{VARIABLE: gpu} for gpu in self._gpus] or [{} for _ in names]
         return [
-            ProcessSpec(f"{name}-{index}", self._modules[1], self._worker_args(role, cores))
-            for (name, role, index), cores in zip(names, shares, strict=True)
+            ProcessSpec(f"{name}-{index}", self._modules[1], self._worker_args(role, cores), gpu)
+            for (name, role, index), cores, gpu in zip(names, shares, gpus, strict=True)
         ]
 
     def _worker_args(self, role: str, cores: list[int]) -> list[str]:

@@ -87,7 +87,7 @@ class Hello(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., version: _Optional[str] = ..., total_blocks: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, _Mapping]]] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., prefix_cache: _Optional[bool] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("free_blocks", "queued_prompt_tokens", "running_decodes", "waiting_prefills", "reservations", "waiting_reservations", "kv_sent", "kv_received", "steps", "prefix_hit_tokens", "prefix_query_tokens", "quarantined_blocks")
+    __slots__ = ("free_blocks", "queued_prompt_tokens", "running_decodes", "waiting_prefills", "reservations", "waiting_reservations", "kv_sent", "kv_received", "steps", "prefix_hit_tokens", "prefix_query_tokens", "quarantined_blocks", "out_of_memory")
     class KvSentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,7 @@ class Load(_message.Message):
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    OUT_OF_MEMORY_FIELD_NUMBER: _ClassVar[int]
     free_blocks: int
     queued_prompt_tokens: int
     running_decodes: int
@@ -126,7 +127,8 @@ class Load(_message.Message):
     prefix_hit_tokens: int
     prefix_query_tokens: int
     quarantined_blocks: int
-    def __init__(self, free_blocks: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., running_decodes: _Optional[int] = ..., waiting_prefills: _Optional[int] = ..., reservations: _Optional[int] = ..., waiting_reservations: _Optional[int] = ..., kv_sent: _Optional[_Mapping[str, KVTraffic]] = ..., kv_received: _Optional[_Mapping[str, KVTraffic]] = ..., steps: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ...) -> None: ...
+    out_of_memory: int
+    def __init__(self, free_blocks: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., running_decodes: _Optional[int] = ..., waiting_prefills: _Optional[int] = ..., reservations: _Optional[int] = ..., waiting_reservations: _Optional[int] = ..., kv_sent: _Optional[_Mapping[str, KVTraffic]] = ..., kv_received: _Optional[_Mapping[str, KVTraffic]] = ..., steps: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., out_of_memory: _Optional[int] = ...) -> None: ...
 
 class KVTraffic(_message.Message):
     __slots__ = ("transfers", "failures", "bytes", "frames", "seconds", "hidden_seconds", "corrupt_frames")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tandem.addresses import dialable
 from tandem.config import TandemConfig, load_config
+from tandem.engine.gpus import take_gpu
 from tandem.errors import TandemError
 
 
@@ -27,7 +28,9 @@ def parse_arguments(command: str, description: str, arguments: list[str] | None 
         "worker": {"host": given.host, "port": given.port, "advertise": given.advertise},
     }
     try:
-        return load_config(given.config, overrides), given.router
+        config = load_config(given.config, overrides)
+        take_gpu(config.engine)
+        return config, given.router
     except TandemError as error:
         parser.exit(2, f"error: {error.message}\n")
 

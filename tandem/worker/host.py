@@ -209,6 +209,7 @@ class WorkerHost:
             steps=engine.steps,
             prefix_hit_tokens=engine.prefix_hit_tokens,
             prefix_query_tokens=engine.prefix_query_tokens,
+            out_of_memory=engine.out_of_memory,
         )
         for room in self.rooms:
             room.report(load)

@@ -16,6 +16,7 @@ import grpc
 from tandem import logs
 from tandem.addresses import ANY_ADDRESS, check_listening
 from tandem.config import TandemConfig, WorkerConfig
+from tandem.engine.cuda_device import DeviceLost, is_lost
 from tandem.engine.kv_cache import Allocate
 from tandem.engine.process import tune_process
 from tandem.entry import INTERRUPTED
@@ -27,6 +28,8 @@ from tandem.worker.join import keep_joined
 
 log = logging.getLogger(__name__)
 
+# Between two looks at the engine's device.
+WATCH_S = 1.0
 # Last words have this long to reach their readers.
 HANG_UP_S = 1.0
 
@@ -57,6 +60,11 @@ def run_rooms(kind: WorkerKind, config: TandemConfig, router: str) -> int:
     except TandemError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2
+    except DeviceLost as error:
+        log.exception("the worker ends: a new one may find its device in order")
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        logging.shutdown()
+        os._exit(1)  # what CUDA would do at an orderly exit may abort it
     except KeyboardInterrupt:  # while the model loads; later SIGINT drains
         os._exit(INTERRUPTED)  # the engine's thread is amid torch, which does not survive an orderly exit
     return 0
@@ -78,7 +86,12 @@ def serve_rooms(
     check_address(config.worker)
     kind.check_devices(config.worker.nixl_devices)
     tune_process(config.engine)
-    thread = EngineThread(config, kind.allocate)
+    try:
+        thread = EngineThread(config, kind.allocate)
+    except TandemError as error:
+        if is_lost(error, config.engine.device):
+            raise DeviceLost(error.message) from error
+        raise
     # Torch, transformers and the model stay until the end. To look through them for garbage stops every thread for
     # 0.2 s, and takes a second when the process ends.
     gc.freeze()
@@ -137,16 +150,38 @@ async def _work(host: WorkerHost, router: str, server: grpc.aio.Server, ready: C
     joined = asyncio.create_task(keep_joined(host, router))
     leaving = asyncio.create_task(_leave(host, server))
     telling = asyncio.create_task(_say_ready(host, ready))
+    watching = asyncio.create_task(_watch_device(host))
     try:
-        done, _ = await asyncio.wait({joined, leaving, crashed}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({joined, leaving, crashed, watching}, return_when=asyncio.FIRST_COMPLETED)
         if crashed in done:
-            raise RuntimeError("the engine's thread crashed") from crashed.exception()
+            raise _crash(crashed.exception())
+        if watching in done:
+            watching.result()
         if joined in done:
             joined.result()
     finally:
-        for task in (joined, leaving, telling):
+        for task in (joined, leaving, telling, watching):
             task.cancel()
-        await asyncio.gather(joined, leaving, telling, return_exceptions=True)
+        await asyncio.gather(joined, leaving, telling, watching, return_exceptions=True)
+
+
+def _crash(error: BaseException | None) -> BaseException:
+    if isinstance(error, DeviceLost):
+        return error
+    crash = RuntimeError("the engine's thread crashed")
+    crash.__cause__ = error
+    return crash
+
+
+async def _watch_device(host: WorkerHost) -> None:
+    """Never returns by itself. Raises DeviceLost: a copy of KV may be what met the error, in a worker that steps no
+    more because every transfer to it fails.
+    """
+    if host.config.engine.device == "cpu":
+        await asyncio.Event().wait()
+    while True:
+        await asyncio.sleep(WATCH_S)
+        await host.thread.call(host.engine.require_device)
 
 
 async def _say_ready(host: WorkerHost, ready: Callable[[WorkerHost], None]) -> None:

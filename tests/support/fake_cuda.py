@@ -153,7 +153,7 @@ def check_arguments(
         must(tensor.device.type == "cuda", f"{name} is on {tensor.device}")
         must(tensor.stride(-1) == 1 or tensor.shape[-1] == 1, f"the last dimension of {name} is not contiguous")
     must(query.dtype in (torch.float16, torch.bfloat16), f"queries are {query.dtype}")
-    must(key.dtype == value.dtype == query.dtype, f"queries, keys, values are {query.dtype}, {key.dtype}, {value.dtype}")
+    must(key.dtype == value.dtype == query.dtype, f"{query.dtype} queries, {key.dtype} keys, {value.dtype} values")
     for name in ("cu_seq_q", "cu_seq_k", "seqused_k", "block_table"):
         numbers = tensors[name]
         must(numbers is None or numbers.dtype == torch.int32, f"{name} is {numbers is not None and numbers.dtype}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fake_cuda import Device, checked, fake_cuda
 from model_zoo import ARCHITECTURES
 from transformers import AutoConfig
@@ -19,7 +18,7 @@ from tandem.config import parse_config
 from tandem.engine import cuda_attention
 from tandem.engine import engine as engine_module
 from tandem.engine.engine import Engine
-from tandem.engine.sequence import Emission, Failed, NewToken, Sequence
+from tandem.engine.sequence import Emission, Failed, Sequence
 from tandem.types import EngineRequest, SamplingParams
 
 SAMPLINGS = {
@@ -27,7 +26,12 @@ SAMPLINGS = {
     "temperature": SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.8, seed=3),
     "filtered": SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, seed=3),
     "shaped": SamplingParams(
-        max_tokens=6, min_tokens=4, repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1, logit_bias={7: 2.0}
+        max_tokens=6,
+        min_tokens=4,
+        repetition_penalty=1.2,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        logit_bias={7: 2.0},
     ),
     "logprobs": SamplingParams(max_tokens=6, ignore_eos=True, logprobs=3),
 }

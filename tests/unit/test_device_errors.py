@@ -1,0 +1,165 @@
+"""What a step does when its device has no room, or is lost. The errors are planted, all else is real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engine_driver import EngineDriver
+
+from tandem.config import TINY_MODEL, parse_config
+from tandem.engine.cuda_device import DeviceLost, is_lost, is_out_of_memory
+from tandem.engine.engine import Engine
+from tandem.engine.scheduler import Chunk, StepPlan
+from tandem.engine.sequence import Failed, KVWritten, NewToken, Sequence, Started
+from tandem.errors import InternalError, OutOfMemory
+from tandem.types import EmbedParams, EngineRequest, Pooling, SamplingParams
+
+PROMPTS = [list(range(5, 45)), [7, 8, 9], list(range(60, 77)), [11] * 5]
+PARAMS = [
+    SamplingParams(max_tokens=8, ignore_eos=True),
+    SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.9, seed=5, repetition_penalty=1.3),
+    SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.9, top_p=0.8, seed=6),
+    SamplingParams(max_tokens=8, ignore_eos=True, frequency_penalty=0.4, logprobs=2),
+]
+
+
+def plant(engine: Engine, fails: Callable[[StepPlan, int], Exception | None]) -> None:
+    """fails: what goes wrong in a layer of a step, once its KV is written."""
+    run = engine._runner.run
+
+    def planted(plan: StepPlan, layer_written: Callable[[int], None]) -> Any:
+        def written(layer: int) -> None:
+            layer_written(layer)
+            if (error := fails(plan, layer)) is not None:
+                raise error
+
+        return run(plan, written)
+
+    engine._runner.run = planted  # type: ignore[method-assign,assignment]
+
+
+def no_room_for(tokens: int, layer: int) -> Callable[[StepPlan, int], Exception | None]:
+    return lambda plan, at: torch.OutOfMemoryError() if plan.num_tokens > tokens and at == layer else None
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("room", [1, 2, 7])
+def test_a_step_without_room_is_done_in_parts(room: int, layer: int) -> None:
+    wanted = EngineDriver(TINY_MODEL, kv_memory_mib=4).generate(PROMPTS, PARAMS)
+    driver = EngineDriver(TINY_MODEL, frame_bytes=4096, kv_memory_mib=4)
+    plant(driver.engine, no_room_for(room, layer))
+    assert driver.generate(PROMPTS, PARAMS) == wanted
+    assert driver.engine.load.out_of_memory > 0
+    assert driver.engine._scheduler.max_step_tokens <= room
+    assert driver.engine.pool.check_integrity().referenced == driver.engine.num_live == 0
+    # Every prompt is begun once, and each layer of its KV told once.
+    layers = driver.engine.fingerprint.num_layers
+    for index, prompt in enumerate(PROMPTS):
+        events = [event for sequence, event in driver.emissions if sequence.request.request_id == str(index)]
+        assert sum(isinstance(event, Started) for event in events) == 1
+        told = [event for event in events if isinstance(event, KVWritten)]
+        cells = [(at, token) for event in told for at in event.layers for token in range(event.start, event.end)]
+        assert sorted(cells) == [(at, token) for at in range(layers) for token in range(len(prompt))]
+
+
+def test_embeddings_come_whole_out_of_parts() -> None:
+    def vectors(driver: EngineDriver) -> list[bytes]:
+        driver.emissions.clear()
+        for prompt in PROMPTS:
+            request = EngineRequest("e", tuple(prompt), SamplingParams(max_tokens=1))
+            embed = EmbedParams(pooling=Pooling.MEAN)
+            driver.engine.add(Sequence(request, lambda event: None, decode_here=False, embed=embed))
+        driver.run()
+        return [event.vector for _, event in driver.emissions if hasattr(event, "vector")]
+
+    wanted = vectors(EngineDriver(TINY_MODEL, kv_memory_mib=4))
+    driver = EngineDriver(TINY_MODEL, kv_memory_mib=4)
+    plant(driver.engine, no_room_for(9, 1))
+    got = vectors(driver)
+    assert len(got) == len(wanted) == len(PROMPTS)
+    for one, other in zip(got, wanted, strict=True):
+        here, there = (torch.frombuffer(bytearray(vector), dtype=torch.float32) for vector in (one, other))
+        assert torch.allclose(here, there, atol=1e-5)
+
+
+def test_a_request_that_has_no_room_alone_fails_alone() -> None:
+    driver = EngineDriver(TINY_MODEL, kv_memory_mib=4)
+
+    def fails(plan: StepPlan, layer: int) -> Exception | None:
+        hungry = any(chunk.sequence.request.request_id == "hungry" for chunk in plan.chunks)
+        return torch.OutOfMemoryError() if hungry else None
+
+    plant(driver.engine, fails)
+    driver.add("hungry", [5, 6, 7], PARAMS[0])
+    driver.add("modest", [8, 9], PARAMS[0])
+    driver.run()
+    assert isinstance(driver.failures["hungry"], OutOfMemory)
+    assert "modest" not in driver.failures
+    assert len(driver.tokens["modest"]) == 8
+    assert driver.engine.pool.check_integrity().referenced == driver.engine.num_live == 0
+
+
+def test_halves_are_the_plan() -> None:
+    names = "abcde"
+    rows = {name: Sequence(EngineRequest(name, (1,) * 50, PARAMS[0]), lambda event: None, True) for name in names}
+    for chunks in ([], [("d", 0, 9)], [("d", 3, 4), ("e", 0, 31)]):
+        for decodes in ("", "a", "abc"):
+            plan = StepPlan([rows[name] for name in decodes], [Chunk(rows[name], *span) for name, *span in chunks])
+            first, second = plan.halves()
+            assert first.num_tokens - second.num_tokens in (0, 1)
+            assert [*first.decodes, *second.decodes] == plan.decodes
+            cells = [
+                [(chunk.sequence, token) for chunk in half.chunks for token in range(chunk.start, chunk.end)]
+                for half in (first, second, plan)
+            ]
+            assert cells[0] + cells[1] == cells[2]
+
+
+def test_a_lost_device_ends_the_engine_and_a_bug_the_step() -> None:
+    driver = EngineDriver(TINY_MODEL, kv_memory_mib=4)
+    errors: list[Exception] = [ValueError("a bug")]
+    plant(driver.engine, lambda plan, layer: errors.pop() if errors else None)
+    driver.add("first", [5, 6, 7], PARAMS[0])
+    driver.run()
+    assert isinstance(driver.failures["first"], InternalError)
+
+    errors.append(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    driver.add("second", [5, 6, 7], PARAMS[0])
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        driver.run()
+    assert not [event for _, event in driver.emissions if isinstance(event, NewToken | Failed)][1:]
+
+
+def test_which_errors_are_which() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError())
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_lost(torch.AcceleratorError("CUDA error: out of memory"), "cpu")
+    assert not is_lost(RuntimeError("shapes do not match"), "cpu")
+    wrapped = RuntimeError("cannot load")
+    wrapped.__cause__ = torch.AcceleratorError("CUDA error: unspecified launch failure")
+    assert is_lost(wrapped, "cpu")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), ValueError("bug")])
+def test_any_error_is_the_devices_end_when_it_answers_no_more(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not is_lost(error, "cuda")
+
+    def gone() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    assert is_lost(error, "cuda")
+    engine = Engine(parse_config({"engine": {"kv_memory_mib": 4}}), print)
+    engine.require_device()
+    engine._device = "cuda"
+    with pytest.raises(DeviceLost):
+        engine.require_device()
