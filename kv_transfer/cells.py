@@ -8,7 +8,9 @@ the engine's for the cores.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from kv_transfer.checksum import crc32
 from kv_transfer.layout import blocks_of
 from kv_transfer.runs import Planes, Runs
+from tandem.errors import TransferFailed
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +40,16 @@ class Cells:
     def pieces(self) -> Runs:
         """The payload where it lies; on cpu that is the pool itself, so it must be used before that changes."""
         if self.pool.device.type != "cpu":
-            return Runs.of(_bytes_of(self.gather_slots().cpu()))
+            with device_memory():
+                return Runs.of(_bytes_of(to_host(self.gather_slots())))
         return self._places()
 
     def scatter(self, payload: bytes | memoryview) -> int:
         """Writes a payload into the pool; returns its crc32 when the pool's device has it."""
         if self.pool.device.type != "cpu":
-            self.scatter_slots(payload)
-            torch.cuda.current_stream(self.pool.device).synchronize()
+            with device_memory():
+                self.scatter_slots(payload)
+                torch.cuda.current_stream(self.pool.device).synchronize()
             return crc32(payload)
         return self.copy_from(Runs.of(payload))
 
@@ -58,9 +63,8 @@ class Cells:
 
     def scatter_slots(self, payload: bytes | memoryview) -> None:
         """Writes a payload into a pool on any device: one copy to the device, one kernel."""
-        # A tensor over read-only bytes is not allowed, hence the host copy.
-        staged = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy()).view(self.pool.dtype)
-        self.write_slots(staged.view(len(self.layers), 2, len(self.tokens), -1).to(self.pool.device))
+        staged = to_device(np.frombuffer(payload, dtype=np.uint8), self.pool.device).view(self.pool.dtype)
+        self.write_slots(staged.view(len(self.layers), 2, len(self.tokens), -1))
 
     def write_slots(self, values: Tensor) -> None:
         """Writes values [layers, 2, tokens, K * D] of the pool's dtype and device into it: one kernel."""
@@ -88,7 +92,35 @@ class Cells:
     def _slots(self) -> Tensor:
         spans = slot_spans(self.blocks, self.tokens, self.pool.shape[3])
         slots = np.concatenate([np.arange(slot, slot + count) for slot, count in spans])
-        return torch.from_numpy(slots).to(self.pool.device)
+        return to_device(slots, self.pool.device)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Contiguous. From a GPU by way of pinned memory, ten times as fast as without; waits for the copy."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu().contiguous()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """To a GPU by way of pinned memory, which torch keeps until the copy is over; nobody waits."""
+    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    host = torch.empty(array.shape, dtype=dtype, pin_memory=device.type == "cuda")
+    host.numpy()[...] = array
+    return host.to(device, non_blocking=True)
+
+
+@contextmanager
+def device_memory() -> Iterator[None]:
+    """Around what needs memory on the pool's device beside the pool. Raises TransferFailed when there is none."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        raise TransferFailed("the device of the KV pool has no memory left for a KV frame") from None
 
 
 def slot_spans(blocks: Sequence[int], tokens: range, block_size: int) -> Iterator[tuple[int, int]]:

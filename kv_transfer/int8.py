@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kv_transfer.cells import Cells, slot_spans
+from kv_transfer.cells import Cells, device_memory, slot_spans, to_device, to_host
 from kv_transfer.checksum import crc32
 from kv_transfer.layout import KVLayout, blocks_of
 from kv_transfer.runs import Runs
@@ -62,8 +62,10 @@ class Int8:
 
     def pieces(self, cells: Cells) -> Runs:
         """See WireDtype."""
-        quantize = self.quantize_on_host if cells.pool.device.type == "cpu" else self.quantize_on_device
-        return Runs.of(*quantize(cells))
+        if cells.pool.device.type == "cpu":
+            return Runs.of(*self.quantize_on_host(cells))
+        with device_memory():
+            return Runs.of(*self.quantize_on_device(cells))
 
     def scatter(self, cells: Cells, payload: bytes | memoryview, checksum: int) -> bool:
         """See WireDtype."""
@@ -73,8 +75,9 @@ class Int8:
         if cells.pool.device.type == "cpu":
             self.write_on_host(cells, scales, values)
         else:
-            self.write_on_device(cells, scales, values)
-            torch.cuda.current_stream(cells.pool.device).synchronize()
+            with device_memory():
+                self.write_on_device(cells, scales, values)
+                torch.cuda.current_stream(cells.pool.device).synchronize()
         return True
 
     # Cpu.
@@ -126,17 +129,16 @@ class Int8:
         numbers = torch.zeros((len(layers), 2, shares * size, self._width), device=pool.device)
         numbers[:, :, within] = cells.gather_slots().float()
         by_head = numbers.view(len(layers), 2, shares, size, self._layout.num_kv_heads, -1)
-        scales = self._scales(by_head.abs().amax(dim=(3, 5)).cpu().numpy())
-        by_head /= torch.from_numpy(scales).to(pool.device)[:, :, :, None, :, None]
-        return scales, numbers[:, :, within].round().to(torch.int8).cpu().numpy()
+        scales = self._scales(to_host(by_head.abs().amax(dim=(3, 5))).numpy())
+        by_head /= to_device(scales, pool.device)[:, :, :, None, :, None]
+        return scales, to_host(numbers[:, :, within].round().to(torch.int8)).numpy()
 
     def write_on_device(self, cells: Cells, scales: _Floats, values: _Values) -> None:
         """As write_on_host, for a pool on any device."""
         size, device = self._layout.block_size, cells.pool.device
-        share_of = torch.arange(len(cells.tokens)).add_(cells.tokens.start % size) // size
-        wide = torch.from_numpy(self._wide(scales)).to(device)[:, :, share_of.to(device)]
-        # A tensor over read-only bytes is not allowed, hence the host copy.
-        numbers = torch.from_numpy(values.copy()).to(device) * wide
+        share_of = torch.arange(len(cells.tokens), device=device).add_(cells.tokens.start % size) // size
+        wide = to_device(self._wide(scales), device)[:, :, share_of]
+        numbers = to_device(values, device) * wide
         cells.write_slots(numbers.to(cells.pool.dtype))
 
     # Both.
