@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from tandem.config import TandemConfig
 from tandem.engine import attention
 from tandem.engine.batch import AttentionOptions
+from tandem.engine.checkpoint import load_whole
 from tandem.engine.kv_cache import LAYOUT_VERSION
 from tandem.errors import ConfigError, ModelRefused, TandemError
 from tandem.hub import source_of
@@ -70,10 +71,8 @@ def _instantiate(config: TandemConfig, source: str, model_config: Any) -> nn.Mod
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention.NAME)
     else:
-        # safetensors only: a pickled checkpoint could run code.
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True
-        )
+        with _refusing(config, model_config):
+            model = load_whole(source, dtype=dtype, attn_implementation=attention.NAME)
     # A dummy was made on its device.
     loaded: nn.Module = model if config.model.load_format == "dummy" else model.to(device)
     return loaded
