@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 # Shapes that the CPU kernels take: whole blocks of 64 outputs.
 _COMMON: dict[str, Any] = {
@@ -64,16 +64,25 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def save_model(architecture: str, folder: Path, seed: int = 0) -> Path:
-    """Writes config.json and model.safetensors of a random model; returns the folder.
+    """Writes config.json and model.safetensors of a random model; returns the folder."""
+    return save_random(AutoConfig.for_model(architecture, **ARCHITECTURES[architecture]), folder, seed)
+
+
+def save_random(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Path:
+    """The same of any configuration.
 
     Weights are larger than usual (0.1, not 0.02), so that random models have clear favourites and attention matters.
+    What begins as zeros or ones (biases, norms, a router's correction) is moved a little, so that it matters too.
     """
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "norm" not in name:
-                parameter.normal_(0.0, 0.1)
+        for name, weight in model.state_dict().items():
+            if not weight.is_floating_point():
+                continue
+            if weight.ndim > 1 and "norm" not in name:
+                weight.normal_(0.0, 0.1)
+            else:
+                weight.add_(torch.randn_like(weight) * 0.1)
     model.save_pretrained(folder)
     return folder
