@@ -68,10 +68,11 @@ def save_model(architecture: str, folder: Path, seed: int = 0) -> Path:
     return save_random(AutoConfig.for_model(architecture, **ARCHITECTURES[architecture]), folder, seed)
 
 
-def save_random(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Path:
+def save_random(config: PreTrainedConfig, folder: Path, seed: int = 0, size: float = 0.1) -> Path:
     """The same of any configuration.
 
-    Weights are larger than usual (0.1, not 0.02), so that random models have clear favourites and attention matters.
+    Weights are larger than usual (size is 0.1, not 0.02), so that random models have clear favourites and attention
+    matters. Embeddings are of 0.1 always: where they are scaled and tied, layers must be heard beside them.
     What begins as zeros or ones (biases, norms, a router's correction) is moved a little, so that it matters too.
     """
     torch.manual_seed(seed)
@@ -81,8 +82,10 @@ def save_random(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Path:
             if not weight.is_floating_point():
                 continue
             if weight.ndim > 1 and "norm" not in name:
-                weight.normal_(0.0, 0.1)
+                weight.normal_(0.0, 0.1 if "embed" in name or "wte" in name else size)
             else:
                 weight.add_(torch.randn_like(weight) * 0.1)
     model.save_pretrained(folder)
+    # Where the model is a part, it saves the part's.
+    config.save_pretrained(folder)
     return folder

@@ -28,7 +28,9 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("shared_experts_intermediate_size", "moe_shared_expert_intermediate_size"), 64),
     "shared_intermediate_size": 64,
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), LAYERS),
-    **dict.fromkeys(("encoder_layers", "num_decoder_layers", "num_encoder_layers", "depth", "num_global_layers"), 2),
+    # transformers counts caches by the encoder's.
+    **dict.fromkeys(("encoder_layers", "num_decoder_layers", "num_encoder_layers"), LAYERS),
+    **dict.fromkeys(("depth", "num_global_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
     **dict.fromkeys(("attention_heads", "swa_num_attention_heads"), 4),
@@ -70,6 +72,9 @@ _ENCODERS: dict[str, Any] = {
     "out_hidden_size": 64,
     "num_position_embeddings": 16,
     "output_channels": 16,
+    "adapter_in_dim": 64,
+    "adapter_input_size": 64,
+    "adapter_out_dim": 64,
     "ext_pw_out_channel": 16,
     "depthwise_separable_out_channel": 16,
     "nemo_conv_channels": 16,
@@ -86,19 +91,26 @@ _OWN: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {"num_key_value_heads": 4, "head_dim": 32, **_ALIKE},
     "dots3_note_text": {"num_key_value_heads": 4, "head_dim": 32, **_ALIKE},
-    "falcon_h1": {"mamba_d_ssm": 128},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_expand": 2},
     "gemma3n": {"num_kv_shared_layers": 0},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _ALIKE),
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "helium": {"head_dim": 16},
+    "xmod": {"default_language": "en_XX"},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "qwen4_exp": {**_INDEXER, "indexer_compress_ratio": 4},
     "qwen4_exp_text": {**_INDEXER, "indexer_compress_ratio": 4},
     "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32]},
     "xlnet": {"d_head": 16},
+    "zamba2": {"n_mamba_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -149,8 +161,10 @@ def _smaller(default: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
         for name, value in default.items()
         if name in table and (value or name in _ALWAYS)
     }
-    if "qk_rope_head_dim" in small:
-        small.pop("head_dim", None)  # another name of it there
+    if "head_dim" in small and "qk_rope_head_dim" in small:
+        small["head_dim"] = small["qk_rope_head_dim"]  # another name of it there
+    if "kv_lora_rank" in small and "num_key_value_heads" in small:
+        small["num_key_value_heads"] = small["num_attention_heads"]
     for name, value in default.items():
         if isinstance(value, dict) and "model_type" in value:
             small[name] = _smaller(value, table if name in _TEXT_PARTS else {**table, **_ENCODERS})

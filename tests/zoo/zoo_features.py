@@ -94,6 +94,8 @@ def _switches(fields: Fields) -> Iterator[Feature]:
 
 def _heads(fields: Fields) -> Iterator[Feature]:
     heads, kv_heads = "num_attention_heads", "num_key_value_heads"
+    if "kv_lora_rank" in fields:
+        return
     if heads in fields and kv_heads in fields:
         yield "MHA", {kv_heads: fields[heads]}
         yield "MQA", {kv_heads: 1}
@@ -138,6 +140,8 @@ def _layers(fields: Fields) -> Iterator[Feature]:
             yield f"{name}: {kind}", {name: _cycle(kind)}
     if fields.get("layer_types") and "full_attention" not in fields["layer_types"]:
         yield "layer_types: full_attention", {"layer_types": _cycle("full_attention")}
+    if "conv_L_cache" in fields and "conv" not in fields["layer_types"]:
+        yield "layer_types: conv", {"layer_types": _cycle("conv", "full_attention")}
     if "no_rope_layers" in fields:
         yield "no_rope_layers: 2 of 4", {"no_rope_layers": [0, 1] * (LAYERS // 2)}
     if "mlp_only_layers" in fields:

@@ -13,20 +13,21 @@ from engine_driver import EngineDriver
 from model_zoo import save_random
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
-from zoo_configs import VOCABULARY, tiny
+from zoo_configs import POSITIONS, VOCABULARY, tiny
 
 from tandem.errors import TandemError
 from tandem.types import SamplingParams, Token
 
 LENGTHS = (1, 7, 33, 90, 300)
-OUTPUT = 12
+OUTPUT = 8
 ONE_CHUNK, MANY_CHUNKS = 512, 24
 # Of log probabilities: float32 in another order gives 1e-5, another computation 1e-2 and more.
 _TOLERANCE = 1e-3
 _BLOCK = 16
 # Fewer different tokens in all answers would be no evidence.
 _LEAST_VARIETY = 6
-_SEEDS = range(4)
+# Of weights: larger ones where smaller ones make a model that repeats itself.
+_SIZES = (0.1, 0.2, 0.4, 0.8)
 
 
 class Outcome(StrEnum):
@@ -62,24 +63,25 @@ class Answer:
 
 def tried(architecture: str, changes: dict[str, Any], folder: Path) -> Verdict:
     """Makes models in `folder`, which is empty, until one has something to say."""
-    for seed in _SEEDS:
-        verdict = _tried_once(architecture, changes, folder / str(seed), seed)
+    for seed, size in enumerate(_SIZES):
+        verdict = _tried_once(architecture, changes, folder / str(seed), seed, size)
         if verdict.outcome is not Outcome.DULL:
             break
     return verdict
 
 
-def _tried_once(architecture: str, changes: dict[str, Any], folder: Path, seed: int) -> Verdict:
+def _tried_once(architecture: str, changes: dict[str, Any], folder: Path, seed: int, size: float) -> Verdict:
     try:
-        save_random(tiny(architecture, **changes), folder, seed)
+        save_random(tiny(architecture, **changes), folder, seed, size)
     except Exception as error:  # whatever transformers says of a configuration that makes no model
         return Verdict(Outcome.NO_MODEL, _line(error))
     try:
         whole, chunked = (EngineDriver(folder, max_step_tokens=chunk, threads=1) for chunk in (ONE_CHUNK, MANY_CHUNKS))
-    except TandemError as error:
-        return _refusal(error)
     except Exception as error:
-        return Verdict(Outcome.CRASHED, f"{type(error).__name__}: {_line(error)}")
+        # What is refused should be a model that would work, at least as it is.
+        verdict = _refusal(error)
+        broken = _breaks(folder) if verdict.outcome is Outcome.CRASHED or not changes else ""
+        return Verdict(Outcome.NO_MODEL, broken) if broken else verdict
     prompts = _prompts(whole.engine.info.max_model_len, min(VOCABULARY, whole.engine.info.vocab_size))
     try:
         wanted = _generated(folder, prompts)
@@ -114,14 +116,25 @@ def _difference(got: Answer, want: Answer) -> str:
     return ""
 
 
-def _refusal(error: TandemError) -> Verdict:
+def _refusal(error: Exception) -> Verdict:
     """Refused in Tandem's words; another exception's words are no reason but a crash in disguise."""
-    cause = error.__cause__
+    if not isinstance(error, TandemError):
+        return Verdict(Outcome.CRASHED, f"{type(error).__name__}: {_line(error)}")
+    cause: BaseException | None = error
     while isinstance(cause, TandemError):
         cause = cause.__cause__
     if cause is not None:
         return Verdict(Outcome.CRASHED, f"told as a refusal: {type(cause).__name__}: {_line(cause)}")
-    return Verdict(Outcome.REFUSED, _line(error))
+    return Verdict(Outcome.REFUSED, _line(error).rpartition(" is refused: ")[2])
+
+
+def _breaks(folder: Path) -> str:
+    """What transformers says where it cannot generate with the model."""
+    try:
+        _generated(folder, _prompts(POSITIONS, VOCABULARY)[1:2])
+    except Exception as error:
+        return _line(error)
+    return ""
 
 
 @cache
