@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tandem.entry import starting
+from tandem.entry import keep_torch_out, starting
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--http-port", type=int, help="of the HTTP door, 0: any, -1: none; overrides router.http_port")
     parser.add_argument("--model", help="directory or hub id of the served model; overrides model.path")
     options = parser.parse_args(arguments)
+    keep_torch_out()
     with starting():
         from router.app import run
         from tandem import logs

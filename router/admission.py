@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from tokenizers import Tokenizer
-
 from router.prefix_index import name_blocks
-from router.tokenizer import Encoder
+from router.tokenizer import Tokenizer
 from tandem.config import RouterConfig
 from tandem.errors import InvalidRequest, ModelNotFound, Overloaded
 from tandem.types import (
@@ -134,13 +132,9 @@ class Gate:
 class Admission:
     def __init__(self, tokenizer: Tokenizer | None, served: Callable[[], ModelInfo], max_message_bytes: int) -> None:
         """max_message_bytes: of an answer."""
-        self.encoder = None if tokenizer is None else Encoder(tokenizer)
+        self.tokenizer = tokenizer
         self._served = served
         self._max_message_bytes = max_message_bytes
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        return None if self.encoder is None else self.encoder.tokenizer
 
     async def admit(self, request: generation_pb2.GenerateRequest) -> Admitted:
         """Raises InvalidRequest naming the field and its limit, ModelNotFound, or Unavailable."""
@@ -150,7 +144,7 @@ class Admission:
         stop = self._stop_strings(request)
         sampling = sampling_from_wire(request.sampling) if request.HasField("sampling") else SamplingParams()
         model = self._model(request.model)
-        _check_token_maps(sampling, model.vocab_size)
+        _check_token_maps(sampling, model)
         prompt_ids = await self._prompt_ids(request, model)
         _check_length(len(prompt_ids), sampling.max_tokens, model.max_model_len)
         return Admitted(
@@ -223,14 +217,14 @@ class Admission:
         return ids
 
     async def _encode(self, data: bytes, limit: int) -> tuple[int, ...]:
-        if self.encoder is None:
+        if self.tokenizer is None:
             raise InvalidRequest("the model has no tokenizer: the prompt must be token ids", field="prompt")
         try:
             text = data.decode()
         except UnicodeDecodeError as error:
             raise InvalidRequest(f"the prompt is not valid UTF-8 at byte {error.start}", field="prompt") from None
         _require(bool(text), "prompt", "the prompt is empty")
-        return await self.encoder.encode(text, limit)
+        return await self.tokenizer.encode(text, limit)
 
 
 def _require(ok: bool, field: str, message: str) -> None:
@@ -245,10 +239,14 @@ def _check_labels(request: generation_pb2.GenerateRequest | generation_pb2.Embed
         _require(length <= MAX_LABEL_CHARS, name, limit)
 
 
-def _check_token_maps(sampling: SamplingParams, vocab_size: int) -> None:
+def _check_token_maps(sampling: SamplingParams, model: ModelInfo) -> None:
+    vocab_size = model.vocab_size
     for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
         largest = max(ids, default=0)
         _require(largest < vocab_size, name, f"{name} must hold token ids below {vocab_size}, not {largest}")
+    ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else model.eos_token_ids)}
+    words = f"min_tokens must be 0 where stop_token_ids hold all {vocab_size} tokens: none would be left"
+    _require(not sampling.min_tokens or len(ends) < vocab_size, "min_tokens", words)
 
 
 def _check_vectors(count: int, width: int, limit: int) -> None:

@@ -15,11 +15,12 @@ from router.generation import GenerationService
 from router.join import JoinService
 from router.orchestrator import Orchestrator
 from router.registry import Registry
-from router.tokenizer import load_tokenizer
+from router.tokenizer import Tokenizer
 from tandem import rpc
 from tandem.addresses import check_listening, join_address, loopback_beside
 from tandem.config import TandemConfig
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, ModelRefused
+from tandem.tokenizer import load_tokenizer
 from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2, registry_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -38,10 +39,10 @@ HANG_UP_S = 0.5
 
 
 def run(config: TandemConfig) -> int:
-    """The process's exit code: 0 after a signal, 2 when the configuration is wrong or the port is taken."""
+    """The exit code: 0 after a signal, 2 when the configuration is wrong, the port is taken or the model refused."""
     try:
         asyncio.run(_serve_until_signal(config))
-    except ConfigError as error:
+    except (ConfigError, ModelRefused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -61,7 +62,7 @@ def _on_ready(address: str) -> None:
 
 
 async def serve(config: TandemConfig, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
-    """Serves until `stop` is set. ready gets host:port once the router answers. Raises ConfigError."""
+    """Serves until `stop` is set. ready gets host:port once the router answers. Raises ConfigError or ModelRefused."""
     async with open_router(config) as address:
         ready(address)
         await stop.wait()
@@ -70,11 +71,16 @@ async def serve(config: TandemConfig, stop: asyncio.Event, ready: Callable[[str]
 
 @asynccontextmanager
 async def open_router(config: TandemConfig) -> AsyncIterator[str]:
-    """A serving router; yields its host:port, and stops gracefully on the way out. Raises ConfigError."""
+    """A serving router; yields its host:port, and stops gracefully on the way out.
+
+    Raises ConfigError, or ModelRefused for a tokenizer that would not be served exactly.
+    """
     host, loopback = config.router.host, loopback_beside(config.router.host)
     check_listening("router", host, config.router.port)  # before a tokenizer is fetched
     registry = Registry(config.router, config.model.served_name)
-    admission = Admission(load_tokenizer(config.model), registry.served, config.router.max_message_bytes)
+    loaded = load_tokenizer(config.model)
+    tokenizer = None if loaded is None else Tokenizer(loaded)
+    admission = Admission(tokenizer, registry.served, config.router.max_message_bytes)
     orchestrator = Orchestrator(config.router, registry, admission)
     hosts = [host] if loopback is None else [host, loopback]
     async with _http_door(config, hosts, orchestrator, registry, admission) as http_port:
@@ -112,4 +118,4 @@ def _http_door(
             "or say router.http_port: -1 (no such door)"
         )
         raise ConfigError(words, field="router.http_port") from None
-    return open_door(config, hosts, orchestrator, registry, admission.encoder)
+    return open_door(config, hosts, orchestrator, registry, admission.tokenizer)

@@ -13,10 +13,12 @@ from router.admission import Admission, Admitted, Gate, answers_of, deadline_s
 from router.aio import first_error
 from router.attempt import Brief
 from router.choice import Choice, Emit, OnRetry
+from router.cleanup import CleanUp
 from router.detokenizer import Detokenizer
 from router.embedding import EmbedJob
 from router.output import ChoiceOutput
 from router.registry import Registry
+from router.tokenizer import Tokenizer
 from tandem import errors, logs
 from tandem.config import RouterConfig
 from tandem.timeline import Phase, Timeline
@@ -186,10 +188,7 @@ class Orchestrator:
         request = admitted.choice(index)
         marks = replace(timeline, marks=dict(timeline.marks))
         brief = Brief(index, request, admitted.block_names, deadline, marks, self._config.transport)
-        tokenizer = self._admission.tokenizer
-        detokenizer = tokenizer and Detokenizer(tokenizer, admitted.prompt_ids, admitted.keep_special_tokens)
-        spelled = frozenset(admitted.model.eos_token_ids) if admitted.keep_special_tokens else frozenset()
-        output = ChoiceOutput(detokenizer, admitted.stop, admitted.sampling.min_tokens, spelled)
+        output = _output(admitted, self._admission.tokenizer)
         return Choice(brief, output, self._registry, emit, on_retry)
 
     @asynccontextmanager
@@ -216,6 +215,21 @@ class Orchestrator:
             del self._live[live.request_id]
             if not self._live:
                 self._idle.set()
+
+
+def _output(admitted: Admitted, tokenizer: Tokenizer | None) -> ChoiceOutput:
+    stop, min_tokens = admitted.stop, admitted.sampling.min_tokens
+    if tokenizer is None:
+        return ChoiceOutput(None, stop, min_tokens)
+    keep = admitted.keep_special_tokens
+    return ChoiceOutput(
+        Detokenizer(tokenizer, admitted.prompt_ids, keep),
+        stop,
+        min_tokens,
+        spelled_stop_ids=frozenset(admitted.model.eos_token_ids) if keep else frozenset(),
+        unspelled={} if keep or not stop else tokenizer.special_tokens,
+        clean_up=CleanUp(tokenizer.loaded.clean_up_tokenization) if tokenizer.cleans_up else None,
+    )
 
 
 def _tell(error: BaseException, adapter: logging.LoggerAdapter[logging.Logger]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from router.cleanup import CleanUp
 from router.detokenizer import Detokenizer
 from router.stop_strings import StopStrings
 from tandem.types import FinishReason, Token
@@ -30,10 +31,15 @@ class ChoiceOutput:
         stop: Sequence[str],
         min_tokens: int,
         spelled_stop_ids: frozenset[int] = frozenset(),
+        unspelled: Mapping[str, int] | None = None,
+        clean_up: CleanUp | None = None,
     ) -> None:
-        """spelled_stop_ids: tokens whose text is emitted although they end the choice."""
+        """spelled_stop_ids: tokens whose text is emitted although they end the choice. unspelled: ids by text, of
+        tokens whose text is not emitted; stop strings may have it.
+        """
         self._detokenizer = detokenizer
-        self._stops = StopStrings(stop)
+        self._clean_up = clean_up
+        self._stops = StopStrings(stop, unspelled)
         self._min_tokens = min_tokens
         self._spelled_stop_ids = spelled_stop_ids
         self.tokens = 0
@@ -56,12 +62,24 @@ class ChoiceOutput:
                     self.reason = FinishReason.STOP
                     return tuple(tokens), text
             if step.finish_reason is not None:
-                self.reason = step.finish_reason
-                text += self._stops.flush()
+                text += self._rest()
+                self.reason = step.finish_reason if self.stop is None else FinishReason.STOP
         return tuple(tokens), text
 
     def _spell(self, token_id: int, ends: bool) -> str:
         self.tokens += 1
         if self._detokenizer is None or (ends and token_id not in self._spelled_stop_ids):
             return ""
-        return self._stops.push(self._detokenizer.push(token_id), armed=self.tokens > self._min_tokens)
+        piece = self._detokenizer.push(token_id) + self._stops.marks.get(token_id, "")
+        return self._stopped(piece if self._clean_up is None else self._clean_up.push(piece))
+
+    def _rest(self) -> str:
+        """What was held back: half a character, what might have been cleaned up, and what began a stop string."""
+        piece = "" if self._detokenizer is None else self._detokenizer.flush()
+        if self._clean_up is not None:
+            piece = self._clean_up.push(piece) + self._clean_up.flush()
+        text = self._stopped(piece)
+        return text if self.stop is not None else text + self._stops.flush()
+
+    def _stopped(self, piece: str) -> str:
+        return self._stops.push(piece, armed=self.tokens > self._min_tokens)

@@ -1,55 +1,48 @@
-"""The served model's tokenizer, for text prompts and text answers. A model without one is served by token ids."""
+"""The served model's tokenizer as the router uses it: prompts to token ids, token ids to text."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
 
-from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
-
-from tandem.config import ModelConfig
-from tandem.errors import ConfigError, InvalidRequest
-from tandem.hub import source_of
-
-log = logging.getLogger(__name__)
+from tandem.errors import InvalidRequest
 
 # Encoding runs at about a million characters a second: longer texts would hold the event loop for over 10 ms.
 INLINE_CHARS = 10_000
 
 
-def load_tokenizer(model: ModelConfig) -> Tokenizer | None:
-    """None when the model has no tokenizer. Raises ConfigError for a model that is not there, or cannot be read."""
-    source = source_of(model.path)
-    directory = Path(source)
-    if not directory.is_dir():
-        return _from_hub(source)
-    file = directory / "tokenizer.json"
-    if not file.exists():
-        log.warning("no tokenizer.json in %s: prompts must be token ids, and answers carry no text", directory)
-        return None
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more precise
-        raise ConfigError(f"cannot read {file}: {error}", field="model.path") from None
+class Tokenizer:
+    """transformers' tokenizer, whose own code encodes and renders; a token is decoded without that code's detours."""
 
+    def __init__(self, loaded: Any) -> None:
+        """loaded: what tandem.tokenizer.load_tokenizer returns, not None."""
+        from transformers import PreTrainedTokenizerFast
 
-def _from_hub(name: str) -> Tokenizer | None:
-    try:
-        return Tokenizer.from_pretrained(name)
-    except Exception as error:  # the library raises nothing more precise
-        log.warning("no tokenizer of %s: prompts must be token ids, and answers carry no text (%s)", name, error)
-        return None
+        self.loaded = loaded
+        # tokenizers.Tokenizer; transformers sets it up anew for a first encoding (what tokenizer.json says of
+        # truncation and padding does not hold), and leaves it alone after that.
+        self.backend = loaded.backend_tokenizer
+        loaded("")
+        self._most_bytes = most_bytes_of_a_token(self.backend)
+        kind = type(loaded)
+        # A class with an encoding of its own may change the backend while it works, so it does one text at a time.
+        self._turn = nullcontext() if kind._encode_plus is PreTrainedTokenizerFast._encode_plus else asyncio.Lock()
+        stock = (kind.decode, kind._decode) == (PreTrainedTokenizerFast.decode, PreTrainedTokenizerFast._decode)
+        self._decode = self.backend.decode if stock else self._decode_by_class
+        model = type(self.backend.model).__name__
+        forced = loaded.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+        # Whether transformers takes blanks out of what it decoded, as in " ." and " n't".
+        self.cleans_up = bool(loaded.clean_up_tokenization_spaces) and (model != "BPE" or bool(forced))
 
-
-class Encoder:
-    """Text to token ids, unless it is longer than any prompt can be: that is known before it is looked at."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._most_bytes = most_bytes_of_a_token(tokenizer)
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids by text, of tokens that are no text of an answer."""
+        found = self.loaded.added_tokens_decoder
+        return {token.content: token_id for token_id, token in found.items() if token.special}
 
     async def encode(self, text: str, limit: int, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids, with the special tokens that the model expects around a prompt, unless the text has them.
@@ -57,27 +50,51 @@ class Encoder:
         limit: tokens, of the model. Raises InvalidRequest for a text that must have more; one that merely has more is
         the caller's to refuse.
         """
-        if len(text) <= INLINE_CHARS:
-            return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        if self._most_bytes is not None and (size := len(text.encode())) > self._most_bytes * limit:
-            words = f"the prompt has {size} bytes, which are more tokens than the model's limit of {limit}"
-            raise InvalidRequest(words, field="prompt")
-        # The batch call releases the interpreter's lock while it works; the single one may not.
-        encode = self.tokenizer.encode_batch
-        (encoding,) = await asyncio.to_thread(encode, [text], add_special_tokens=add_special_tokens)
-        return tuple(encoding.ids)
+        if len(text) > INLINE_CHARS and self._most_bytes is not None:
+            size = len(text.encode())
+            if size > self._most_bytes * limit:
+                words = f"the prompt has {size} bytes, which are more tokens than the model's limit of {limit}"
+                raise InvalidRequest(words, field="prompt")
+        async with self._turn:
+            if len(text) <= INLINE_CHARS:
+                return self._encode(text, add_special_tokens)
+            # The library releases the interpreter's lock while it works.
+            return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        try:
+            found = self.loaded(
+                text,
+                add_special_tokens=add_special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+        except ValueError as error:  # of a class with rules of its own
+            raise InvalidRequest(f"the model's tokenizer does not take this text: {error}", field="prompt") from None
+        return tuple(found["input_ids"])
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Without any cleaning up, which is not for parts of a text."""
+        return str(self._decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def _decode_by_class(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        found = self.loaded.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        return str(found)
 
 
 # Of the steps that cut a text into pieces, those that leave all of it there.
 _KEEPING = {"Digits", "ByteLevel"}
 
 
-def most_bytes_of_a_token(tokenizer: Tokenizer) -> int | None:
-    """No token stands for more bytes of text; None where that is not known.
+def most_bytes_of_a_token(tokenizer: Any) -> int | None:
+    """No token stands for more bytes of text; None where that is not known. tokenizer: a tokenizers.Tokenizer.
 
     It is of byte-level BPE that changes nothing before it cuts, knows every byte, and has no added token that swallows
     the blanks around it: there each byte of the text is in exactly one token.
     """
+    from tokenizers.pre_tokenizers import ByteLevel
+
     state = json.loads(tokenizer.to_str())
     model, cutting = state["model"], state["pre_tokenizer"] or {}
     steps = cutting["pretokenizers"] if cutting.get("type") == "Sequence" else [cutting]

@@ -91,13 +91,13 @@ class SamplingParams:
     max_tokens: int = 128
     # Stop conditions are ignored for this many tokens.
     min_tokens: int = 0
-    # 0 is greedy; otherwise logits are divided by it.
+    # 0 is greedy, and so is what is below 1e-30; otherwise logits are divided by it.
     temperature: float = 0.0
     # Keep the k most probable tokens; 0 keeps all.
     top_k: int = 0
     # Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
     top_p: float = 1.0
-    # Keep tokens at least this share as probable as the best one; 0 keeps all.
+    # Keep, of what top_k and top_p leave, tokens at least this share as probable as the best one; 0 keeps all.
     min_p: float = 0.0
     # Divides positive (multiplies negative) logits of tokens seen in prompt or output; 1 is off.
     repetition_penalty: float = 1.0
@@ -105,7 +105,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     # Subtracted from the logits of tokens seen in the output, once per occurrence.
     frequency_penalty: float = 0.0
-    # Added to the logits of these token ids.
+    # Added to the logits of these token ids, before the penalties.
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     # Randomness is a function of (seed, position) only; None lets the router draw a seed.
     seed: int | None = None

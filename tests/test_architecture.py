@@ -21,7 +21,15 @@ VALUES = frozenset(
     {"tandem.types", "tandem.errors", "tandem.config", "tandem.timeline", "tandem.prefix", "tandem.addresses"}
 )
 # Values and the wire: what every process shares.
-SHARED = VALUES | {"tandem.entry", "tandem.hub", "tandem.logs", "tandem.rpc", "tandem.wire", "tandem.v1"}
+SHARED = VALUES | {
+    "tandem.entry",
+    "tandem.hub",
+    "tandem.logs",
+    "tandem.rpc",
+    "tandem.tokenizer",
+    "tandem.wire",
+    "tandem.v1",
+}
 WORKER = SHARED | {"tandem.engine", "tandem.worker", "kv_transfer"}
 
 
@@ -47,16 +55,17 @@ ROOMS = {
     "tandem.config": Room(VALUES, HEAVY | WEB),
     "tandem.entry": Room(frozenset(), HEAVY | WEB),
     "tandem.hub": Room(VALUES, HEAVY | WEB),
+    "tandem.tokenizer": Room(VALUES | {"tandem.hub"}, HEAVY - {"transformers"} | WEB),
     "tandem.logs": Room(frozenset(), HEAVY | WEB),
     "tandem.rpc": Room(SHARED, HEAVY),
     "tandem.wire": Room(SHARED, HEAVY),
     "tandem.v1": Room(frozenset(), HEAVY),
     "tandem.client": Room(SHARED, HEAVY),
-    "tandem.engine": Room(VALUES | {"tandem.hub"}, WEB | {"ray"}),
+    "tandem.engine": Room(VALUES | {"tandem.hub", "tandem.tokenizer"}, WEB | {"ray"}),
     "tandem.worker": Room(SHARED | {"tandem", "tandem.engine"}, frozenset({"ray"})),
     "tandem.cli": Room(EVERYTHING),
     "tandem.launch": Room(EVERYTHING),
-    "router": Room(SHARED | {"tandem"}, HEAVY),
+    "router": Room(SHARED | {"tandem"}, HEAVY - {"transformers"}),
     "prefill_worker": Room(WORKER, frozenset({"ray"})),
     "decode_worker": Room(WORKER, frozenset({"ray"})),
     "kv_transfer": Room(SHARED, frozenset({"transformers"})),

@@ -21,6 +21,8 @@ SPANS: dict[str, tuple[Phase, Phase]] = {
     "ttft_ms": (Phase.RECEIVED, Phase.FIRST_TOKEN),
     "total_ms": (Phase.RECEIVED, Phase.FINISHED),
 }
+# OpenAI's, for what is as good as impossible: JSON has no infinity.
+LEAST_LOGPROB = -9999.0
 
 
 @dataclass
@@ -31,6 +33,9 @@ class Progress:
     tokens: list[Token] = field(default_factory=list)
     # Characters of token texts before the next one, for completions' text_offset.
     offset: int = 0
+    # So far; the prompt's, once it is accepted.
+    prompt_tokens: int = 0
+    output_tokens: int = 0
     # Once both pools are released.
     finished: ChoiceFinished | None = None
 
@@ -72,7 +77,7 @@ class CompletionShape:
             progress.offset += len(texts[-1])
         return {
             "tokens": texts,
-            "token_logprobs": [token.logprob for token in tokens],
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens],
             "text_offset": offsets,
         }
@@ -81,7 +86,7 @@ class CompletionShape:
         """Best first; of two tokens that are spelled alike, the likelier one."""
         found: dict[str, float] = {}
         for token_id, logprob in token.top_logprobs:
-            found.setdefault(spelled(self._spell, token_id)[0], logprob)
+            found.setdefault(spelled(self._spell, token_id)[0], max(logprob, LEAST_LOGPROB))
         return found
 
 
@@ -111,7 +116,11 @@ class ChatShape:
 
     def _entry(self, token_id: int, logprob: float | None) -> dict[str, Any]:
         text, data = spelled(self._spell, token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(data)}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
 
 
 def spelled(spell: TokenText | None, token_id: int) -> tuple[str, bytes]:
@@ -147,8 +156,14 @@ class Answer:
         choice = {"index": index, **self.shape.delta(progress, event.text, event.tokens), **_ending(event)}
         if self.token_ids:
             choice["token_ids"] = [token.id for token in event.tokens]
+        progress.output_tokens += len(event.tokens)
         progress.tokens = progress.tokens or list(event.tokens)  # a stream keeps nothing but that it has begun
         return self._object(self.shape.piece, [choice])
+
+    def usage_so_far(self, index: int) -> dict[str, int]:
+        """Of one choice in a stream."""
+        prompt, output = self.choices[index].prompt_tokens, self.choices[index].output_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
     def usage_chunk(self) -> dict[str, Any]:
         return {**self._object(self.shape.piece, []), "usage": self.usage()}

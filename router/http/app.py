@@ -23,11 +23,11 @@ from router.http.fields import ChatRequest, CompletionRequest
 from router.http.fields import Request as Fields
 from router.http.metrics import Metrics
 from router.http.probe import Probe
-from router.http.prompts import chat_request, completion_requests
+from router.http.prompts import Prompt, chat_request, completion_requests, prompts_of
 from router.http.token_text import TokenText
 from router.orchestrator import Orchestrator
 from router.registry import Registry
-from router.tokenizer import Encoder
+from router.tokenizer import Tokenizer
 from tandem.config import RouterConfig
 from tandem.errors import InvalidRequest, ModelNotFound, TandemError
 from tandem.types import ModelInfo
@@ -42,14 +42,14 @@ class OpenAIDoor:
         config: RouterConfig,
         orchestrator: Orchestrator,
         registry: Registry,
-        encoder: Encoder | None,
+        tokenizer: Tokenizer | None,
         template: ChatTemplate | None,
     ) -> None:
         self._limit = config.max_message_bytes
         self._orchestrator = orchestrator
         self._registry = registry
-        self._encoder = encoder
-        self._spell = None if encoder is None else TokenText(encoder.tokenizer)
+        self._tokenizer = tokenizer
+        self._spell = None if tokenizer is None else TokenText(tokenizer.backend)
         self._template = template
         self._probe = Probe(orchestrator)
         self._metrics = Metrics(orchestrator, registry)
@@ -78,20 +78,32 @@ class OpenAIDoor:
         body = parse(CompletionRequest, await read_body(request, self._limit))
         shape = CompletionShape(self._spell, body.logprobs is not None)
         with named_as_sent(body.names):
-            return self._exchange(body, shape, completion_requests(body))
+            prompts = prompts_of(body)
+            if body.max_tokens is None:
+                prompts = [await self._token_ids(prompt) for prompt in prompts]  # how much room is left counts
+            return self._exchange(
+                body, shape, completion_requests(body, prompts, self._model(body.model).max_model_len)
+            )
 
     async def chat(self, request: Request) -> Response:
         body = parse(ChatRequest, await read_body(request, self._limit))
         model = self._model(body.model)
-        if self._template is None or self._encoder is None:
-            lacks = "tokenizer" if self._encoder is None else "chat template"
-            raise InvalidRequest(f"model {model.name} has no {lacks}: use /v1/completions", field="messages")
+        if self._template is None or self._tokenizer is None:
+            lacks = "tokenizer" if self._tokenizer is None else "chat template"
+            words = f"model {model.name} has no {lacks} that this server can use: use /v1/completions"
+            raise InvalidRequest(words, field="messages")
         # The template writes the special tokens itself.
         text = self._template.render(body.messages)
         shape = ChatShape(self._spell, bool(body.logprobs))
         with named_as_sent(body.names):
-            prompt_ids = await self._encoder.encode(text, model.max_model_len, add_special_tokens=False)
+            prompt_ids = await self._tokenizer.encode(text, model.max_model_len, add_special_tokens=False)
             return self._exchange(body, shape, [chat_request(body, list(prompt_ids), model.max_model_len)])
+
+    async def _token_ids(self, prompt: Prompt) -> Prompt:
+        """Of a text; what is wrong with it is admission's to say."""
+        if isinstance(prompt, list) or not prompt or self._tokenizer is None:
+            return prompt
+        return list(await self._tokenizer.encode(prompt.decode(), self._registry.served().max_model_len))
 
     def _exchange(self, body: Fields, shape: Shape, requests: Sequence[generation_pb2.GenerateRequest]) -> Response:
         if body.stream_options is not None and not body.streamed:

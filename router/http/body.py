@@ -79,7 +79,9 @@ def parse(kind: type[M], data: bytes) -> M:
 
 
 def _explain(error: ValidationError) -> InvalidRequest:
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    # Of a union's members pydantic tells one after the other why each does not fit: what is no string is a list here.
+    first = found[1] if found[0]["loc"][-1:] == ("str",) and isinstance(found[0]["input"], list) else found[0]
     if first["type"] == "json_invalid":
         return _no_json(first["msg"].removeprefix("Invalid JSON: "))
     if not first["loc"]:

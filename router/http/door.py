@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -16,12 +17,12 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from router.http.app import OpenAIDoor
-from router.http.chat_template import load_chat_template
+from router.http.chat_template import chat_template_of
 from router.http.failures import refusal
 from router.http.host_check import HostCheck
 from router.orchestrator import Orchestrator
 from router.registry import Registry
-from router.tokenizer import Encoder
+from router.tokenizer import Tokenizer
 from tandem.addresses import check_listening, join_address
 from tandem.config import TandemConfig
 from tandem.errors import ConfigError
@@ -39,6 +40,8 @@ STALL_S = 30.0
 SEND_BUFFER_BYTES = 128 << 10
 # Connections beside those that have a live request: idle ones, and those whose request is still arriving.
 SPARE_CONNECTIONS = 512
+# A target in absolute form.
+_ABSOLUTE = re.compile(rb"(?i:https?)://(?P<host>[^/?#]+)(?P<path>[^#]*)(#.*)?")
 # Of a stopping door, for answers that are on their way.
 STOP_S = 1
 
@@ -49,12 +52,12 @@ async def open_door(
     hosts: Sequence[str],
     orchestrator: Orchestrator,
     registry: Registry,
-    encoder: Encoder | None,
+    tokenizer: Tokenizer | None,
 ) -> AsyncIterator[int]:
     """A serving door; yields its port. Raises ConfigError."""
-    template = load_chat_template(config.model)
+    template = None if tokenizer is None else chat_template_of(tokenizer.loaded)
     sockets = _listen(hosts, config.router.http_port)
-    door = OpenAIDoor(config.router, orchestrator, registry, encoder, template)
+    door = OpenAIDoor(config.router, orchestrator, registry, tokenizer, template)
     app = HostCheck(door.app(), config.router.http_names)
     async with _serving(app, sockets, config.router.max_live_requests):
         yield sockets[0].getsockname()[1]
@@ -136,10 +139,27 @@ class _Parser(h11.Connection):
             event = super().next_event()
             if waiting > HEADERS_BYTES and waiting - len(self.trailing_data[0]) > HEADERS_BYTES:
                 raise h11.RemoteProtocolError("headers too large", error_status_hint=431)
+            if isinstance(event, h11.Request):
+                event = _in_origin_form(event)
         except h11.RemoteProtocolError as error:
             self.refusal = _why(within_body, error)
             raise
         return event
+
+
+def _in_origin_form(request: h11.Request) -> h11.Request:
+    """A target may be a whole URL, as for a proxy; its host then counts, not that of the header (RFC 9112, 3.2.2).
+
+    Raises h11.RemoteProtocolError for another version of HTTP: one digit more and the rules are others.
+    """
+    if not request.http_version.startswith(b"1."):
+        raise h11.RemoteProtocolError("not HTTP/1", error_status_hint=505)
+    found = _ABSOLUTE.fullmatch(request.target)
+    if found is None:
+        return request
+    headers = [(b"host", found["host"]) if name == b"host" else (name, value) for name, value in request.headers]
+    path = found["path"] if found["path"].startswith(b"/") else b"/" + found["path"]
+    return h11.Request(method=request.method, target=path, headers=headers, http_version=request.http_version)
 
 
 def _why(within_body: bool, error: h11.RemoteProtocolError) -> tuple[HTTPStatus, str]:
@@ -149,6 +169,8 @@ def _why(within_body: bool, error: h11.RemoteProtocolError) -> tuple[HTTPStatus,
     if error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
         words = f"the request line and the headers have more than {HEADERS_BYTES} bytes"
         return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, words
+    if error.error_status_hint == HTTPStatus.HTTP_VERSION_NOT_SUPPORTED:
+        return HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "this server speaks HTTP/1.1 only"
     return HTTPStatus.BAD_REQUEST, "what came is not an HTTP/1.1 request that this server can read"
 
 

@@ -48,7 +48,8 @@ async def run_all(orchestrator: Orchestrator, requests: Requests, answer: Answer
                 case Completed():
                     usages[place] = event.usage
                 case Accepted():
-                    pass
+                    for progress in answer.choices[place * request.n : (place + 1) * request.n]:
+                        progress.prompt_tokens = event.prompt_tokens
 
         await orchestrator.generate(request, None, emit)
 
@@ -102,7 +103,7 @@ class Exchange(Response):
         async def take(index: int, event: Delta) -> None:
             chunk = self._answer.chunk(index, event)
             if self._body.usage_in_stream:
-                chunk["usage"] = None
+                chunk["usage"] = self._answer.usage_so_far(index) if self._body.usage_in_chunks else None
             if not self._begun:
                 self._begun = True
                 await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})

@@ -78,6 +78,8 @@ class Fields(BaseModel):
 
 class StreamOptions(Fields):
     include_usage: bool = False
+    # vLLM's: every chunk has the usage so far.
+    continuous_usage_stats: bool = False
     # Padding against those who guess tokens by the size of chunks: true asks for it, and there is none.
     include_obfuscation: Literal[False] | None = None
 
@@ -85,6 +87,11 @@ class StreamOptions(Fields):
 def _listed(value: object) -> object:
     """One string is a list of one."""
     return [value] if isinstance(value, str) else value
+
+
+def _unless_false(value: object) -> object:
+    """The other endpoint's word for none."""
+    return None if value is False else value
 
 
 def _few_biases(value: object) -> object:
@@ -155,12 +162,16 @@ class Request(Fields):
     def usage_in_stream(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def usage_in_chunks(self) -> bool:
+        return self.usage_in_stream and self.stream_options.continuous_usage_stats  # type: ignore[union-attr]
+
 
 class CompletionRequest(Request):
     # One or many, as text or as token ids: prompts.py looks into it.
     prompt: Any
     # Of each chosen token, and of so many most probable ones.
-    logprobs: int | None = None
+    logprobs: Annotated[int | None, BeforeValidator(_unless_false)] = None
 
 
 class TextPart(BaseModel):
@@ -176,6 +187,9 @@ class Message(Fields):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], FIRST]
     name: str | None = None
+    # What an assistant thought, as vLLM and others answer it: for templates that look at it.
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from router.http.fields import COMPLETION_TOKENS, MAX_PROMPTS, ChatRequest, CompletionRequest, Request, brief
@@ -30,11 +30,15 @@ _SAME = (
 Prompt = bytes | list[int]
 
 
-def completion_requests(body: CompletionRequest) -> list[generation_pb2.GenerateRequest]:
-    """Raises InvalidRequest."""
-    max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    sampling = _sampling(body, max_tokens, body.logprobs)
-    return [_message(body, sampling, prompt) for prompt in _prompts(body.prompt)]
+def completion_requests(
+    body: CompletionRequest, prompts: Sequence[Prompt], max_model_len: int
+) -> list[generation_pb2.GenerateRequest]:
+    """prompts: what prompts_of found, texts as token ids where max_tokens is not said. Raises InvalidRequest."""
+    requests = []
+    for prompt in prompts:
+        max_tokens = _room(COMPLETION_TOKENS, prompt, max_model_len) if body.max_tokens is None else body.max_tokens
+        requests.append(_message(body, _sampling(body, max_tokens, body.logprobs), prompt))
+    return requests
 
 
 def chat_request(body: ChatRequest, prompt_ids: list[int], max_model_len: int) -> generation_pb2.GenerateRequest:
@@ -44,8 +48,13 @@ def chat_request(body: ChatRequest, prompt_ids: list[int], max_model_len: int) -
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     max_tokens = _chat_tokens(body)
     if max_tokens is None:
-        max_tokens = max(1, min(CHAT_TOKENS, max_model_len - len(prompt_ids)))
+        max_tokens = _room(CHAT_TOKENS, prompt_ids, max_model_len)
     return _message(body, _sampling(body, max_tokens, logprobs), prompt_ids)
+
+
+def _room(most: int, prompt: Prompt, max_model_len: int) -> int:
+    """What the model's length leaves, at most so many tokens."""
+    return max(1, min(most, max_model_len - len(prompt)))
 
 
 def _chat_tokens(body: ChatRequest) -> int | None:
@@ -84,8 +93,9 @@ def _biases(biases: Mapping[str, float]) -> dict[int, float]:
     return {int(token): bias for token, bias in biases.items()}
 
 
-def _prompts(prompt: object) -> list[Prompt]:
-    """Long ones are looked at by loops in C: a body of 4 MiB holds two million token ids."""
+def prompts_of(body: CompletionRequest) -> list[Prompt]:
+    """Raises InvalidRequest. Long ones are looked at by loops in C: a body of 4 MiB holds two million token ids."""
+    prompt = body.prompt
     if isinstance(prompt, str):
         return [prompt.encode()]
     if not isinstance(prompt, list):

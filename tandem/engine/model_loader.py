@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from tandem.config import TandemConfig
 from tandem.engine import attention
 from tandem.engine.batch import AttentionOptions
 from tandem.engine.checkpoint import load_whole
+from tandem.engine.end_tokens import end_token_ids
 from tandem.engine.kv_cache import LAYOUT_VERSION
 from tandem.errors import ConfigError, ModelRefused, TandemError
 from tandem.hub import source_of
@@ -53,7 +54,7 @@ def load_model(config: TandemConfig) -> LoadedModel:
         model_config = AutoConfig.from_pretrained(source)
         max_model_len = _max_model_len(config, model_config)  # before weights are loaded, which takes minutes
         model = _instantiate(config, source, model_config)
-        eos_token_ids = _eos_token_ids(config, source, model.config)
+        eos_token_ids = end_token_ids(config.model, model)
     except TandemError:
         raise
     except Exception as error:
@@ -167,19 +168,6 @@ def _length_limit(config: Any) -> int:
     originals = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
     # Past its original length a longrope model turns every position differently, cached ones too.
     return min([limit, *(int(original) for original in originals)])
-
-
-def _eos_token_ids(config: TandemConfig, source: str, model_config: Any) -> tuple[int, ...]:
-    eos = getattr(model_config.get_text_config(), "eos_token_id", None)
-    if config.model.load_format != "dummy":
-        try:
-            eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
-        except OSError:
-            log.debug("%s has no generation_config.json", source)
-    ids = eos if isinstance(eos, list) else [eos]
-    # A shrunk configuration may keep the end of its elder, which is no token here; banning it would break a step.
-    vocab_size = model_config.get_text_config().vocab_size
-    return tuple(int(token) for token in ids if token is not None and 0 <= token < vocab_size)
 
 
 def _config_hash(model_config: Any) -> str:

@@ -23,6 +23,8 @@ from tandem.engine.sequence import Sequence
 from tandem.types import SamplingParams, Token
 
 _MASK = (1 << 64) - 1
+# Below it, divided logits leave float32, and apart from exact ties nothing but the best token has any probability.
+LEAST_TEMPERATURE = 1e-30
 
 
 def uniform(seed: int, position: int) -> float:
@@ -100,9 +102,10 @@ class Sampler:
 
     def sample(self, logits_RxV: Tensor, rows: list[Sequence]) -> list[Token]:
         """One token per row. logits: any float dtype, row i belongs to rows[i]."""
-        raw = logits_RxV.float()
+        # What is no number would win every comparison.
+        raw = logits_RxV.float().nan_to_num(nan=float("-inf"), neginf=float("-inf"))
         # Split by whether a row needs sorting, so that nobody pays for a neighbour.
-        random = [row for row, sequence in enumerate(rows) if sequence.request.sampling.temperature > 0]
+        random = [row for row, s in enumerate(rows) if s.request.sampling.temperature >= LEAST_TEMPERATURE]
         filtered = [row for row in random if _filters(rows[row].request.sampling)]
         plain = [row for row in random if row not in filtered]
         ways: tuple[tuple[_Pick, list[int]], ...] = ((_pick_plain, plain), (_pick_filtered, filtered))
@@ -133,14 +136,17 @@ class Sampler:
         return _Shaping(ids(prompt), ids(fresh), ids(params.logit_bias), biases, ids(banned))
 
     def _shape(self, raw_RxV: Tensor, rows: list[Sequence], shapings: dict[int, _Shaping]) -> Tensor:
-        """Penalties, biases and bans; the input stays as it is for log probabilities."""
+        """Biases, penalties and bans, in this order, as with transformers and vLLM; the input stays as it is for log
+        probabilities.
+        """
         shaped = raw_RxV
         for row, shaping in shapings.items():
             if shaped is raw_RxV:
                 shaped = raw_RxV.clone()
-            self._penalize(shaped[row], rows[row], shaping)
             shaped[row].index_add_(0, shaping.biased.there, shaping.biases.there)
+            self._penalize(shaped[row], rows[row], shaping)
             shaped[row].index_fill_(0, shaping.banned.there, float("-inf"))
+            shaped[row].nan_to_num_(nan=float("-inf"), neginf=float("-inf"))  # a penalty may leave float32
         return shaped
 
     def _penalize(self, row_V: Tensor, sequence: Sequence, shaping: _Shaping) -> None:
@@ -194,7 +200,7 @@ def _pick_plain(logits_RxV: Tensor, drawn: _Draws) -> Tensor:
 
 
 def _pick_filtered(logits_RxV: Tensor, drawn: _Draws) -> Tensor:
-    """top-k, then top-p over what is left, then min-p, as transformers' warpers do in that order."""
+    """top-k, then top-p over what is left, then min-p: transformers' order (vLLM's has min-p first)."""
     probs, order = torch.sort(_probabilities(logits_RxV, drawn), dim=-1, descending=True, stable=True)
     ranks = torch.arange(probs.shape[1], device=probs.device)
     top_k = drawn.top_k.there

@@ -25,6 +25,7 @@ from tandem import logs
 from tandem.addresses import dialable
 from tandem.client import Client, ServiceStatus
 from tandem.config import TandemConfig, parse_config
+from tandem.entry import keep_torch_out
 from tandem.errors import ConfigError, Refused, TandemError, Unavailable
 from tandem.launch.hosted import Hosted, Node, serve_spec
 from tandem.launch.ray_plan import (
@@ -68,6 +69,9 @@ class MemberActor:
 
     def __init__(self, spec: str) -> None:
         logs.configure()
+        with suppress(Refused):  # which the service tells of
+            if Spec.parse(spec).pool == ROUTER:
+                keep_torch_out()
         self._spec = spec
         self._node = _this_node()
         self._hosted = Hosted(partial(serve_spec, spec, self._node))

@@ -100,9 +100,19 @@ async def test_a_bad_body_is_told_what_is_wrong(door: HttpHouse, body: bytes, pa
         ({"messages": [{"role": "user"}]}, "messages[0].content", "messages[0].content is missing"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "messages[0].content",
-            "messages[0].content must be a string or a list of text parts",
+            "messages[0].content[0].type",
+            "messages[0].content[0].type must be 'text', not 'image_url'",
         ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "x"}}]}
+                ]
+            },
+            "messages[0].content[0].cache_control",
+            "messages[0].content[0].cache_control is not supported",
+        ),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]", "must be an object, not 'x'"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "must be a string or a list of"),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
@@ -223,7 +233,10 @@ async def test_a_model_without_a_chat_template(tmp_path: Path, named: bool) -> N
             assert response.status_code == 200
             return
         assert response.status_code == 400
-        assert error_of(response)["message"] == "model tiny has no chat template: use /v1/completions"
+        assert (
+            error_of(response)["message"]
+            == "model tiny has no chat template that this server can use: use /v1/completions"
+        )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "LocalHost:8701", "api.localhost", "[::1]:8701", "proxy.example:80"])

@@ -24,12 +24,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tandem.entry import keep_torch_out
+
 ROOT = Path(__file__).resolve().parents[2]
 _MAX_COMMAND_BYTES = 1 << 18
 # Where numba's cache is cold, the kernels take most of a minute.
 _START_S = 120.0
 
-_ROUTER = ("router.app", "router.http.door")
+_ROUTER = ("router.app", "router.http.door", "transformers.models.auto.tokenization_auto")
 # The kernels' modules compile when they are imported, which is late in a worker's life.
 _WORKER = ("tandem.cli.app", "tandem.launch.worker", "prefill_worker.run", "decode_worker.run")
 _KERNELS = ("tandem.engine.cpu_fusion", "tandem.engine.cpu_kernels", "tandem.engine.cpu_prefill")
@@ -161,6 +163,8 @@ def main() -> None:
     # As `python -m` has it.
     sys.path[0] = str(ROOT)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as entry points do before they import grpc
+    if "router.app" in sys.argv:
+        keep_torch_out()  # as the router's entry point does
     for module in sys.argv[2:]:
         importlib.import_module(module)
     assert len(os.listdir("/proc/self/task")) == 1, "a lock that another thread holds would stay locked in the copies"

@@ -12,14 +12,15 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 from router.http.body import parse
 from router.http.fields import UNSUPPORTED, ChatRequest, CompletionRequest
-from router.http.prompts import CHAT_TOKENS, chat_request, completion_requests
+from router.http.prompts import CHAT_TOKENS, chat_request, completion_requests, prompts_of
 from tandem.errors import InvalidRequest
 from tandem.v1 import generation_pb2
 from tandem.wire import sampling_from_wire
 
 
 def requests_of(**fields: Any) -> list[generation_pb2.GenerateRequest]:
-    return completion_requests(parse(CompletionRequest, json.dumps({"prompt": "x", **fields}).encode()))
+    body = parse(CompletionRequest, json.dumps({"prompt": "x", **fields}).encode())
+    return completion_requests(body, prompts_of(body), 2048)
 
 
 def chat_of(prompt_tokens: int, **fields: Any) -> generation_pb2.GenerateRequest:
@@ -93,6 +94,23 @@ def test_how_long_a_chat_answer_may_be(prompt_tokens: int, fields: dict[str, int
     assert chat_of(prompt_tokens, **fields).sampling.max_tokens == wanted
 
 
+@pytest.mark.parametrize(("prompt_tokens", "wanted"), [(1, 16), (2032, 16), (2033, 15), (2047, 1), (3000, 1)])
+def test_how_long_a_completion_may_be(prompt_tokens: int, wanted: int) -> None:
+    (request,) = requests_of(prompt=[7] * prompt_tokens)
+    assert request.sampling.max_tokens == wanted
+    assert requests_of(prompt=[7] * prompt_tokens, max_tokens=99)[0].sampling.max_tokens == 99
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(None, None), (False, None), (0, 0), (5, 5)])
+def test_log_probabilities_of_a_completion(value: Any, wanted: int | None) -> None:
+    assert sampling_from_wire(requests_of(logprobs=value)[0].sampling).logprobs == wanted
+
+
+def test_true_is_no_number_of_log_probabilities() -> None:
+    with pytest.raises(InvalidRequest, match="logprobs"):
+        requests_of(logprobs=True)
+
+
 @pytest.mark.parametrize(
     ("fields", "wanted"), [({}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 3}, 3)]
 )
@@ -108,6 +126,7 @@ def test_log_probabilities_of_a_chat(fields: dict[str, Any], wanted: int | None)
         ({"role": "assistant"}, ""),
         ({"role": "assistant", "content": "x", "refusal": None, "tool_calls": [], "unheard_of": {}}, "x"),
         ({"role": "user", "content": "x", "function_call": None}, "x"),
+        ({"role": "assistant", "content": "x", "reasoning_content": "", "reasoning": "I thought"}, "x"),
     ],
 )
 def test_a_message_that_was_an_answer(fields: dict[str, Any], wanted: str) -> None:
@@ -155,6 +174,6 @@ def test_so_is_one_full_of_names(kind: Any, head: bytes, tail: bytes) -> None:
 def assert_refused_soon(kind: Any, body: bytes) -> None:
     began_s = time.perf_counter()
     with pytest.raises(InvalidRequest) as caught:
-        completion_requests(parse(kind, body))
+        prompts_of(parse(kind, body))
     assert time.perf_counter() - began_s < 5
     assert len(caught.value.message) < 300

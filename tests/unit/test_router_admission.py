@@ -3,27 +3,30 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from router.admission import MAX_LABEL_CHARS, Admission, Admitted, Gate, answers_of, choice_seed, deadline_s
-from router.tokenizer import INLINE_CHARS, Encoder, load_tokenizer, most_bytes_of_a_token
+from router.tokenizer import INLINE_CHARS, Tokenizer, most_bytes_of_a_token
 from tandem.config import TINY_MODEL, ModelConfig, RouterConfig
-from tandem.errors import ConfigError, InvalidRequest, ModelNotFound, Overloaded, TandemError
+from tandem.errors import InvalidRequest, ModelNotFound, Overloaded, TandemError
+from tandem.tokenizer import load_tokenizer
 from tandem.types import MAX_CHOICES, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, Fingerprint, ModelInfo, SamplingParams
 from tandem.v1.common_pb2 import Sampling
 from tandem.v1.generation_pb2 import GenerateRequest, TokenIds
 from tandem.wire import sampling_to_wire
 
-TOKENIZER = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
+TOKENIZER = tokenizers.Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
+SERVED = Tokenizer(load_tokenizer(ModelConfig()))
 FINGERPRINT = Fingerprint("c", "w", "float32", 16, 2, 2, 8, 1)
 MODEL = ModelInfo("tiny", TOKENIZER.get_vocab_size(), 256, (0,), FINGERPRINT, 128)
 
 
-async def admit(request: GenerateRequest, tokenizer: Tokenizer | None = TOKENIZER, model: Any = MODEL) -> Admitted:
+async def admit(request: GenerateRequest, tokenizer: Tokenizer | None = SERVED, model: Any = MODEL) -> Admitted:
     return await Admission(tokenizer, lambda: model, 1 << 20).admit(request)
 
 
@@ -171,13 +174,13 @@ async def test_a_text_that_can_never_fit_is_refused_before_it_is_tokenized() -> 
 
 
 async def test_the_longest_text_that_may_fit_is_tokenized() -> None:
-    longest, encoder = most_bytes_of_a_token(TOKENIZER), Encoder(TOKENIZER)
+    longest = most_bytes_of_a_token(TOKENIZER)
     assert longest is not None
     limit = INLINE_CHARS // longest + 1
     text = ("cat " * INLINE_CHARS)[: longest * limit]
-    assert len(await encoder.encode(text, limit)) > limit, "the caller counts"
+    assert len(await SERVED.encode(text, limit)) > limit, "the caller counts"
     with pytest.raises(InvalidRequest, match=f"{longest * limit + 1} bytes"):
-        await encoder.encode(text + "c", limit)
+        await SERVED.encode(text + "c", limit)
 
 
 def _without_a_byte(model: dict[str, Any]) -> dict[str, int]:
@@ -201,18 +204,19 @@ def test_what_shortens_text_has_no_longest_token() -> None:
         {"model": {**state["model"], "vocab": _without_a_byte(state["model"])}},
         {"model": {"type": "WordLevel", "vocab": state["model"]["vocab"], "unk_token": "e"}},
     ):
-        assert most_bytes_of_a_token(Tokenizer.from_str(json.dumps({**state, **changes}))) is None, changes
+        assert most_bytes_of_a_token(tokenizers.Tokenizer.from_str(json.dumps({**state, **changes}))) is None, changes
     split = {"type": "Split", "pattern": {"Regex": "[0-9]"}, "behavior": "Isolated", "invert": False}
     for behaviour, known in (("Isolated", True), ("Removed", False)):
         steps = [{**split, "behavior": behaviour}, state["pre_tokenizer"]]
         changed = {**state, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
-        assert (most_bytes_of_a_token(Tokenizer.from_str(json.dumps(changed))) is not None) is known
+        assert (most_bytes_of_a_token(tokenizers.Tokenizer.from_str(json.dumps(changed))) is not None) is known
 
 
-def test_a_directory_without_a_tokenizer_is_no_error_but_a_broken_one_is(tmp_path: Any) -> None:
-    model = ModelConfig(path=str(tmp_path))
-    assert load_tokenizer(model) is None
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
-        load_tokenizer(model)
-    assert load_tokenizer(ModelConfig()) is not None
+async def test_min_tokens_that_leave_no_token() -> None:
+    few = replace(MODEL, vocab_size=4, eos_token_ids=(0,))
+    sampling = SamplingParams(max_tokens=3, min_tokens=1, stop_token_ids=(1, 2, 3))
+    with pytest.raises(InvalidRequest, match="stop_token_ids hold all 4 tokens") as caught:
+        await admit(ids(1, sampling=sampling_to_wire(sampling)), model=few)
+    assert caught.value.field == "min_tokens"
+    for harmless in (replace(sampling, min_tokens=0), replace(sampling, ignore_eos=True)):
+        assert (await admit(ids(1, sampling=sampling_to_wire(harmless)), model=few)).sampling.seed is not None

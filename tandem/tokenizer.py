@@ -1,0 +1,63 @@
+"""A model's tokenizer, as transformers' AutoTokenizer makes it from whatever files there are; or a refusal."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from tandem.config import ModelConfig
+from tandem.errors import ConfigError, ModelRefused
+from tandem.hub import source_of
+
+log = logging.getLogger(__name__)
+
+_SETTINGS = "tokenizer_config.json"
+# Files that hold a vocabulary, under all the names that transformers' tokenizers know.
+_VOCABULARY = re.compile(
+    r"tokenizer(\..+)?\.json|.*vocab.*|merges\.txt|dict\.txt|tekken\.json|.+\.(model|bpe|tiktoken)"
+)
+
+
+def load_tokenizer(model: ModelConfig) -> Any | None:
+    """A transformers.PreTrainedTokenizerFast; None when the model has no tokenizer.
+
+    Raises ConfigError for a model that is not there, and ModelRefused for a tokenizer that would not be served exactly.
+    """
+    source = source_of(model.path)
+    files = _files(source)
+    if not any(map(_VOCABULARY.fullmatch, files)):
+        if _SETTINGS in files:
+            raise _refusal(model, f"its {_SETTINGS} comes without any vocabulary")
+        log.warning("no tokenizer in %s: prompts must be token ids, and answers carry no text", source)
+        return None
+    try:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers.utils import logging as transformers_logging
+    except ModuleNotFoundError as error:
+        words = f"the model's tokenizer needs {error.name}: pip install -c constraints.txt -e '.[http]' in a checkout"
+        raise ConfigError(words, field="model.path") from None
+    # Its words go where all others go.
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # of the files, in the words of several libraries
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise _refusal(model, f"transformers cannot load it: {lines[0]}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise _refusal(model, f"{type(tokenizer).__name__} is no fast one (made of the tokenizers library)")
+    return tokenizer
+
+
+def _files(source: str) -> list[str]:
+    folder = Path(source)
+    return [each.name for each in folder.iterdir()] if folder.is_dir() else HfApi().list_repo_files(source)
+
+
+def _refusal(model: ModelConfig, reason: str) -> ModelRefused:
+    words = f"{model.served_name} is refused: its tokenizer would not be served exactly: {reason}"
+    return ModelRefused(words, field="model.path")
