@@ -78,12 +78,11 @@ class OpenAIDoor:
         body = parse(CompletionRequest, await read_body(request, self._limit))
         shape = CompletionShape(self._spell, body.logprobs is not None)
         with named_as_sent(body.names):
-            prompts = prompts_of(body)
-            if body.max_tokens is None:
-                prompts = [await self._token_ids(prompt) for prompt in prompts]  # how much room is left counts
-            return self._exchange(
-                body, shape, completion_requests(body, prompts, self._model(body.model).max_model_len)
-            )
+            prompts, limit = prompts_of(body), 0
+            if body.max_tokens is None:  # what the prompts leave counts
+                limit = self._model(body.model).max_model_len
+                prompts = [await self._token_ids(prompt, limit) for prompt in prompts]
+            return self._exchange(body, shape, completion_requests(body, prompts, limit))
 
     async def chat(self, request: Request) -> Response:
         body = parse(ChatRequest, await read_body(request, self._limit))
@@ -99,11 +98,11 @@ class OpenAIDoor:
             prompt_ids = await self._tokenizer.encode(text, model.max_model_len, add_special_tokens=False)
             return self._exchange(body, shape, [chat_request(body, list(prompt_ids), model.max_model_len)])
 
-    async def _token_ids(self, prompt: Prompt) -> Prompt:
+    async def _token_ids(self, prompt: Prompt, limit: int) -> Prompt:
         """Of a text; what is wrong with it is admission's to say."""
         if isinstance(prompt, list) or not prompt or self._tokenizer is None:
             return prompt
-        return list(await self._tokenizer.encode(prompt.decode(), self._registry.served().max_model_len))
+        return list(await self._tokenizer.encode(prompt.decode(), limit))
 
     def _exchange(self, body: Fields, shape: Shape, requests: Sequence[generation_pb2.GenerateRequest]) -> Response:
         if body.stream_options is not None and not body.streamed:
