@@ -10,7 +10,7 @@ CONTEXT_IDS = 6
 # A UTF-8 character has at most 4 bytes, so at most 4 ids: a longer run of ids that spells no text is broken for good.
 MAX_PENDING = 8
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-# Of an incomplete character at the end of a text: one for all of its bytes, or, in sentencepiece's way, for each.
+# Signs of an incomplete character at the end of a text: one for all of its bytes, or, in sentencepiece's way, for each.
 _MAX_INCOMPLETE = 3
 
 
@@ -42,7 +42,9 @@ class Detokenizer:
         self._ids.append(token_id)
         self._pending += 1
         now = self._decode()
-        incomplete = min(len(now) - len(now.rstrip(_INCOMPLETE)), _MAX_INCOMPLETE)
+        incomplete = len(now) - len(now.rstrip(_INCOMPLETE))
+        if self._pending >= MAX_PENDING:
+            incomplete = min(incomplete, _MAX_INCOMPLETE)
         text = self._take(now, len(now) - incomplete)
         if incomplete == 0 and not text and self._pending == 1:
             # A special token: it spells nothing, and the context before it still decides about the next id.

@@ -14,12 +14,16 @@ from tandem.entry import keep_torch_out
 
 keep_torch_out()
 
+from router.cleanup import CleanUp  # noqa: E402
+from router.detokenizer import Detokenizer  # noqa: E402
 from router.http.chat_template import chat_template_of  # noqa: E402
 from router.http.fields import Message  # noqa: E402
+from router.output import ChoiceOutput, Step  # noqa: E402
 from router.tokenizer import Tokenizer  # noqa: E402
 from tandem.config import ModelConfig  # noqa: E402
 from tandem.errors import TandemError  # noqa: E402
 from tandem.tokenizer import load_tokenizer  # noqa: E402
+from tandem.types import FinishReason, Token  # noqa: E402
 
 
 def answer(folder: str, texts: list[str], conversations: list[Any]) -> dict[str, Any]:
@@ -28,11 +32,21 @@ def answer(folder: str, texts: list[str], conversations: list[Any]) -> dict[str,
     except TandemError as error:
         return {"refused": str(error)}
     tokenizer, template = Tokenizer(loaded), chat_template_of(loaded)
+    ids = [asyncio.run(tokenizer.encode(text, 1 << 20)) for text in texts]
     return {
-        "ids": [asyncio.run(tokenizer.encode(text, 1 << 20)) for text in texts],
+        "ids": ids,
+        "streamed": [[streamed(tokenizer, each, keep) for keep in (False, True)] for each in ids],
         "chats": [rendered(tokenizer, template, messages) for messages in conversations],
         "special_tokens": tokenizer.special_tokens,
     }
+
+
+def streamed(tokenizer: Tokenizer, ids: tuple[int, ...], keep: bool) -> str:
+    """The pieces of an answer that begins with these, and ends with them."""
+    clean_up = CleanUp(tokenizer.loaded.clean_up_tokenization) if tokenizer.cleans_up else None
+    output = ChoiceOutput(Detokenizer(tokenizer, [], keep), (), 0, clean_up=clean_up)
+    steps = [Step((Token(token_id),)) for token_id in ids]
+    return "".join(output.push([step])[1] for step in [*steps, Step((), FinishReason.LENGTH)])
 
 
 def rendered(tokenizer: Tokenizer, template: Any, messages: list[Any]) -> Any:

@@ -1,65 +1,57 @@
-"""Conversations as prompts: what transformers makes of them, in a sandbox."""
+"""Conversations as prompts: what a template may do, and what is made of a message before.
+
+What comes out is compared with transformers in test_prompt_conformance.py.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
+from tokenizer_zoo import make
 
-from router.http.chat_template import load_chat_template
+from router.http.chat_template import ChatTemplate, chat_template_of
 from router.http.fields import Message, TextPart
-from tandem.config import TINY_MODEL, ModelConfig
+from tandem.config import ModelConfig
 from tandem.errors import InvalidRequest
+from tandem.tokenizer import load_tokenizer
 
 HELLO = [Message(role="user", content="hello")]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    shutil.copy(TINY_MODEL / "tokenizer_config.json", tmp_path)
-    return tmp_path
+def template_of(folder: Path, text: str) -> ChatTemplate | None:
+    make("tiny", folder)
+    (folder / "chat_template.jinja").write_text(text)
+    return chat_template_of(load_tokenizer(ModelConfig(path=str(folder))))
 
 
-def rendered(folder: Path, template: str, messages: list[Message] = HELLO) -> str:
-    (folder / "chat_template.jinja").write_text(template)
-    found = load_chat_template(ModelConfig(path=str(folder)))
-    assert found is not None
-    return found.render(messages)
-
-
-def test_it_is_what_transformers_renders() -> None:
-    from transformers import AutoTokenizer
-
-    conversation = [("system", "Be brief."), ("user", " What? "), ("assistant", "That."), ("user", "{{ 1 + 1 }}")]
-    template = load_chat_template(ModelConfig(path=str(TINY_MODEL)))
+def rendered(folder: Path, text: str, messages: list[Message] = HELLO) -> str:
+    template = template_of(folder, text)
     assert template is not None
-    ours = template.render([Message.model_validate({"role": role, "content": text}) for role, text in conversation])
-    plain = [{"role": role, "content": text} for role, text in conversation]
-    theirs = AutoTokenizer.from_pretrained(TINY_MODEL).apply_chat_template(
-        plain, add_generation_prompt=True, tokenize=False
-    )
-    assert ours == theirs
-    assert "{{ 1 + 1 }}" in ours, "a message is no template"
+    return template.render(messages)
 
 
-def test_parts_become_lines_and_a_developer_is_a_system(folder: Path) -> None:
-    parts = [TextPart(type="text", text="one"), TextPart(type="text", text="two")]
-    messages = [Message(role="developer", content=parts, name="me")]
+def test_a_developer_is_a_system_unless_the_template_knows_it(tmp_path: Path) -> None:
+    messages = [Message(role="developer", content=[TextPart(type="text", text="one")], name="me")]
     template = "{% for m in messages %}{{ m.role }}:{{ m.name }}:{{ m.content }}{% endfor %}"
-    assert rendered(folder, template, messages) == "system:me:one\ntwo"
+    assert rendered(tmp_path / "a", template, messages) == "system:me:one"
+    assert rendered(tmp_path / "b", "{# a developer's #}" + template, messages) == "developer:me:one"
 
 
-def test_a_file_of_its_own_comes_first_and_has_what_transformers_gives(folder: Path) -> None:
-    text = "{{ bos_token }}{{ {'ü': messages[0].content} | tojson }}{{ strftime_now('%Y') | length }}"
-    loop = "{% for each in 'abc' %}{{ each }}{% break %}{% endfor %}"
-    assert rendered(folder, text + loop) == '<s>{"ü": "hello"}4a'
+def test_what_an_assistant_thought_reaches_the_template(tmp_path: Path) -> None:
+    messages = [Message(role="assistant", content="x", reasoning="so"), Message(role="user", content="y")]
+    template = "{% for m in messages %}<{{ m.reasoning_content }}>{{ m.content }}{% endfor %}"
+    assert rendered(tmp_path, template, messages) == "<so>x<>y"
 
 
-def test_one_that_cannot_be_read_is_none(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (folder / "chat_template.jinja").write_text("{% if %}")
-    assert load_chat_template(ModelConfig(path=str(folder))) is None
+def test_a_message_is_no_template(tmp_path: Path) -> None:
+    assert (
+        rendered(tmp_path, "{{ messages[0].content }}", [Message(role="user", content="{{ 1 + 1 }}")]) == "{{ 1 + 1 }}"
+    )
+
+
+def test_one_that_cannot_be_read_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert template_of(tmp_path, "{% if %}") is None
     assert "cannot be read" in caplog.text
 
 
@@ -72,20 +64,12 @@ def test_one_that_cannot_be_read_is_none(folder: Path, caplog: pytest.LogCapture
         ("{% for i in range(999999999) %}{% endfor %}", "too big"),
         ("{{ 1 / 0 }}", "division"),
         ("{{ messages + 1 }}", "concatenate"),
+        ("{{ 'abc'.index('x') }}", "substring not found"),
+        ("{{ {}['a'].b }}", "no attribute"),
+        ("{% macro again(x) %}{{ again(x) }}{% endmacro %}{{ again(1) }}", "recursion"),
     ],
 )
-def test_what_a_template_does_not_take_is_the_caller_s_error(folder: Path, template: str, words: str) -> None:
+def test_what_a_template_does_not_take_is_the_caller_s_error(tmp_path: Path, template: str, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words) as caught:
-        rendered(folder, template)
+        rendered(tmp_path, template)
     assert caught.value.field == "messages"
-
-
-@pytest.mark.parametrize("config", ["{", "[]", "{}", json.dumps({"chat_template": [{"name": "rag", "template": "x"}]})])
-def test_a_model_without_one(folder: Path, config: str) -> None:
-    (folder / "tokenizer_config.json").write_text(config)
-    assert load_chat_template(ModelConfig(path=str(folder))) is None
-
-
-def test_tokens_may_be_objects(folder: Path) -> None:
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<b>", "lstrip": False}}))
-    assert rendered(folder, "{{ bos_token }}") == "<b>"

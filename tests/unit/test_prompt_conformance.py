@@ -132,6 +132,8 @@ def test_ids_are_autotokenizer_s(answers: dict[str, Any], name: str) -> None:
     found = answers[slug(name)]
     tokenizer = reference(found["folder"])
     assert found["ids"] == [tokenizer(text)["input_ids"] for text in TEXTS]
+    decoded = [[tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False)] for ids in found["ids"]]
+    assert found["streamed"] == decoded
     for text, token_id in found["special_tokens"].items():
         assert (tokenizer.decode([token_id]).strip(), tokenizer.decode([token_id], True)) == (text.strip(), "")
 

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from router.cleanup import CleanUp
 from router.detokenizer import MAX_PENDING, Detokenizer
 from router.output import ChoiceOutput, Step
 from tandem.types import FinishReason, Token
@@ -61,6 +62,23 @@ def test_pieces_add_up_to_the_text_and_no_piece_has_half_a_character(text: str, 
     assert INCOMPLETE not in "".join(pieces)
 
 
+@given(st.binary(max_size=60), st.text(max_size=3))
+def test_with_what_comes_at_the_end_bytes_of_any_kind_are_the_decoder_s_text(data: bytes, prompt: str) -> None:
+    detokenizer = Detokenizer(BYTES, ids_of(prompt))
+    ids = [ID_OF_BYTE[value] for value in data]
+    assert "".join(detokenizer.push(token) for token in ids) + detokenizer.flush() == BYTES.decode(ids)
+    assert detokenizer.flush() == ""
+
+
+def test_text_before_half_a_character_does_not_wait_for_the_rest() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["x\u00e2"])  # as ByteLevel decodes it: x and the first byte of a character
+    (both,) = tokenizer.encode("x\u00e2").ids
+    whole = tokenizer.decode([both])
+    detokenizer = Detokenizer(tokenizer, ids_of("p"))
+    assert detokenizer.push(both) + detokenizer.flush() == whole
+
+
 @given(st.binary(max_size=40))
 def test_bytes_that_are_not_utf8_raise_nothing_and_hold_nothing_back_for_long(data: bytes) -> None:
     detokenizer = Detokenizer(BYTES, ids_of("p"))
@@ -110,6 +128,67 @@ def step(ids: list[int], reason: FinishReason | None = None) -> Step:
 
 def text_of(choice: ChoiceOutput, *steps: Step) -> str:
     return "".join(choice.push([one])[1] for one in steps)
+
+
+def test_half_a_character_at_the_end_is_not_lost() -> None:
+    choice = output()
+    text = text_of(choice, step([*ids_of("oh "), ID_OF_BYTE[0xE2]], FinishReason.LENGTH))
+    assert text == "oh " + INCOMPLETE
+
+
+def test_a_stop_string_counts_when_half_a_character_follows_it() -> None:
+    choice = output(stop=("oh",))
+    assert text_of(choice, step([*ids_of("x oh"), ID_OF_BYTE[0xE2]])) == "x "
+    assert (choice.reason, choice.stop) == (FinishReason.STOP, "oh")
+
+
+def test_what_completes_at_the_end_may_be_a_stop_string() -> None:
+    choice = output(stop=(INCOMPLETE,))
+    assert text_of(choice, step([*ids_of("oh"), ID_OF_BYTE[0xE2]], FinishReason.LENGTH)) == "oh"
+    assert (choice.reason, choice.stop) == (FinishReason.STOP, INCOMPLETE)
+
+
+SPECIAL = {"<eos>": EOS}
+
+
+def stopped(stop: str, ids: list[int], min_tokens: int = 0) -> tuple[str, str | None, int]:
+    choice = ChoiceOutput(Detokenizer(BYTES, ids_of("p")), (stop,), min_tokens, unspelled=SPECIAL)
+    text = ""
+    for each in [*(step([token]) for token in ids), step([], FinishReason.LENGTH)]:
+        if choice.reason is None:
+            text += choice.push([each])[1]
+    return text, choice.stop, choice.tokens
+
+
+def test_a_stop_string_may_be_a_special_token_that_is_not_spelled() -> None:
+    ids = [*ids_of("oh"), EOS, *ids_of("yes")]
+    assert stopped("<eos>", ids) == ("oh", "<eos>", 3)
+    assert stopped("h<eos>", ids) == ("o", "h<eos>", 3)
+    assert stopped("<eos>y", ids) == ("oh", "<eos>y", 4)
+    assert stopped("<eos>", [*ids_of("a<"), *ids_of("eos>b")]) == ("a", "<eos>", 6), "and the text that says the same"
+
+
+def test_a_part_of_a_special_token_is_no_stop_string() -> None:
+    ids = [*ids_of("oh"), EOS, EOS, *ids_of("yes")]
+    assert stopped("eos", ids) == ("ohyes", None, 7)
+    assert stopped("<eos>no", ids) == ("ohyes", None, 7)
+    assert stopped("<eos>", ids, min_tokens=4) == ("ohyes", None, 7)
+
+
+def cleaned(text: str) -> str:
+    """What transformers does, in its words."""
+    for before, after in ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")):
+        text = text.replace(before, after)
+    for ending in ("'m", "'s", "'ve", "'re"):
+        text = text.replace(" " + ending, ending)
+    return text
+
+
+@given(st.text(alphabet=" .?!,'ntmsverxa\n", max_size=40), st.integers(1, 5))
+def test_cleaning_up_in_pieces_is_cleaning_up_the_whole(text: str, size: int) -> None:
+    clean = CleanUp(cleaned)
+    pieces = [clean.push(text[place : place + size]) for place in range(0, len(text), size)]
+    assert "".join(pieces) + clean.flush() == cleaned(text)
 
 
 def test_output_ends_by_length_and_lets_go_of_what_it_held() -> None:

@@ -1,6 +1,7 @@
 """Sampling: right distributions, right filters, and a result that depends on the row alone."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +155,75 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     assert Sampler((EOS,)).sample(logits, [_row(SamplingParams(logprobs=0))])[0].top_logprobs == ()
 
 
-def test_extreme_temperatures_do_not_break() -> None:
-    logits = _logits() * 100
-    assert _sample(logits, _row(SamplingParams(temperature=1e-6, seed=1))) == [int(logits.argmax())]
-    assert 0 <= _sample(logits, _row(SamplingParams(temperature=100, seed=1)))[0] < VOCAB
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-40, 1e-31, 1e-30, 1e-20, 1e-6])
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.5}, {"min_p": 0.1, "top_k": 5}])
+def test_temperatures_so_small_that_logits_leave_their_range_are_greedy(
+    temperature: float, more: dict[str, float]
+) -> None:
+    logits = _logits(8) * 100
+    rows = [_row(SamplingParams(temperature=temperature, seed=seed, **more)) for seed in range(8)]
+    assert _sample(logits, *rows) == logits.argmax(dim=-1).tolist()
+
+
+def test_ties_at_such_temperatures_are_greedy_s() -> None:
+    logits = torch.full((8, VOCAB), 3.0)
+    assert _sample(logits, *[_row(SamplingParams(temperature=1e-308, seed=seed)) for seed in range(8)]) == [0] * 8
+
+
+EXTREMES = [
+    {"temperature": 100},
+    {"temperature": 1e-300},
+    {"top_p": 1e-300},
+    {"top_p": 1 - 2**-53},
+    {"min_p": 1.0},
+    {"top_k": 2**31 - 1},
+    {"top_k": 1},
+    {"repetition_penalty": 0.01},
+    {"repetition_penalty": 100},
+    {"presence_penalty": 2, "frequency_penalty": -2},
+    {"logit_bias": dict.fromkeys(range(VOCAB), -100)},
+    {"logit_bias": {0: 100, 7: -100}},
+    {"min_tokens": 4, "stop_token_ids": tuple(range(VOCAB - 1)), "logit_bias": {VOCAB - 1: -100}},
+    {"top_p": 1e-300, "min_p": 1.0, "top_k": VOCAB + 1, "temperature": 0.01},
+]
+
+
+@pytest.mark.parametrize("fields", EXTREMES)
+def test_at_the_ends_of_all_ranges_a_token_comes_that_may(fields: dict[str, Any]) -> None:
+    """Also where the model says of tokens that they are impossible, certain, or no number at all."""
+    logits = _logits(16)
+    logits[:, 10:20] = float("-inf")
+    logits[:, 20:30] = float("nan")
+    logits[8:, 30] = 3e38
+    logits[12:, 31] = float("inf")
+    params = SamplingParams(**{"temperature": 1.0, "max_tokens": 100, **fields})
+    for outputs in ((), (3, 3, 30)):
+        rows = [_row(replace(params, seed=seed), outputs=outputs, prompt=(5, 30, 31)) for seed in range(16)]
+        picked = _sample(logits, *rows)
+        assert all(token < 10 or 30 <= token < VOCAB for token in picked), picked
+        assert params.min_tokens <= len(outputs) or set(picked) == {VOCAB - 1}
+
+
+def test_biases_come_before_penalties_as_in_transformers() -> None:
+    from transformers.generation.logits_process import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        SequenceBiasLogitsProcessor,
+    )
+
+    logits = _logits(1)
+    biases = {5: 4.0, 6: -3.0, 9: 1.5}
+    order = LogitsProcessorList(
+        [
+            SequenceBiasLogitsProcessor([[[token], bias] for token, bias in biases.items()]),
+            RepetitionPenaltyLogitsProcessor(1.7),
+        ]
+    )
+    wanted = order(torch.tensor([[5, 6, 9]]), logits.clone())
+    params = SamplingParams(logit_bias=biases, repetition_penalty=1.7)
+    row = _row(params, outputs=(9,))
+    assert torch.equal(Sampler((EOS,))._shape(logits, [row]), wanted)
+    # Where the order decides: 2 + 2 = 4, halved 2; halved first it would be 1 + 2.
+    flat = torch.zeros(1, VOCAB)
+    flat[0, 5], flat[0, 7] = 2.0, 2.5
+    assert _sample(flat, _row(SamplingParams(logit_bias={5: 2.0}, repetition_penalty=2.0))) == [7]
