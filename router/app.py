@@ -79,6 +79,8 @@ async def open_router(config: TandemConfig) -> AsyncIterator[str]:
     check_listening("router", host, config.router.port)  # before a tokenizer is fetched
     registry = Registry(config.router, config.model.served_name)
     loaded = load_tokenizer(config.model)
+    if loaded is None:
+        log.warning("no tokenizer in %s: prompts must be token ids, and answers carry no text", config.model.path)
     tokenizer = None if loaded is None else Tokenizer(loaded)
     admission = Admission(tokenizer, registry.served, config.router.max_message_bytes)
     orchestrator = Orchestrator(config.router, registry, admission)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from huggingface_hub import HfApi
 from tandem.config import ModelConfig
 from tandem.errors import ConfigError, ModelRefused
 from tandem.hub import source_of
-
-log = logging.getLogger(__name__)
 
 _SETTINGS = "tokenizer_config.json"
 # Files that hold a vocabulary, under all the names that transformers' tokenizers know.
@@ -32,7 +29,6 @@ def load_tokenizer(model: ModelConfig) -> Any | None:
     if not any(map(_VOCABULARY.fullmatch, files)):
         if _SETTINGS in files:
             raise _refusal(model, f"its {_SETTINGS} comes without any vocabulary")
-        log.warning("no tokenizer in %s: prompts must be token ids, and answers carry no text", source)
         return None
     try:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast

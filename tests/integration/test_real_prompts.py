@@ -128,9 +128,7 @@ def test_without_max_tokens_an_answer_is_as_long_as_there_is_room(service: Servi
 
 
 def test_the_router_s_process_holds_no_torch(folder: Path, tmp_path: Path) -> None:
-    """Where torch is installed, and a tokenizer and a chat template are loaded: in a process that is no copy of one that
-    has imported everything.
-    """
+    """Where torch is installed, and a tokenizer and a chat template are loaded, in a process that is nobody's copy."""
     import importlib.util
 
     assert importlib.util.find_spec("torch") is not None
