@@ -59,7 +59,7 @@ def is_lost(error: BaseException, device: str) -> bool:
 
 def why_lost(device: str) -> str:
     """Why the device cannot be used any more; empty if it can. Waits for the device."""
-    if device == "cpu":
+    if device == "cpu" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return ""
     try:
         torch.cuda.synchronize()

@@ -35,9 +35,10 @@ def share_gpus(config: EngineConfig, workers: int) -> list[str]:
         return [_name(device) for device in used]
     count = count_gpus()
     if count < workers:
+        who = "a worker needs a GPU" if workers == 1 else f"{workers} workers need a GPU each"
         raise ConfigError(
-            f"{workers} workers need a GPU each, and this machine shows {count}{seen()}: start fewer, or say in "
-            "engine.devices which GPU is whose; workers share one that is named again",
+            f"{who}, and this machine shows {count}{seen()}: start fewer, or say in engine.devices which GPU is whose; "
+            "workers share one that is named again",
             field="engine.devices",
         )
     return [_name(index) for index in range(workers)]

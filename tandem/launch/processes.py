@@ -55,10 +55,7 @@ class Supervisor:
     ) -> None:
         """`output` receives (child's name, line) for what children print; with None, errors quote their last lines."""
         check_pools(config, on_ray=False)
-        self._gpus = share_gpus(config.engine, config.serve.prefill + config.serve.decode + config.serve.colocated)
-        # Each worker sees its own GPU only.
-        engine = config.engine.model_copy(update={"devices": ()})
-        self._config = config.model_copy(update={"engine": engine})
+        self._config = config
         self._output = output
         self._start_timeout_s = start_timeout_s
         self._environment = environment
@@ -93,8 +90,9 @@ class Supervisor:
             raise
 
     async def _start(self) -> ServiceStatus:
+        gpus = self._share_gpus()
         await self._start_router()
-        for spec in self._worker_specs():
+        for spec in self._worker_specs(gpus):
             await self._launch(spec)
         status = await self._joined()
         if status.http_port:
@@ -117,7 +115,15 @@ class Supervisor:
         router = self._config.router.model_copy(update=ports)
         self._config = self._config.model_copy(update={"router": router})
 
-    def _worker_specs(self) -> list[ProcessSpec]:
+    def _share_gpus(self) -> list[dict[str, str]]:
+        """What each worker's environment says, for it sees its own GPU only. Raises ConfigError."""
+        serve, engine = self._config.serve, self._config.engine
+        workers = serve.prefill + serve.decode + serve.colocated
+        gpus = share_gpus(engine, workers)
+        self._config = self._config.model_copy(update={"engine": engine.model_copy(update={"devices": ()})})
+        return [{VARIABLE: gpu} for gpu in gpus] or [{} for _ in range(workers)]
+
+    def _worker_specs(self, gpus: list[dict[str, str]]) -> list[ProcessSpec]:
         serve = self._config.serve
         roles = {"prefill": serve.prefill, "decode": serve.decode, "both": serve.colocated}
         names = [
@@ -126,7 +132,6 @@ class Supervisor:
             for index in range(count)
         ]
         shares = share_cores(usable_cores(), len(names))
-        gpus = [{VARIABLE: gpu} for gpu in self._gpus] or [{} for _ in names]
         return [
             ProcessSpec(f"{name}-{index}", self._modules[1], self._worker_args(role, cores), gpu)
             for (name, role, index), cores, gpu in zip(names, shares, gpus, strict=True)

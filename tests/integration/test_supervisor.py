@@ -54,6 +54,17 @@ async def test_a_killed_worker_comes_back() -> None:
         assert after["prefill-0"] == before["prefill-0"]
 
 
+async def test_each_worker_sees_its_gpu_alone_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    pools = {"prefill": 1, "decode": 2}
+    async with running(engine={"device": "cuda", "devices": [2, 0, "GPU-1f"]}, serve=pools) as service:
+        told = {name: line for name, line in service.lines if line.startswith("gpu")}
+        assert told == {"prefill-0": "gpu 6 []", "decode-0": "gpu 4 []", "decode-1": "gpu GPU-1f []"}
+        before = service.supervisor.pids()["decode-1"]
+        os.kill(before, signal.SIGKILL)
+        await eventually(lambda: service.lines.count(("decode-1", "gpu GPU-1f []")) == 2)
+
+
 async def test_the_last_worker_of_a_role_that_leaves_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with running(serve={"prefill": 1, "decode": 2}) as service:

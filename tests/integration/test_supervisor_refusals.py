@@ -98,6 +98,13 @@ def test_a_transport_that_these_workers_cannot_have_is_refused(settings: dict[st
     Supervisor(load_config(overrides=settings | alone), output=None)
 
 
+async def test_more_workers_than_gpus_are_refused() -> None:
+    service = Service(engine={"device": "cuda"}, serve={"prefill": 64, "decode": 64})
+    with pytest.raises(ConfigError, match="128 workers need a GPU each, and this machine shows"):
+        await service.supervisor.start()
+    assert service.supervisor.pids() == {}
+
+
 @pytest.mark.parametrize("worker", [{"port": 9000}, {"advertise": "10.0.0.1:9000"}])
 def test_an_address_for_one_worker_is_refused_for_two(worker: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"worker.{min(worker)} can belong to one worker only"):

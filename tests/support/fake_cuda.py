@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = tuple(str(ROOT / room) for room in ("tandem", "kv_transfer"))
 aten = torch.ops.aten
 # How a tensor comes to another device.
-_COPIES = {aten._to_copy.default, aten.copy_.default, aten.to.device, aten.to.dtype_layout}
+_COPIES = {aten._to_copy.default, aten.copy_.default}
+_COMPOSED = {aten.to.device, aten.to.dtype_layout, aten.to.dtype, aten.to.other, aten.item.default}
 # What a GPU must be waited for: how many there are decides the result's shape.
 _SIZED_BY_VALUES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default}
 # Those that torch itself sends to the GPU when they are given a number: a copy that no line of ours names.
@@ -52,12 +53,15 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _COMPOSED:  # in inference mode they come whole
+            with self:
+                return func.decompose(*args, **kwargs)
         if _is(kwargs.get("device"), "meta"):  # the lent guard's word for a device without an index
             kwargs["device"] = torch.device("cuda", 0)
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         fake = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         real = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
-        if func in (aten._local_scalar_dense.default, aten.item.default) and fake:
+        if func is aten._local_scalar_dense.default and fake:
             self.copied_out.append(_where())
             return 0 if not fake[0].is_floating_point() else 0.0
         if func in _SIZED_BY_VALUES and fake:
@@ -84,9 +88,9 @@ class Device(TorchDispatchMode):
         to_host = not isinstance(target, FakeTensor) if target is not None else _is(kwargs.get("device"), "cpu")
         if to_host and fake:
             self.copied_out.append(_where())
-            if target is not None:
-                return target.zero_()
             with unset_fake_temporarily():
+                if target is not None:
+                    return target.zero_()
                 return torch.zeros(fake[0].shape, dtype=kwargs.get("dtype") or fake[0].dtype)
         if real:
             self.copied_in.append(_where())

@@ -58,6 +58,7 @@ async def join(router: str) -> None:
 async def main(config: TandemConfig) -> None:
     print("args", *sys.argv[1:], flush=True)
     print("config", config.serve.model_dump_json(), flush=True)
+    print("gpu", os.environ.get("CUDA_VISIBLE_DEVICES"), list(config.engine.devices), flush=True)
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     if config.model.name == "deaf":

@@ -5,36 +5,49 @@ Numbers do not exist here; tests/gpu/ has those, for whoever has a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from fake_cuda import Device, checked, fake_cuda
+import torch
+from fake_cuda import FREE, TOTAL, Device, Misuse, checked, fake_cuda
 from model_zoo import ARCHITECTURES
+from torch import Tensor
 from transformers import AutoConfig
 
+from kv_transfer.cells import Cells
+from kv_transfer.int8 import Int8
+from kv_transfer.layout import KVLayout
 from tandem.config import parse_config
-from tandem.engine import cuda_attention
+from tandem.engine import cuda_attention, kv_sizing, model_runner, sending
 from tandem.engine import engine as engine_module
+from tandem.engine.cuda_attention import FLASH, FlashFeatures
 from tandem.engine.engine import Engine
-from tandem.engine.sequence import Emission, Failed, Sequence
-from tandem.types import EngineRequest, SamplingParams
+from tandem.engine.kv_cache import block_bytes
+from tandem.engine.sequence import Emission, Failed, NewToken
+from tandem.engine.sequence import Sequence as EngineSequence
+from tandem.errors import ConfigError
+from tandem.types import EmbedParams, EngineRequest, Pooling, SamplingParams
 
-SAMPLINGS = {
-    "greedy": SamplingParams(max_tokens=6, ignore_eos=True),
-    "temperature": SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.8, seed=3),
-    "filtered": SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, seed=3),
-    "shaped": SamplingParams(
-        max_tokens=6,
-        min_tokens=4,
+# Tokens of each answer.
+NEW = 4
+GREEDY = SamplingParams(max_tokens=NEW, ignore_eos=True)
+SAMPLINGS = [
+    GREEDY,
+    SamplingParams(max_tokens=NEW, ignore_eos=True, temperature=0.8, seed=3),
+    SamplingParams(max_tokens=NEW, ignore_eos=True, temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, seed=3),
+    SamplingParams(
+        max_tokens=NEW,
+        min_tokens=3,
         repetition_penalty=1.2,
         presence_penalty=0.1,
         frequency_penalty=0.1,
         logit_bias={7: 2.0},
     ),
-    "logprobs": SamplingParams(max_tokens=6, ignore_eos=True, logprobs=3),
-}
+    SamplingParams(max_tokens=NEW, ignore_eos=True, logprobs=3),
+]
 
 
 @pytest.fixture
@@ -63,30 +76,220 @@ class Run:
         self.emitted: list[Emission] = []
         self.engine = Engine(parse_config(settings), self.emitted.extend)
 
-    def add(self, prompt: list[int], sampling: SamplingParams) -> None:
+    def add(self, prompt: Sequence[int], sampling: SamplingParams = GREEDY) -> None:
         request = EngineRequest(str(len(prompt)), tuple(prompt), sampling)
         table = self.engine.reserve(request, prefill_here=True)
-        self.engine.add(Sequence(request, lambda event: None, decode_here=True, table=table))
+        self.engine.add(EngineSequence(request, lambda event: None, decode_here=True, table=table))
+
+    def embed(self, prompt: Sequence[int]) -> None:
+        request = EngineRequest("embed", tuple(prompt), SamplingParams(max_tokens=1))
+        embed = EmbedParams(pooling=Pooling.MEAN)
+        self.engine.add(EngineSequence(request, lambda event: None, decode_here=False, embed=embed))
 
     def step(self) -> tuple[int, int]:
         """Copies to the device, and from it."""
         self.device.forget()
         self.engine.step()
-        assert [event for _, event in self.emitted if isinstance(event, Failed)] == []
         return len(self.device.copied_in), len(self.device.copied_out)
 
+    def all(self) -> list[tuple[int, int]]:
+        """Of each step that only decoded."""
+        decoded = []
+        while self.engine.has_work:
+            prefills = self.engine.load.queued_prompt_tokens > 0
+            copies = self.step()
+            if not prefills:
+                decoded.append(copies)
+        assert [event for _, event in self.emitted if isinstance(event, Failed)] == []
+        return decoded
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_a_decode_step_copies_twice_in_and_once_out(sampling: str, tmp_path: Path, device: Device) -> None:
-    run = Run(model_of("llama", tmp_path), device)
-    for prompt in ([5, 6, 7], list(range(3, 60)), [9] * 200):
-        run.add(prompt, SAMPLINGS[sampling])
-    while run.engine.load.queued_prompt_tokens:
-        run.step()
+    @property
+    def new_tokens(self) -> int:
+        return sum(isinstance(event, NewToken) for _, event in self.emitted)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "engine"),
+    [
+        ("llama", "float16", {}),
+        # A window, experts, and pages that the kernel does not take.
+        ("mixtral", "bfloat16", {"block_size": 16}),
+        # Soft caps and a window: torch alone.
+        ("gemma2", "bfloat16", {}),
+        ("gpt2", "float32", {"block_size": 16}),
+    ],
+)
+def test_every_kind_of_step(
+    architecture: str, dtype: str, engine: dict[str, Any], tmp_path: Path, device: Device
+) -> None:
+    """Prompts in one chunk and in several, beside decodes, every kind of sampling, an embedding."""
+    run = Run(model_of(architecture, tmp_path, num_hidden_layers=2), device, dtype, **engine)
+    for number, sampling in enumerate(SAMPLINGS[:3]):
+        run.add(range(3, 10 + 60 * number), sampling)
+    run.step()
+    for number, sampling in enumerate(SAMPLINGS[3:]):
+        run.add([9] * (200 * number + 1), sampling)
+    run.embed(range(5, 100))
+    decoded = run.all()
+    assert run.new_tokens == NEW * len(SAMPLINGS)
+    assert len(decoded) >= 2
+    # What goes into a step, and what shapes its samples; the tokens.
+    assert max(into for into, _ in decoded) <= 2, device.copied_in
+    assert {out for _, out in decoded} == {1}, device.copied_out
+    assert run.engine.pool.check_integrity().referenced == 0 or run.engine.num_live == 0
+
+
+def _varlen_2_11(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: object = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    return torch.empty_like(query)
+
+
+@pytest.mark.parametrize(("version", "function"), [("2.11.0+cu130", _varlen_2_11), ("2.12.1", None)])
+def test_older_torch(
+    version: str,
+    function: Callable[..., Tensor] | None,
+    tmp_path: Path,
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = function or torch.nn.attention.varlen.varlen_attn
+    major, minor = version.split(".")[:2]
+    monkeypatch.setattr(cuda_attention, "FLASH", FlashFeatures.of(real, version))
+    monkeypatch.setattr(cuda_attention, "varlen_attn", checked(real, torch_version=(int(major), int(minor))))
+    run = Run(model_of("llama", tmp_path, num_hidden_layers=1), device)
+    run.add([5, 6, 7])
+    run.add([9] * 200)
+    assert max(run.all()) <= (2, 1)
+    assert run.new_tokens == 2 * NEW
+
+
+def test_what_the_torch_at_hand_takes() -> None:
+    assert FlashFeatures(window=True, pages=True, gqa=True, splits=torch.__version__ >= "2.13") == FLASH
+    assert FlashFeatures.of(_varlen_2_11, "2.11.0") == FlashFeatures(window=True, pages=False, gqa=False, splits=False)
+    assert not FlashFeatures.of(torch.nn.attention.varlen.varlen_attn, "2.12.0").splits
+
+
+def test_the_pool_takes_what_the_largest_step_leaves(
+    tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = []
-    while run.engine.has_work:
-        steps.append(run.step())
-    print(steps, device.copied_in, device.copied_out)
-    assert len(steps) >= 3
-    assert max(into for into, _ in steps) <= 2
-    assert {out for _, out in steps} == {1}
+    run_step = kv_sizing._run
+    monkeypatch.setattr(kv_sizing, "_run", lambda plan, *rest: (steps.append(plan), run_step(plan, *rest)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 << 20)
+    run = Run(model_of("llama", tmp_path, max_position_embeddings=400), device, kv_memory_mib=0, max_step_tokens=1000)
+    (plan,) = steps
+    assert plan.num_tokens == 1000
+    assert len(plan.decodes) == 256
+    assert [chunk.end for chunk in plan.chunks] == [400, 344]
+    room = FREE - (5 << 20) - int(TOTAL * kv_sizing.SPARE_SHARE)
+    assert run.engine.pool.num_blocks == room // block_bytes(run.engine.fingerprint)
+    run.add([5, 6, 7])
+    run.all()
+    assert run.new_tokens == NEW
+
+
+def test_a_step_that_never_fits_is_said_before_anything_is_served(
+    tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(kv_sizing, "_run", no_room)
+    with pytest.raises(ConfigError, match=r"engine\.max_step_tokens \(128\) and engine\.max_running \(256\)"):
+        Run(model_of("llama", tmp_path, num_hidden_layers=1), device, kv_memory_mib=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_kv_leaves_the_device_and_comes_to_it(dtype: str, device: Device) -> None:
+    pool = torch.zeros(3, 2, 8, 16, 2, 32, dtype=getattr(torch, dtype), device="cuda")
+    cells = Cells(pool, [5, 2, 7], range(1, 3), range(3, 40))
+    payload, checksum = cells.pieces().gathered()
+    assert len(payload) == 2 * 2 * 37 * 64 * pool.element_size()
+    assert (len(device.copied_in), len(device.copied_out)) == (1, 1)  # where the cells are; the cells
+    device.forget()
+    assert cells.scatter(payload) == checksum
+    assert (len(device.copied_in), len(device.copied_out)) == (2, 0)
+
+    wire = Int8(KVLayout(3, 2, 32, 16, dtype))
+    payload, checksum = wire.pieces(cells).gathered()
+    assert len(payload) == wire.payload_bytes(2, cells.tokens)
+    wire.write_on_device(cells, *wire.quantize_on_device(cells))
+
+
+def _cpu_index(real: Any) -> Any:
+    return lambda device, *parts: [*real(torch.device("cpu"), *parts[:2]), *real(device, *parts[2:])]
+
+
+def _wide_table(real: Any) -> Any:
+    return lambda device, *parts: real(device, *(part.astype(np.int64) for part in parts))
+
+
+def _no_keys(real: Any) -> Any:
+    def varlen_attn(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *rest: Any, **asked: Any) -> Tensor:
+        answer: Tensor = real(query, key, value, starts, None, *rest[1:], **asked)
+        return answer
+
+    return varlen_attn
+
+
+def _asked(**other: Any) -> Callable[[Any], Any]:
+    return lambda real: lambda *arguments, **asked: real(*arguments, **{**asked, **other})
+
+
+def _turned(real: Any) -> Any:
+    return lambda query, *rest, **asked: real(query.transpose(1, 2).contiguous().transpose(1, 2), *rest, **asked)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "bug", "says"),
+    [
+        (model_runner, "send", _cpu_index, "mixes a tensor on cpu with one on cuda"),
+        (model_runner, "send", _wide_table, "torch.int64"),
+        (cuda_attention, "varlen_attn", _no_keys, "both set or both not set"),
+        (cuda_attention, "varlen_attn", _asked(seqused_k=None), "come together"),
+        (cuda_attention, "varlen_attn", _asked(enable_gqa=False), "without enable_gqa"),
+        (cuda_attention, "varlen_attn", _asked(window_size=(-1, -1)), "shows a row what follows it"),
+        (cuda_attention, "varlen_attn", _asked(scale=None), "no scale"),
+        (cuda_attention, "varlen_attn", _turned, "is not contiguous"),
+    ],
+)
+def test_bugs_are_caught(
+    place: Any,
+    name: str,
+    bug: Callable[[Any], Any],
+    says: str,
+    tmp_path: Path,
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted ones: this dry run can fail."""
+    run = Run(model_of("llama", tmp_path, num_hidden_layers=2), device)
+    monkeypatch.setattr(place, name, bug(getattr(place, name)))
+    met: list[Exception] = []
+    monkeypatch.setattr(run.engine, "_end", lambda plan, error: (met.append(error), run.engine._fail(plan, error)))
+    run.add(range(5, 40))
+    run.step()
+    assert [says in str(error) for error in met] == [True], met
+
+
+def test_a_copy_too_many_is_caught(tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_by_one(on: torch.device, *parts: Any) -> list[Tensor]:
+        return [sending.send(on, part)[0] for part in parts]
+
+    monkeypatch.setattr(model_runner, "send", one_by_one)
+    run = Run(model_of("llama", tmp_path, num_hidden_layers=1), device)
+    run.add([5, 6, 7])
+    assert max(run.all())[0] == 7
+    with pytest.raises(Misuse, match="waits for the device"):
+        torch.zeros(3, device="cuda").nonzero()

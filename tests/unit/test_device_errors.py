@@ -150,6 +150,7 @@ def test_which_errors_are_which() -> None:
 def test_any_error_is_the_devices_end_when_it_answers_no_more(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert not is_lost(error, "cuda")
 
