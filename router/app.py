@@ -16,7 +16,7 @@ from router.join import JoinService
 from router.orchestrator import Orchestrator
 from router.registry import Registry
 from router.tokenizer import Tokenizer
-from tandem import rpc
+from tandem import descriptors, rpc
 from tandem.addresses import check_listening, join_address, loopback_beside
 from tandem.config import TandemConfig
 from tandem.errors import ConfigError, ModelRefused
@@ -75,6 +75,8 @@ async def open_router(config: TandemConfig) -> AsyncIterator[str]:
 
     Raises ConfigError, or ModelRefused for a tokenizer that would not be served exactly.
     """
+    descriptors.raise_limit()
+    descriptors.tell_exhaustion_rarely(asyncio.get_running_loop())
     host, loopback = config.router.host, loopback_beside(config.router.host)
     check_listening("router", host, config.router.port)  # before a tokenizer is fetched
     registry = Registry(config.router, config.model.served_name)
@@ -97,9 +99,11 @@ async def open_router(config: TandemConfig) -> AsyncIterator[str]:
         for each in hosts:
             port = rpc.bind(server, each, port)
         await server.start()
+        watch = asyncio.create_task(descriptors.watch_connections(port, "the router's gRPC port"))
         try:
             yield join_address(host, port)
         finally:
+            watch.cancel()
             await health_service.enter_graceful_shutdown()
             await orchestrator.close(STOP_GRACE_S)
             registry.close()

@@ -30,6 +30,8 @@ KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 2000, 3000
 # client cannot tell that from a server that went away; what Tandem serves at once is bounded by its own queues, whose
 # refusals say so. Four times the largest router.max_live_requests, for aborts may be waiting as well.
 MAX_UNTAKEN_CALLS = 1 << 16
+# A connection must have begun to speak HTTP/2 after this long: until then it keeps a client out.
+HANDSHAKE_TIMEOUT_MS = 5000
 # Dialling a host that does not answer ends after this long, not after gRPC's 20 s: the next try may find it back.
 DIAL_TIMEOUT_MS = 2000
 
@@ -95,6 +97,8 @@ def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
 
 
 def server_options(max_message_bytes: int, most_untaken: int) -> list[tuple[str, int]]:
+    from tandem.descriptors import most_connections  # of Unix alone, as servers are; clients run elsewhere too
+
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
@@ -107,6 +111,8 @@ def server_options(max_message_bytes: int, most_untaken: int) -> list[tuple[str,
         ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.server.max_pending_requests", most_untaken),
         ("grpc.server.max_pending_requests_hard_limit", most_untaken),
+        ("grpc.max_allowed_incoming_connections", most_connections()),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         # A second process on the same port must fail, not share it.
         ("grpc.so_reuseport", 0),
     ]

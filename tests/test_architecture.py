@@ -22,6 +22,7 @@ VALUES = frozenset(
 )
 # Values and the wire: what every process shares.
 SHARED = VALUES | {
+    "tandem.descriptors",
     "tandem.entry",
     "tandem.hub",
     "tandem.logs",
@@ -53,6 +54,7 @@ ROOMS = {
     "tandem.timeline": Room(frozenset(), HEAVY | WEB),
     "tandem.prefix": Room(frozenset(), HEAVY | WEB),
     "tandem.config": Room(VALUES, HEAVY | WEB),
+    "tandem.descriptors": Room(frozenset(), HEAVY | WEB),
     "tandem.entry": Room(frozenset(), HEAVY | WEB),
     "tandem.hub": Room(VALUES, HEAVY | WEB),
     "tandem.tokenizer": Room(VALUES | {"tandem.hub"}, HEAVY - {"transformers"} | WEB),

@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, ClassVar
 
 import h11
 import uvicorn
@@ -23,11 +23,13 @@ from router.http.host_check import HostCheck
 from router.orchestrator import Orchestrator
 from router.registry import Registry
 from router.tokenizer import Tokenizer
+from tandem import descriptors
 from tandem.addresses import check_listening, join_address
 from tandem.config import TandemConfig
 from tandem.errors import ConfigError
 
 log = logging.getLogger(__name__)
+_full = descriptors.Rarely(log)
 
 # A request line and its headers must have arrived after this long, and be no larger.
 HEADERS_S = 10.0
@@ -59,7 +61,8 @@ async def open_door(
     sockets = _listen(hosts, config.router.http_port)
     door = OpenAIDoor(config.router, orchestrator, registry, tokenizer, template)
     app = HostCheck(door.app(), config.router.http_names)
-    async with _serving(app, sockets, config.router.max_live_requests):
+    connections = min(config.router.max_live_requests + SPARE_CONNECTIONS, descriptors.most_connections())
+    async with _serving(app, sockets, connections):
         yield sockets[0].getsockname()[1]
 
 
@@ -70,8 +73,10 @@ def _listen(hosts: Sequence[str], port: int) -> list[socket.socket]:
         check_listening("router", host, port, "http_port")
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         try:
-            sockets.append(socket.create_server(address[:2], family=family, backlog=1024))
-            sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
+            sockets.append(socket.create_server(address[:2], family=family, backlog=descriptors.backlog()))
+            # Its connections inherit both. asyncio would send small events at once only on sockets that name TCP.
+            sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            sockets[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             for each in sockets:
                 each.close()
@@ -82,12 +87,13 @@ def _listen(hosts: Sequence[str], port: int) -> list[socket.socket]:
 
 
 @asynccontextmanager
-async def _serving(app: ASGIApp, sockets: list[socket.socket], max_requests: int) -> AsyncIterator[None]:
+async def _serving(app: ASGIApp, sockets: list[socket.socket], max_connections: int) -> AsyncIterator[None]:
     """Serves the app on these sockets, and closes them in the end."""
     server = _Server(
         uvicorn.Config(
             app,
-            http=_protocol(max_requests + SPARE_CONNECTIONS),
+            http=_protocol(max_connections),
+            backlog=descriptors.backlog(),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -118,6 +124,7 @@ class _Server(uvicorn.Server):
 def _protocol(limit: int) -> type[asyncio.Protocol]:
     class Limited(Patience):
         max_connections = limit
+        awaiting: ClassVar[dict[Patience, None]] = {}
 
     return Limited
 
@@ -181,10 +188,14 @@ class Patience(H11Protocol):
     any of these ──bytes that are no HTTP──▶ refused: what still comes is dropped
 
     headers awaited, refused ──HEADERS_S──▶ aborted
+    headers awaited ──the longest, and one more connection than there may be has come──▶ aborted
     any of these ──bytes for the client wait for STALL_S──▶ aborted
     """
 
     max_connections: int
+    # Of all of a door's connections those whose headers are awaited, longest first: strangers that only connect do not
+    # keep clients out.
+    awaiting: ClassVar[dict[Patience, None]]
     conn: _Parser
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -197,7 +208,7 @@ class Patience(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
+        if len(self.connections) > self.max_connections and not self._make_room():
             words = f"{self.max_connections} connections are open, the most this router takes"
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, words, [(b"retry-after", b"1")])
             self.transport.close()
@@ -205,6 +216,15 @@ class Patience(H11Protocol):
         # Not only much counts as stalled: a closed transport would wait for ever until its last bytes are taken.
         transport.set_write_buffer_limits(high=0)
         self._expect_headers()
+
+    def _make_room(self) -> bool:
+        _full.warn("%d HTTP connections are open, the most this router takes", self.max_connections)
+        longest = next(iter(self.awaiting), None)
+        if longest is None:
+            return False
+        longest._headers_arrived()
+        longest.transport.abort()
+        return True
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing() or self._deaf:
@@ -221,6 +241,7 @@ class Patience(H11Protocol):
 
     def _expect_headers(self) -> None:
         self._headers_due = self.loop.call_later(HEADERS_S, self.transport.abort)
+        self.awaiting[self] = None
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP, or more of it than the parser takes. msg: uvicorn's own words."""
@@ -274,6 +295,7 @@ class Patience(H11Protocol):
         self._taken()
 
     def _headers_arrived(self) -> None:
+        self.awaiting.pop(self, None)
         if self._headers_due is not None:
             self._headers_due.cancel()
             self._headers_due = None

@@ -88,6 +88,8 @@ class WorkerHost:
         # By which it moves KV to and from other workers.
         self.transports = [registry_pb2.Transport(name="grpc")]
         self.address = ""
+        # On which it listens.
+        self.port = 0
         # Set when something changed that the router should hear of before the next heartbeat is due.
         self.news = asyncio.Event()
         # Set once a router has taken this worker in.
@@ -251,6 +253,6 @@ async def make_worker_server(host: WorkerHost, rooms: list[Room], max_message_by
     worker_pb2_grpc.add_WorkerAdminServicer_to_server(AdminService(host), server)
     await rpc.add_health(server, (*(room.service for room in rooms), "tandem.v1.WorkerAdmin"))
     worker = host.config.worker
-    port = rpc.bind(server, worker.host, worker.port, "worker")
-    host.address = worker.advertise or join_address(worker.host, port)
+    host.port = rpc.bind(server, worker.host, worker.port, "worker")
+    host.address = worker.advertise or join_address(worker.host, host.port)
     return server

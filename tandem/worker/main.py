@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from tandem import logs
+from tandem import descriptors, logs
 from tandem.addresses import ANY_ADDRESS, check_listening
 from tandem.config import TandemConfig, WorkerConfig
 from tandem.engine.cuda_device import DeviceLost, is_lost
@@ -82,6 +82,7 @@ def serve_rooms(
     Both callbacks run in that loop: `started` gets the host, to drain it by, before anything is served; `ready` is
     called once a router has taken the worker in. Raises TandemError when trying again would not help.
     """
+    descriptors.raise_limit()
     # Before the minutes that a model may take to load.
     check_address(config.worker)
     kind.check_devices(config.worker.nixl_devices)
@@ -130,10 +131,12 @@ async def _serve(
     rooms = kind.make_rooms(host)
     server = await make_worker_server(host, rooms, kind.max_message_bytes)
     await server.start()
+    watch = asyncio.create_task(descriptors.watch_connections(host.port, f"worker {host.worker_id}"))
     thread.start()
     try:
         await _work(host, router, server, ready)
     finally:
+        watch.cancel()
         await server.stop(grace=None)
         for room in rooms:
             await room.aclose()
