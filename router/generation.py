@@ -20,6 +20,8 @@ from tandem.wire import event_to_wire, model_to_wire
 # Entries in one Status answer.
 MAX_LISTED_REQUESTS = 100
 INTEGRITY_TIMEOUT_S = 5.0
+# A client that has taken nothing for this long is gone, as far as we are concerned; at the HTTP door too.
+STALL_S = 30.0
 
 
 class GenerationService(generation_pb2_grpc.GenerationServicer):
@@ -33,7 +35,10 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> None:
         async def emit(event: Event) -> None:
             try:
-                await context.write(event_to_wire(event))
+                async with asyncio.timeout(STALL_S):
+                    await context.write(event_to_wire(event))
+            except TimeoutError:
+                raise Cancelled(f"the client has taken nothing for {STALL_S:g} s") from None
             except grpc.aio.BaseError as error:
                 # gRPC's handling of a client that left can reach the write before it cancels this call.
                 raise Cancelled("the client left") from error

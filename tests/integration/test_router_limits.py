@@ -176,6 +176,26 @@ async def test_a_client_that_does_not_read_delays_no_release(house: House) -> No
         await collect(call)
 
 
+async def test_a_client_that_never_reads_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its place goes to others while it is still connected; when it reads on, it hears why its answer ended."""
+    monkeypatch.setattr("router.generation.STALL_S", 0.5)
+    async with open_house(configuration(max_live_requests=2)) as house:
+        await house.pair()
+        house.cluster.top_logprobs = WIDER_THAN_A_WINDOW
+        calls = [house.call(8, timeout=None) for _ in range(2)]
+        await house.cluster.saw("first", 2)
+        with pytest.raises(errors.Overloaded):
+            await collect(house.call())
+        await house.check_empty()
+        house.cluster.top_logprobs = 0
+        assert len(ids_of(await collect(house.call(timeout=5)))) == 4, "on the same connection"
+        assert (await house.status()).cancelled_requests == 2
+        for call in calls:
+            assert not call.done()
+            with pytest.raises(errors.Cancelled, match=r"taken nothing for 0.5 s"):
+                await collect(call)
+
+
 async def test_status_names_workers_and_live_requests(house: House) -> None:
     prefill, decode = await house.pair()
     decode.integrity = registry_pb2.Integrity(ok=False, problem="block 3 has no owner")
