@@ -10,6 +10,10 @@ from tandem import errors, rpc
 
 # In gRPC's words for an answer that is not HTTP/2; silence is another matter ("timed out before receiving SETTINGS").
 _OTHER_PROTOCOL = re.compile("got frame type|trying to connect an http1", re.IGNORECASE)
+# In gRPC's words for a call that this very process ended.
+_ENDED_HERE = re.compile("locally cancelled|channel closed", re.IGNORECASE)
+# A router so full that its gRPC takes no more calls empties within about this time.
+RETRY_AFTER_MS = 1000
 
 
 def explain(error: grpc.RpcError, address: str) -> errors.TandemError:
@@ -27,6 +31,14 @@ def explain(error: grpc.RpcError, address: str) -> errors.TandemError:
         return errors.Unavailable(f"cannot reach a Tandem router at {address}: {known.message}")
     if isinstance(known, errors.Overloaded) and "larger than max" in known.message:
         return errors.InvalidRequest(f"the request is too large for the router: {known.message}", field="prompt")
+    if isinstance(known, errors.Overloaded) or _turned_away(known):
+        words = f"the router has more calls waiting than it takes, and its gRPC turned this one away: {known.message}"
+        return errors.Overloaded(words, retry_after_ms=RETRY_AFTER_MS)
     if isinstance(known, errors.DeadlineExceeded):
         return errors.DeadlineExceeded("the deadline (timeout_s) passed before the answer was complete")
     return known
+
+
+def _turned_away(known: errors.TandemError) -> bool:
+    """gRPC's server says no more than CANCELLED to calls beyond those that may wait (rpc.server_options)."""
+    return isinstance(known, errors.Cancelled) and not _ENDED_HERE.search(known.message)

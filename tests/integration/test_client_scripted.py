@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import grpc
 import pytest
 from scripted_router import REPORT, ScriptedRouter, serving, two_tokens
 
@@ -210,6 +211,30 @@ async def test_every_error_comes_back_as_itself(router: ScriptedRouter, kind: ty
     for error in (caught.value, caught_too.value):
         assert type(error) is errors.CODES[kind.code]
         assert (error.message, error.field, error.retry_after_ms) == ("no, because", "stop", 250)
+
+
+@pytest.mark.parametrize("status", [grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED])
+async def test_what_grpc_turned_away_is_overload(status: grpc.StatusCode) -> None:
+    """A status that no Tandem process sent, from a real server."""
+
+    async def turn_away(_: Any, context: Any) -> None:
+        await context.abort(status)
+
+    handlers = {"Generate": grpc.unary_stream_rpc_method_handler(turn_away)}
+    handlers["Status"] = grpc.unary_unary_rpc_method_handler(turn_away)
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("tandem.v1.Generation", handlers),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    async with AsyncClient(address) as client:
+        with pytest.raises(errors.Overloaded) as caught:
+            await client.complete("p")
+        with pytest.raises(errors.Overloaded):
+            await client.status()
+    with Client(address) as blocking, pytest.raises(errors.Overloaded) as caught_too:
+        await asyncio.to_thread(blocking.complete, "p")
+    assert caught.value.retry_after_ms == caught_too.value.retry_after_ms == 1000
+    await server.stop(0)
 
 
 async def test_an_answer_that_just_stops_is_an_error(router: ScriptedRouter) -> None:

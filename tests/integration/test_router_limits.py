@@ -26,7 +26,8 @@ from router_house import (
 )
 from scripted_worker import eventually
 
-from tandem import errors, rpc
+from router.app import _LEAST_UNTAKEN
+from tandem import AsyncClient, errors, rpc
 from tandem.timeline import Phase
 from tandem.types import FinishReason
 from tandem.v1 import registry_pb2
@@ -71,6 +72,19 @@ async def test_one_more_request_than_the_house_holds() -> None:
         prefill.let("start")
         await collect(call)
         await collect(house.call())
+
+
+async def test_what_grpc_itself_turns_away_is_overload() -> None:
+    """More calls at once than may wait for the router: its gRPC cancels some, before any code of ours hears of them."""
+    async with open_house(configuration(max_live_requests=1)) as house:
+        await house.join("c1")
+        async with AsyncClient(house.cluster.router) as client:
+            asked = [client.complete([1, 2, 3], max_tokens=2, timeout_s=30) for _ in range(2 * _LEAST_UNTAKEN)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+    failed = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert any("turned this one away" in str(error) for error in failed), "the fault was there"
+    assert {(type(error), getattr(error, "retry_after_ms", None)) for error in failed} == {(errors.Overloaded, 1000)}
+    assert len(failed) < len(answers)
 
 
 async def test_each_answer_counts() -> None:
