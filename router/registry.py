@@ -77,21 +77,25 @@ class Registry:
         return tuple(worker.view(block_names) for worker in self._workers.values() if worker.routable)
 
     def admit(self, first: registry_pb2.Heartbeat) -> Worker:
-        """Takes a worker in, in place of an older one of the same id. Raises Refused saying what does not fit."""
+        """Takes a worker in, in place of an older link to the same process. Raises Refused saying what does not fit."""
         hello = first.hello
-        problem = _malformed(hello) or self._misfit(hello)
+        problem = _malformed(hello) or self._misfit(hello) or self._taken(hello)
         if problem is not None:
             name = hello.worker_id[:MAX_LABEL_CHARS]
             log.warning("refused worker %r at %r: %s", name, hello.address[:MAX_LABEL_CHARS], problem)
             raise Refused(f"the router refused worker {name!r}: {problem}")
         worker, older = Worker(first, self._config), self._workers.get(hello.worker_id)
         if older is not None:
-            self.remove(older, Refused(f"worker_id {older.id} joined again"))
+            self.remove(older, Unavailable("it joined again"))
         self._workers[worker.id] = worker
         for role in worker.roles:
             self._gone.pop(role, None)
         log.info("worker %s joined from %s", worker.id, hello.address)
         return worker
+
+    def _taken(self, hello: registry_pb2.Hello) -> str | None:
+        older = self._workers.get(hello.worker_id)
+        return None if older is None or older.is_same_process(hello) else "a live worker has this worker_id"
 
     def _misfit(self, hello: registry_pb2.Hello) -> str | None:
         if hello.version != tandem.__version__:
@@ -147,6 +151,7 @@ def _malformed(hello: registry_pb2.Hello) -> str | None:
         _label("worker_id", hello.worker_id),
         _label("address", hello.address),
         _label("version", hello.version),
+        _label("instance", hello.instance),
         _label("model.name", hello.model.name),
         _label("transports", max(labels, key=len, default="")),
         (len(hello.transports) <= MAX_TRANSPORTS, f"hello.transports has more than {MAX_TRANSPORTS} entries"),

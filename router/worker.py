@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,12 +35,15 @@ class Worker:
 
     joined ──dialled back, Subscribe accepted──▶ routable ──draining──▶ live requests only ──the last──▶ dismissed
        └───────────────┬───────────────────────────┴──────────────────────┘
-                       ▼ a stream ended, heartbeats are silent, or the same worker_id joined again
+                       ▼ a stream ended, heartbeats are silent, or the same process joined again
                      lost: no new work; live requests fail with WorkerLost; the channel is closed
     """
 
     def __init__(self, first: registry_pb2.Heartbeat, config: RouterConfig) -> None:
         hello = self.hello = first.hello
+        # Its proof that a later Join is its own; in no status.
+        self._instance = hello.instance
+        hello.ClearField("instance")
         self.id = hello.worker_id
         self.model = wire.model_from_wire(hello.model)
         self.roles = wire.roles_from_wire(list(hello.roles))
@@ -68,6 +72,9 @@ class Worker:
         self._note_roles()
 
     # What is known about it.
+
+    def is_same_process(self, hello: registry_pb2.Hello) -> bool:
+        return bool(self._instance) and hmac.compare_digest(self._instance.encode(), hello.instance.encode())
 
     @property
     def draining(self) -> bool:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tandem/v1/registry.proto\x12\ttandem.v1\"\xa7\x01\n\x0b\x46ingerprint\x12\x13\n\x0b\x63onfig_hash\x18\x01 \x01(\t\x12\x14\n\x0cweights_hash\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\x12\x0e\n\x06layout\x18\x08 \x01(\r\"\x9d\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12+\n\x0b\x66ingerprint\x18\x05 \x01(\x0b\x32\x16.tandem.v1.Fingerprint\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\"7\n\tTransport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\"\xf4\x01\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x1e\n\x05roles\x18\x03 \x03(\x0e\x32\x0f.tandem.v1.Role\x12#\n\x05model\x18\x04 \x01(\x0b\x32\x14.tandem.v1.ModelInfo\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x14\n\x0ctotal_blocks\x18\x06 \x01(\r\x12(\n\ntransports\x18\x07 \x03(\x0b\x32\x14.tandem.v1.Transport\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x14\n\x0cprefix_cache\x18\n \x01(\x08\"\x8c\x04\n\x04Load\x12\x13\n\x0b\x66ree_blocks\x18\x01 \x01(\r\x12\x1c\n\x14queued_prompt_tokens\x18\x02 \x01(\r\x12\x17\n\x0frunning_decodes\x18\x03 \x01(\r\x12\x18\n\x10waiting_prefills\x18\x04 \x01(\r\x12\x14\n\x0creservations\x18\x05 \x01(\r\x12\x1c\n\x14waiting_reservations\x18\x06 \x01(\r\x12,\n\x07kv_sent\x18\x07 \x03(\x0b\x32\x1b.tandem.v1.Load.KvSentEntry\x12\x34\n\x0bkv_received\x18\x08 \x03(\x0b\x32\x1f.tandem.v1.Load.KvReceivedEntry\x12\r\n\x05steps\x18\t \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\n \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\x0b \x01(\x04\x12\x1a\n\x12quarantined_blocks\x18\x0c \x01(\r\x12\x15\n\rout_of_memory\x18\r \x01(\x04\x1a\x43\n\x0bKvSentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.tandem.v1.KVTraffic:\x02\x38\x01\x1aG\n\x0fKvReceivedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.tandem.v1.KVTraffic:\x02\x38\x01\"\x90\x01\n\tKVTraffic\x12\x11\n\ttransfers\x18\x01 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x04 \x01(\x04\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x16\n\x0ehidden_seconds\x18\x06 \x01(\x01\x12\x16\n\x0e\x63orrupt_frames\x18\x07 \x01(\x04\"A\n\x12PrefixCacheChanges\x12\r\n\x05reset\x18\x01 \x01(\x08\x12\x0c\n\x04lost\x18\x02 \x01(\x0c\x12\x0e\n\x06gained\x18\x03 \x01(\x0c\"\xa2\x01\n\tHeartbeat\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Hello\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.tandem.v1.Load\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x33\n\x0cprefix_cache\x18\x04 \x01(\x0b\x32\x1d.tandem.v1.PrefixCacheChanges\x12\x0e\n\x06number\x18\x05 \x01(\x04\"\xb3\x01\n\tDirective\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x12.tandem.v1.WelcomeH\x00\x12!\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x10.tandem.v1.DrainH\x00\x12(\n\tset_roles\x18\x03 \x01(\x0b\x32\x13.tandem.v1.SetRolesH\x00\x12%\n\x07\x64ismiss\x18\x04 \x01(\x0b\x32\x12.tandem.v1.DismissH\x00\x42\x0b\n\tdirective\"(\n\x07Welcome\x12\x1d\n\x15heartbeat_interval_ms\x18\x01 \x01(\r\"\x07\n\x05\x44rain\"\t\n\x07\x44ismiss\"*\n\x08SetRoles\x12\x1e\n\x05roles\x18\x01 \x03(\x0e\x32\x0f.tandem.v1.Role\"\x8d\x01\n\tIntegrity\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x19\n\x11referenced_blocks\x18\x02 \x01(\r\x12\x14\n\x0creservations\x18\x03 \x01(\r\x12\x1a\n\x12quarantined_blocks\x18\x04 \x01(\r\x12\x16\n\x0elive_sequences\x18\x05 \x01(\r\x12\x0f\n\x07problem\x18\x06 \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x32\x42\n\x08Registry\x12\x36\n\x04Join\x12\x14.tandem.v1.Heartbeat\x1a\x14.tandem.v1.Directive(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tandem/v1/registry.proto\x12\ttandem.v1\"\xa7\x01\n\x0b\x46ingerprint\x12\x13\n\x0b\x63onfig_hash\x18\x01 \x01(\t\x12\x14\n\x0cweights_hash\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\x12\x0e\n\x06layout\x18\x08 \x01(\r\"\x9d\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12+\n\x0b\x66ingerprint\x18\x05 \x01(\x0b\x32\x16.tandem.v1.Fingerprint\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\"7\n\tTransport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\"\x86\x02\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x1e\n\x05roles\x18\x03 \x03(\x0e\x32\x0f.tandem.v1.Role\x12#\n\x05model\x18\x04 \x01(\x0b\x32\x14.tandem.v1.ModelInfo\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x14\n\x0ctotal_blocks\x18\x06 \x01(\r\x12(\n\ntransports\x18\x07 \x03(\x0b\x32\x14.tandem.v1.Transport\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x14\n\x0cprefix_cache\x18\n \x01(\x08\x12\x10\n\x08instance\x18\x0b \x01(\t\"\x8c\x04\n\x04Load\x12\x13\n\x0b\x66ree_blocks\x18\x01 \x01(\r\x12\x1c\n\x14queued_prompt_tokens\x18\x02 \x01(\r\x12\x17\n\x0frunning_decodes\x18\x03 \x01(\r\x12\x18\n\x10waiting_prefills\x18\x04 \x01(\r\x12\x14\n\x0creservations\x18\x05 \x01(\r\x12\x1c\n\x14waiting_reservations\x18\x06 \x01(\r\x12,\n\x07kv_sent\x18\x07 \x03(\x0b\x32\x1b.tandem.v1.Load.KvSentEntry\x12\x34\n\x0bkv_received\x18\x08 \x03(\x0b\x32\x1f.tandem.v1.Load.KvReceivedEntry\x12\r\n\x05steps\x18\t \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\n \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\x0b \x01(\x04\x12\x1a\n\x12quarantined_blocks\x18\x0c \x01(\r\x12\x15\n\rout_of_memory\x18\r \x01(\x04\x1a\x43\n\x0bKvSentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.tandem.v1.KVTraffic:\x02\x38\x01\x1aG\n\x0fKvReceivedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.tandem.v1.KVTraffic:\x02\x38\x01\"\x90\x01\n\tKVTraffic\x12\x11\n\ttransfers\x18\x01 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x04 \x01(\x04\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x16\n\x0ehidden_seconds\x18\x06 \x01(\x01\x12\x16\n\x0e\x63orrupt_frames\x18\x07 \x01(\x04\"A\n\x12PrefixCacheChanges\x12\r\n\x05reset\x18\x01 \x01(\x08\x12\x0c\n\x04lost\x18\x02 \x01(\x0c\x12\x0e\n\x06gained\x18\x03 \x01(\x0c\"\xa2\x01\n\tHeartbeat\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Hello\x12\x1d\n\x04load\x18\x02 \x01(\x0b\x32\x0f.tandem.v1.Load\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x33\n\x0cprefix_cache\x18\x04 \x01(\x0b\x32\x1d.tandem.v1.PrefixCacheChanges\x12\x0e\n\x06number\x18\x05 \x01(\x04\"\xb3\x01\n\tDirective\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x12.tandem.v1.WelcomeH\x00\x12!\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x10.tandem.v1.DrainH\x00\x12(\n\tset_roles\x18\x03 \x01(\x0b\x32\x13.tandem.v1.SetRolesH\x00\x12%\n\x07\x64ismiss\x18\x04 \x01(\x0b\x32\x12.tandem.v1.DismissH\x00\x42\x0b\n\tdirective\"(\n\x07Welcome\x12\x1d\n\x15heartbeat_interval_ms\x18\x01 \x01(\r\"\x07\n\x05\x44rain\"\t\n\x07\x44ismiss\"*\n\x08SetRoles\x12\x1e\n\x05roles\x18\x01 \x03(\x0e\x32\x0f.tandem.v1.Role\"\x8d\x01\n\tIntegrity\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x19\n\x11referenced_blocks\x18\x02 \x01(\r\x12\x14\n\x0creservations\x18\x03 \x01(\r\x12\x1a\n\x12quarantined_blocks\x18\x04 \x01(\r\x12\x16\n\x0elive_sequences\x18\x05 \x01(\r\x12\x0f\n\x07problem\x18\x06 \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x32\x42\n\x08Registry\x12\x36\n\x04Join\x12\x14.tandem.v1.Heartbeat\x1a\x14.tandem.v1.Directive(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOAD_KVSENTENTRY']._serialized_options = b'8\001'
   _globals['_LOAD_KVRECEIVEDENTRY']._loaded_options = None
   _globals['_LOAD_KVRECEIVEDENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=2011
-  _globals['_ROLE']._serialized_end=2074
+  _globals['_ROLE']._serialized_start=2029
+  _globals['_ROLE']._serialized_end=2092
   _globals['_FINGERPRINT']._serialized_start=40
   _globals['_FINGERPRINT']._serialized_end=207
   _globals['_MODELINFO']._serialized_start=210
@@ -44,31 +44,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRANSPORT']._serialized_start=369
   _globals['_TRANSPORT']._serialized_end=424
   _globals['_HELLO']._serialized_start=427
-  _globals['_HELLO']._serialized_end=671
-  _globals['_LOAD']._serialized_start=674
-  _globals['_LOAD']._serialized_end=1198
-  _globals['_LOAD_KVSENTENTRY']._serialized_start=1058
-  _globals['_LOAD_KVSENTENTRY']._serialized_end=1125
-  _globals['_LOAD_KVRECEIVEDENTRY']._serialized_start=1127
-  _globals['_LOAD_KVRECEIVEDENTRY']._serialized_end=1198
-  _globals['_KVTRAFFIC']._serialized_start=1201
-  _globals['_KVTRAFFIC']._serialized_end=1345
-  _globals['_PREFIXCACHECHANGES']._serialized_start=1347
-  _globals['_PREFIXCACHECHANGES']._serialized_end=1412
-  _globals['_HEARTBEAT']._serialized_start=1415
-  _globals['_HEARTBEAT']._serialized_end=1577
-  _globals['_DIRECTIVE']._serialized_start=1580
-  _globals['_DIRECTIVE']._serialized_end=1759
-  _globals['_WELCOME']._serialized_start=1761
-  _globals['_WELCOME']._serialized_end=1801
-  _globals['_DRAIN']._serialized_start=1803
-  _globals['_DRAIN']._serialized_end=1810
-  _globals['_DISMISS']._serialized_start=1812
-  _globals['_DISMISS']._serialized_end=1821
-  _globals['_SETROLES']._serialized_start=1823
-  _globals['_SETROLES']._serialized_end=1865
-  _globals['_INTEGRITY']._serialized_start=1868
-  _globals['_INTEGRITY']._serialized_end=2009
-  _globals['_REGISTRY']._serialized_start=2076
-  _globals['_REGISTRY']._serialized_end=2142
+  _globals['_HELLO']._serialized_end=689
+  _globals['_LOAD']._serialized_start=692
+  _globals['_LOAD']._serialized_end=1216
+  _globals['_LOAD_KVSENTENTRY']._serialized_start=1076
+  _globals['_LOAD_KVSENTENTRY']._serialized_end=1143
+  _globals['_LOAD_KVRECEIVEDENTRY']._serialized_start=1145
+  _globals['_LOAD_KVRECEIVEDENTRY']._serialized_end=1216
+  _globals['_KVTRAFFIC']._serialized_start=1219
+  _globals['_KVTRAFFIC']._serialized_end=1363
+  _globals['_PREFIXCACHECHANGES']._serialized_start=1365
+  _globals['_PREFIXCACHECHANGES']._serialized_end=1430
+  _globals['_HEARTBEAT']._serialized_start=1433
+  _globals['_HEARTBEAT']._serialized_end=1595
+  _globals['_DIRECTIVE']._serialized_start=1598
+  _globals['_DIRECTIVE']._serialized_end=1777
+  _globals['_WELCOME']._serialized_start=1779
+  _globals['_WELCOME']._serialized_end=1819
+  _globals['_DRAIN']._serialized_start=1821
+  _globals['_DRAIN']._serialized_end=1828
+  _globals['_DISMISS']._serialized_start=1830
+  _globals['_DISMISS']._serialized_end=1839
+  _globals['_SETROLES']._serialized_start=1841
+  _globals['_SETROLES']._serialized_end=1883
+  _globals['_INTEGRITY']._serialized_start=1886
+  _globals['_INTEGRITY']._serialized_end=2027
+  _globals['_REGISTRY']._serialized_start=2094
+  _globals['_REGISTRY']._serialized_end=2160
 # @@protoc_insertion_point(module_scope)

@@ -63,7 +63,7 @@ class Transport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., domain: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("worker_id", "address", "roles", "model", "version", "total_blocks", "transports", "pid", "device", "prefix_cache")
+    __slots__ = ("worker_id", "address", "roles", "model", "version", "total_blocks", "transports", "pid", "device", "prefix_cache", "instance")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ROLES_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,7 @@ class Hello(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     address: str
     roles: _containers.RepeatedScalarFieldContainer[Role]
@@ -84,7 +85,8 @@ class Hello(_message.Message):
     pid: int
     device: str
     prefix_cache: bool
-    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., version: _Optional[str] = ..., total_blocks: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, _Mapping]]] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., prefix_cache: _Optional[bool] = ...) -> None: ...
+    instance: str
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., version: _Optional[str] = ..., total_blocks: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, _Mapping]]] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., prefix_cache: _Optional[bool] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("free_blocks", "queued_prompt_tokens", "running_decodes", "waiting_prefills", "reservations", "waiting_reservations", "kv_sent", "kv_received", "steps", "prefix_hit_tokens", "prefix_query_tokens", "quarantined_blocks", "out_of_memory")

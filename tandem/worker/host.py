@@ -80,6 +80,7 @@ class WorkerHost:
         self.engine = thread.engine
         self.info: ModelInfo = thread.engine.info
         self.worker_id = f"{'+'.join(sorted(roles))}-{secrets.token_hex(4)}"
+        self.instance = secrets.token_hex(16)
         self.roles = roles
         self.draining = False
         # By reservation id.
@@ -198,6 +199,7 @@ class WorkerHost:
             pid=os.getpid(),
             device=self.config.engine.device,
             prefix_cache=self.config.engine.prefix_cache,
+            instance=self.instance,
         )
 
     def load(self) -> registry_pb2.Load:

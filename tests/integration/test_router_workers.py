@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import grpc
 import pytest
 from router_house import (
     DECODE,
@@ -23,8 +25,8 @@ from router_house import (
 from scripted_member import FINGERPRINT, MODEL
 from scripted_worker import ScriptedWorker, eventually
 
-from tandem import errors, wire
-from tandem.v1 import generation_pb2
+from tandem import errors, rpc, wire
+from tandem.v1 import generation_pb2, registry_pb2, registry_pb2_grpc
 
 
 @pytest.fixture
@@ -207,16 +209,45 @@ async def test_a_worker_that_cannot_be_dialled_back_is_told_so() -> None:
         assert "cannot reach worker c1 at 127.0.0.1:1" in str(worker.join_error)
 
 
-async def test_a_newer_join_of_the_same_id_replaces_the_older(house: House) -> None:
-    older = await house.join("c1")
-    older.silent = True
-    newer = await house.join("c1")
-    await eventually(lambda: older.join_error)
-    assert isinstance(older.join_error, errors.Refused), "it must not come back"
-    assert "worker_id c1 joined again" in str(older.join_error)
+async def test_a_join_with_a_live_workers_id_is_refused(house: House) -> None:
+    """The id, and all else that Status tells of a worker, is no proof of being it."""
+    worker = await house.join("c1")
+    worker.hold("decode")
+    call = house.call()
+    await house.cluster.saw("decode")
+    [told] = (await house.status()).workers
+    assert not told.hello.instance
+    for hello in (told.hello, worker.hello()):
+        if hello.instance:
+            hello.instance = "0" * 32
+        async with joining(house, hello) as join:
+            with pytest.raises(grpc.aio.AioRpcError, match="a live worker has this worker_id") as caught:
+                await rpc.read(join)
+        assert isinstance(rpc.error_from_rpc(caught.value), errors.Refused)
+    worker.let("decode")
+    assert len(ids_of(await collect(call))) == 4, "its link and its requests live on"
     assert ids_of(await collect(house.call(2))) == [5, 5]
-    assert newer.reserve_requests
-    assert not older.reserve_requests
+    assert worker.join_error is None
+
+
+async def test_a_worker_whose_link_broke_unnoticed_joins_in_place_of_itself(house: House) -> None:
+    worker = await house.join("c1")
+    worker.silent = True
+    async with joining(house, worker.hello()) as join:
+        assert (await rpc.read(join)).HasField("welcome"), "though the former stream still stands"
+        await eventually(lambda: worker.join_error)
+        assert isinstance(worker.join_error, errors.Unavailable)
+        await house.routable("c1")
+        assert ids_of(await collect(house.call(2))) == [5, 5]
+
+
+@asynccontextmanager
+async def joining(house: House, hello: registry_pb2.Hello) -> AsyncIterator[Any]:
+    async with rpc.make_channel(house.cluster.router) as channel:
+        stub: Any = registry_pb2_grpc.RegistryStub(channel)  # type: ignore[no-untyped-call]
+        join = stub.Join()
+        await join.write(registry_pb2.Heartbeat(hello=hello, number=1))
+        yield join
 
 
 async def test_a_draining_worker_gets_no_new_work_and_finishes_what_it_has(house: House) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ class ScriptedMember:
         self.id, self.roles, self.model = worker_id, frozenset(roles), model
         self.version, self.total_blocks, self.transports = version or tandem.__version__, total_blocks, transports
         self.address = address
+        # What a process makes at its start.
+        self.instance = secrets.token_hex(16)
         self.load = registry_pb2.Load(free_blocks=total_blocks)
         self.directives: list[registry_pb2.Directive] = []
         self.join_error: TandemError | None = None
@@ -66,6 +69,7 @@ class ScriptedMember:
             total_blocks=self.total_blocks,
             transports=self.transports,
             prefix_cache=True,
+            instance=self.instance,
         )
 
     async def _join(self) -> None:

@@ -28,6 +28,7 @@ def heartbeat(worker_id: str = "w", roles: frozenset[Role] = BOTH) -> registry_p
         version=tandem.__version__,
         total_blocks=10,
         prefix_cache=True,
+        instance="made by the process",
     )
     return registry_pb2.Heartbeat(hello=hello, load=registry_pb2.Load(free_blocks=10, queued_prompt_tokens=3))
 
