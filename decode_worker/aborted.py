@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from tandem.errors import Cancelled
+from tandem.errors import Unavailable
 from tandem.types import EngineRequest
 
 # Far more than the Reserve calls that can be on their way at once.
@@ -26,6 +26,6 @@ class Aborted:
             self._attempts.popitem(last=False)
 
     def check(self, request: EngineRequest) -> None:
-        """Raises Cancelled when this attempt was aborted before."""
+        """Raises Unavailable when this attempt was aborted before."""
         if request.attempt <= self._attempts.get(request.request_id, -1):
-            raise Cancelled("the request was aborted before its reservation")
+            raise Unavailable("the request was aborted before its reservation")

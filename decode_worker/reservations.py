@@ -170,7 +170,7 @@ class Reservation:
         elif isinstance(event, NewToken):
             self._on_token(event)
         elif isinstance(event, Failed):
-            self._fail(event.error)
+            self.fail(event.error)
 
     def _on_token(self, event: NewToken) -> None:
         message = self._message(position=event.position, finish_reason=event.finish_reason)
@@ -219,12 +219,12 @@ class Reservation:
 
     def _expire(self) -> None:
         self._log.warning("its lease ended while it was %s", self.state)
-        self._fail(Unavailable(f"the router did not renew the request's lease for {self._lease_s:g} s"))
+        self.fail(Unavailable(f"the router did not renew the request's lease for {self._lease_s:g} s"))
 
     def _deadline_passed(self) -> None:
-        self._fail(DeadlineExceeded("the request's deadline passed on the decode worker"))
+        self.fail(DeadlineExceeded("the request's deadline passed on the decode worker"))
 
-    def _fail(self, error: TandemError) -> None:
+    def fail(self, error: TandemError) -> None:
         """Ends it and says so: somebody may still wait for its tokens."""
         self._emit(self._message(failure=wire.failure_to_wire(error), finish_reason=FinishReason.ERROR))
         self.end(error)

@@ -18,7 +18,7 @@ from kv_transfer.plasma import Plasma
 from kv_transfer.service import KVService
 from kv_transfer.shared_memory import SharedMemory
 from tandem import logs
-from tandem.errors import Cancelled, Refused, TransferFailed
+from tandem.errors import Refused, TransferFailed, Unavailable
 from tandem.types import EngineRequest, Fingerprint, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.host import WorkerHost
@@ -145,10 +145,12 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
     async def Abort(self, message: worker_pb2.AbortRequest, context: Any) -> worker_pb2.AbortResponse:
         logs.about(message.request_id)
         self._aborted.note(message.request_id, message.attempt)
-        self._queue.turn_away(message.request_id, message.attempt, Cancelled("the request was aborted"))
+        cause = Unavailable("the request was aborted on its decode worker")
+        self._queue.turn_away(message.request_id, message.attempt, cause)
         reservation = self._by_request.get(message.request_id)
         if reservation is not None and reservation.attempt <= message.attempt:
-            reservation.end(Cancelled("the request was aborted"))
+            # Its router listens no more, if the Abort is its own; if not, it must hear that nothing comes.
+            reservation.fail(cause)
         return worker_pb2.AbortResponse()
 
     async def Subscribe(self, message: worker_pb2.SubscribeRequest, context: Any) -> None:

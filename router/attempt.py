@@ -247,7 +247,9 @@ class Attempt:
         self.box.put_first(Step((token_from_wire(first.token),), reason))
         self._first_was_last = reason is not None
         if self._request.sampling.max_tokens == 1:
-            # No transfer began, whose abandoning would free the blocks: the client may take its time to read.
+            # No transfer began, whose abandoning would free the blocks: the client may take its time to read. What the
+            # worker says to that is not about the answer.
+            self._decode_on.subscription.forget(self._request.request_id, self._request.attempt)
             self._aborting()
         return self._first_was_last
 

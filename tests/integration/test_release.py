@@ -16,7 +16,7 @@ from service import ROOT, Service, running_service, wait_until
 
 from tandem import rpc
 from tandem.client.status import WorkerState
-from tandem.errors import Cancelled, DeadlineExceeded, Overloaded, Refused, TransferFailed
+from tandem.errors import DeadlineExceeded, Overloaded, Refused, TransferFailed, Unavailable
 from tandem.types import Accepted, Completed, Delta, Event, FinishReason, Role
 from tandem.v1 import worker_pb2
 
@@ -264,7 +264,7 @@ def test_a_deadline_counts_before_the_seal_too(service: Service, direct: DirectR
 def test_an_abort_that_overtakes_its_reserve_call_still_counts(service: Service, direct: DirectRouter) -> None:
     direct.abort("r", attempt=1)
     for attempt in (0, 1):
-        with pytest.raises(Cancelled, match="aborted before its reservation"):
+        with pytest.raises(Unavailable, match="aborted before its reservation"):
             direct.reserve(direct.request("r", attempt))
     direct.reserve(direct.request("r", attempt=2))
     assert reservations(service) == 1
@@ -309,6 +309,20 @@ def test_abort_ends_its_attempt(service: Service, direct: DirectRouter) -> None:
         direct.push(direct.frames(request, reservation))
 
 
+@pytest.mark.parametrize("phase", ["prefilling", "decoding"])
+def test_an_abort_from_elsewhere_ends_the_request_with_one_error(
+    service: Service, direct: DirectRouter, phase: str
+) -> None:
+    """Its router did not send it, and must not wait for tokens until the deadline."""
+    with asking(service, *SIZES[phase]) as events:
+        reach(service, phase, events)
+        [live] = service.status().requests
+        direct.abort_named(live.request_id, attempt=9)
+        with pytest.raises(Unavailable, match="aborted"):
+            output_of(events)
+        wait_until(service.idle, AT_ONCE_S, "both pools free")
+
+
 @contextmanager
 def full_pool(service: Service, direct: DirectRouter) -> Iterator[Callable[[], None]]:
     """Yields what empties it."""
@@ -327,7 +341,7 @@ def test_abort_reaches_a_request_that_waits_for_blocks(service: Service, direct:
         direct.abort("r", attempt=1)
         with pytest.raises(grpc.RpcError) as caught:
             call.result()
-        assert isinstance(rpc.error_from_rpc(caught.value), Cancelled)
+        assert isinstance(rpc.error_from_rpc(caught.value), Unavailable)
         wait_until(lambda: waiting(service) == 0, AT_ONCE_S, "nobody waiting")
 
 

@@ -89,10 +89,12 @@ class DirectRouter:
         return self._stub.Reserve.future(request, timeout=TIMEOUT_S)
 
     def abort(self, request_id: str, attempt: int) -> None:
+        self.abort_named(self.name(request_id), attempt)
+
+    def abort_named(self, name: str, attempt: int) -> None:
+        """Of whatever router."""
         with typed_errors():
-            self._stub.Abort(
-                worker_pb2.AbortRequest(request_id=self.name(request_id), attempt=attempt), timeout=TIMEOUT_S
-            )
+            self._stub.Abort(worker_pb2.AbortRequest(request_id=name, attempt=attempt), timeout=TIMEOUT_S)
 
     def renew(self, reservation: worker_pb2.Reservation, lease_ms: int) -> None:
         with typed_errors():

@@ -107,7 +107,7 @@ def test_of_many_aborts_the_newest_are_remembered() -> None:
     aborted.note("r", 0)
     aborted.check(replace(REQUEST, request_id="a"))
     aborted.check(replace(REQUEST, attempt=2))
-    with pytest.raises(Cancelled):
+    with pytest.raises(Unavailable):
         aborted.check(replace(REQUEST, attempt=1))
 
 
