@@ -102,6 +102,7 @@ class WorkerHost:
         self.dismissed = False
         # Set when the worker should finish what is live and leave.
         self.leaving = asyncio.Event()
+        self._checking = asyncio.Lock()
         self._blocks_freed: list[Callable[[], None]] = []
         self._idle_for_good: list[Callable[[], None]] = []
         self._loop = asyncio.get_running_loop()
@@ -219,8 +220,11 @@ class WorkerHost:
             room.report(load)
         return load
 
-    def integrity(self) -> registry_pb2.Integrity:
-        report, load = self.engine.pool.check_integrity(), self.load()
+    async def integrity(self) -> registry_pb2.Integrity:
+        """One check at a time: a stranger's many cost no more than one does."""
+        async with self._checking:
+            report = await asyncio.to_thread(self.engine.pool.check_integrity)
+        load = self.load()
         return registry_pb2.Integrity(
             ok=not report.problem,
             referenced_blocks=report.referenced,
@@ -243,7 +247,7 @@ class AdminService(worker_pb2_grpc.WorkerAdminServicer):
         self._host = host
 
     async def CheckIntegrity(self, request: worker_pb2.CheckIntegrityRequest, context: Any) -> registry_pb2.Integrity:
-        return self._host.integrity()
+        return await self._host.integrity()
 
 
 async def make_worker_server(host: WorkerHost, rooms: list[Room], max_message_bytes: int) -> grpc.aio.Server:

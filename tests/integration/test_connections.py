@@ -41,7 +41,12 @@ async def test_a_kept_alive_connection_sends_small_events_at_once(monkeypatch: p
 async def router(soft: int, hard: int) -> AsyncIterator[tuple[asyncio.subprocess.Process, int, House, list[str]]]:
     """A router process that may have so many descriptors, its HTTP port, a house around it, and its log."""
     child = await asyncio.create_subprocess_exec(
-        *("sh", "-c", f'ulimit -Sn {soft}; ulimit -Hn {hard}; exec "$0" -m router --port 0 --http-port 0', sys.executable),
+        *(
+            "sh",
+            "-c",
+            f'ulimit -Sn {soft}; ulimit -Hn {hard}; exec "$0" -m router --port 0 --http-port 0',
+            sys.executable,
+        ),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         cwd=ROOT,

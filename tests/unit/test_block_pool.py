@@ -1,6 +1,7 @@
 """The block pool keeps its promises under any order of calls, and from several threads."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -112,6 +113,22 @@ def test_blocks_released_in_use_are_quarantined_until_the_user_leaves() -> None:
             pass
     assert pool.num_free == 2
     assert pool.check_integrity().quarantined == 0
+
+
+def test_a_broken_invariant_is_found_wherever_it_is() -> None:
+    def broken(spoil: Callable[[BlockPool], object]) -> str:
+        pool = BlockPool(10_000, 4)
+        table = pool.acquire(9_000)
+        assert table is not None
+        _publish_all(pool, table, list(range(8)))
+        spoil(pool)
+        return pool.check_integrity().problem
+
+    assert broken(lambda pool: None) == ""
+    assert broken(lambda pool: pool._refs.__setitem__(8_999, 0)) == "block 8999 has 0 references and is not free"
+    assert broken(lambda pool: pool._free.__setitem__(5_000, None)) == "block 5000 has 1 references and is free"
+    assert "another's hash" in broken(lambda pool: pool._hash_of.__setitem__(7_000, _names([0, 1, 2, 3])[0]))
+    assert "another's hash" in broken(lambda pool: pool._by_hash.__setitem__(b"stray", 9_999))
 
 
 def test_on_free_is_told() -> None:

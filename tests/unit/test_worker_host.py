@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from tandem.config import parse_config
+from tandem.engine.block_pool import BlockPool
 from tandem.types import Role
 from tandem.worker.engine_thread import EngineThread
 from tandem.worker.host import WorkerHost
@@ -31,6 +32,23 @@ async def test_a_joined_worker_leaves_when_its_router_has_dismissed_it(host: Wor
     assert await still_waits(leaving)
     host.dismissed = True
     await asyncio.wait_for(leaving, 2)
+
+
+async def test_an_integrity_check_of_a_large_pool_holds_nobody_up(host: WorkerHost) -> None:
+    """Neither the event loop nor whoever takes and gives blocks meanwhile; and these do not look like a fault."""
+    pool = host.engine.pool = BlockPool(100_000, 16)
+    checking = asyncio.create_task(host.integrity())
+    turns = 0
+    while not checking.done():
+        table = pool.acquire(50_000 + turns % 3)
+        assert table is not None
+        await asyncio.sleep(0.001)
+        table.release()
+        turns += 1
+    assert turns >= 3
+    report = checking.result()
+    assert (report.ok, report.problem) == (True, "")
+    assert (await host.integrity()).referenced_blocks == 0
 
 
 async def test_a_worker_whose_router_is_gone_waits_for_nobody(host: WorkerHost) -> None:
