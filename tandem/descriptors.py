@@ -120,7 +120,7 @@ def _is_connection(descriptor: int, port: int) -> bool:
 
 
 def tell_exhaustion_rarely(loop: asyncio.AbstractEventLoop) -> None:
-    """asyncio tells of each accept() that finds no descriptor, with a traceback; from now on a warning a minute does."""
+    """asyncio tells of each accept() that finds no descriptor, with a traceback; from now on one warning a minute."""
     rarely, usual = Rarely(log), loop.get_exception_handler()
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ async def router(soft: int, hard: int) -> AsyncIterator[tuple[asyncio.subprocess
 
 async def _keep(child: asyncio.subprocess.Process, log: list[str]) -> None:
     assert child.stderr is not None
-    async for line in child.stderr:
+    while line := await child.stderr.readline():
         log.append(line.decode())
 
 
