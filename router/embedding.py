@@ -71,6 +71,8 @@ class EmbedJob:
             self.prefill_worker, worker = view.worker_id, self._registry[view.worker_id]
             call = worker.embed(self._message(key, prompt, worker), self._remaining_s())
             worker.queued.place(key, view.to_compute(tokens))
+            worker.prefill_pace.placed(key, view.to_compute(tokens))
+            worker.prefill_pace.sent(key)
             try:
                 # A cancelled call of a lost worker raises that loss: `calling` sees to it.
                 worker.attach(key, Role.PREFILL, lambda _loss: call.cancel())
@@ -78,10 +80,12 @@ class EmbedJob:
                     worker.queued.taken(key, await rpc.counted_from(call))
                     answer: worker_pb2.EmbedPromptResponse = await call
                 worker.prefixes.expect(prompt.block_names)
+                worker.prefill_pace.computed(key, tokens - answer.cached_tokens)
                 return answer
             finally:
                 call.cancel()
                 worker.queued.drop(key)
+                worker.prefill_pace.dropped(key)
                 worker.detach(key, Role.PREFILL)
 
     def _message(self, key: str, prompt: EmbedPrompt, worker: Worker) -> worker_pb2.EmbedPromptRequest:

@@ -17,6 +17,8 @@ from router.cleanup import CleanUp
 from router.detokenizer import Detokenizer
 from router.embedding import EmbedJob
 from router.output import ChoiceOutput
+from router.pace import OutputShare, check_deadline
+from router.placement import Demand
 from router.registry import Registry
 from router.tokenizer import Tokenizer
 from tandem import errors, logs
@@ -82,6 +84,7 @@ class Orchestrator:
         self._registry = registry
         self._admission = admission
         self._gate = Gate(config.max_live_requests)
+        self._output = OutputShare()
         self._live: dict[str, Live] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -121,7 +124,18 @@ class Orchestrator:
                 admitted = await self._admission.admit(request)
                 timeline.mark(Phase.ADMITTED)
                 self._check_open()
+                self._check_deadline(admitted, deadline)
                 await self._run(admitted, timeline, deadline, _one_at_a_time(emit, observers), _each_told(observers))
+
+    def _check_deadline(self, admitted: Admitted, deadline: float) -> None:
+        """Raises Overloaded when the answers would come too late, by what has been measured of the workers."""
+        demand = Demand(len(admitted.prompt_ids), admitted.sampling.max_tokens)
+        try:
+            ahead, to_compute = self._registry.ahead(demand, admitted.n, admitted.block_names)
+        except (errors.Unavailable, errors.InvalidRequest):
+            return  # placing it will say so
+        remaining_s = deadline - asyncio.get_running_loop().time()
+        check_deadline(ahead, to_compute, self._output.expected(demand.max_tokens), admitted.n, remaining_s)
 
     async def embed(
         self, request: generation_pb2.EmbedRequest, remaining_s: float | None
@@ -180,6 +194,8 @@ class Orchestrator:
                 async with asyncio.TaskGroup() as tasks:
                     for choice in choices:
                         tasks.create_task(choice.run())
+            for choice in choices:
+                self._output.ended(choice.output_tokens, admitted.sampling.max_tokens)
             await emit(Completed(_usage(admitted, choices)))
 
     def _choice(

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 
 import tandem
-from router.placement import NEVER_CAME, WorkerView
+from router.pace import Ahead
+from router.placement import NEVER_CAME, Demand, WorkerView, blocks_for, choose
 from router.turns import Turns
 from router.worker import Worker
 from tandem.config import RouterConfig
@@ -75,6 +76,21 @@ class Registry:
     def snapshot(self, block_names: Sequence[bytes] = ()) -> tuple[WorkerView, ...]:
         """The workers that a request can be placed on, at this moment. block_names: of its prompt's full blocks."""
         return tuple(worker.view(block_names) for worker in self._workers.values() if worker.routable)
+
+    def ahead(self, demand: Demand, answers: int, block_names: Sequence[bytes]) -> tuple[Ahead, int]:
+        """What a request would meet now, and the tokens of its prompt that it would have computed. Raises as choose."""
+        views = {view.worker_id: view for view in self.snapshot(block_names)}
+        placement = choose(tuple(views.values()), demand, self.absent())
+        view, stream = views[placement.decode], self[placement.decode].subscription
+        missing = blocks_for(demand.kv_tokens, view.block_size) * answers - view.free_blocks
+        ahead = Ahead(
+            prefill=self[placement.prefill].prefill_pace,
+            decode=stream.pace,
+            placed=stream.placed,
+            decoding=stream.decoding,
+            missing=max(0, missing) / view.total_blocks,
+        )
+        return ahead, views[placement.prefill].to_compute(demand.prompt_tokens)
 
     def admit(self, first: registry_pb2.Heartbeat) -> Worker:
         """Takes a worker in, in place of an older link to the same process. Raises Refused saying what does not fit."""

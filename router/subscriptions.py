@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from router.output import Step
+from router.pace import DecodePace
 from router.turns import Turns
 from tandem import errors, rpc, wire
 from tandem.types import FinishReason
@@ -135,6 +136,9 @@ class Subscription:
         # Fresh for every connection and not guessable: tokens of a former one can never arrive here.
         self.id = secrets.token_hex(16)
         self._boxes: dict[tuple[str, int], Mailbox] = {}
+        # Of those, whose answers have begun to be decoded and go on.
+        self._decoding: set[tuple[str, int]] = set()
+        self.pace = DecodePace()
         self._call: Any = None
 
     async def open(self, stub: Any, timeout_s: float) -> None:
@@ -147,11 +151,21 @@ class Subscription:
     def is_open(self) -> bool:
         return self._call is not None and not self._call.done()
 
+    @property
+    def placed(self) -> int:
+        """Answers that have a mailbox."""
+        return len(self._boxes)
+
+    @property
+    def decoding(self) -> int:
+        return len(self._decoding)
+
     def register(self, request_id: str, attempt: int, box: Mailbox) -> None:
         self._boxes[request_id, attempt] = box
 
     def forget(self, request_id: str, attempt: int) -> None:
         self._boxes.pop((request_id, attempt), None)
+        self._decoding.discard((request_id, attempt))
 
     async def pump(self) -> None:
         """Fills mailboxes until the stream ends, which raises Unavailable or grpc.RpcError."""
@@ -160,10 +174,13 @@ class Subscription:
                 self._dispatch(message)
                 if number % MOST_IN_A_PASS == 0:  # lost just now, a worker's last words are too
                     await asyncio.sleep(0)
+            self.pace.stepped(sum(len(message.tokens) for message in batch.requests), len(self._decoding))
         raise errors.Unavailable("it ended its token stream")
 
     def _dispatch(self, message: worker_pb2.RequestTokens) -> None:
         """Tokens of unknown requests and of stale attempts go nowhere: their choice has ended."""
-        box = self._boxes.get((message.request_id, message.attempt))
+        key = message.request_id, message.attempt
+        box = self._boxes.get(key)
         if box is not None:
             box.put_decoded(message)
+            (self._decoding.discard if box.decode_ended else self._decoding.add)(key)

@@ -14,6 +14,7 @@ import grpc
 
 from router.aio import first_of
 from router.ledger import Ledger
+from router.pace import PrefillPace
 from router.placement import WorkerView
 from router.prefix_index import PrefixIndex
 from router.subscriptions import Subscription
@@ -51,6 +52,7 @@ class Worker:
         self.heard_s = time.monotonic()
         self.routable = False
         self.queued, self.promised = Ledger(), Ledger()
+        self.prefill_pace = PrefillPace()
         self.prefixes = PrefixIndex(hello.total_blocks if hello.prefix_cache else 0)
         self.prefixes.apply(wire.cache_changes_from_wire(first.prefix_cache))
         self.subscription = Subscription()
