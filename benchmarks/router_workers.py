@@ -1,10 +1,10 @@
-"""A prefill worker and a decode worker without a model, for router.py; a process of its own.
+"""A prefill worker and a decode worker without a model, for router.py and overload.py; a process of its own.
 
-    router_workers.py ROUTER        each line {"step_s": ..., "prefill_s": ...} on stdin sets the pace
+    router_workers.py ROUTER        each line {"step_s": ..., "prefill_s": ..., "row_s": ...} on stdin sets the pace
 
 Their answers cost next to nothing: the first token after prefill_s, one prompt after the other (at once if it is 0 or
-not said), then one token a step for every live request, all of a step
-in one message, as a real decode worker sends it. One request in 16 carries in its log probabilities when each token
+not said), then one token a step for every live request, all of a step in one message, as a real decode worker sends it.
+A step takes step_s, and row_s (0 if not said) more for each live request. One request in 16 carries in its log probabilities when each token
 was sent; the client reads the same clock.
 """
 
@@ -47,7 +47,7 @@ class Workers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorke
     """Both workers' services: what one seals, the other decodes."""
 
     def __init__(self, output: list[int]) -> None:
-        self.step_s, self.prefill_s = 0.01, 0.0
+        self.step_s, self.prefill_s, self.row_s = 0.01, 0.0, 0.0
         self._prefilling = asyncio.Lock()
         self._output = output
         self._reserved: dict[str, Live] = {}
@@ -102,7 +102,7 @@ class Workers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorke
                 continue
             await context.write(self._step())
             # A step that comes late does not make the next ones come sooner.
-            due_s = max(due_s + self.step_s, time.monotonic())
+            due_s = max(due_s + self.step_s + self.row_s * len(self._live), time.monotonic())
             await asyncio.sleep(due_s - time.monotonic())
 
     def _step(self) -> worker_pb2.TokenBatch:
@@ -157,6 +157,7 @@ async def serve(router: str) -> None:
     while line := await asyncio.to_thread(sys.stdin.readline):
         pace = json.loads(line)
         workers.step_s, workers.prefill_s = pace["step_s"], pace.get("prefill_s", 0.0)
+        workers.row_s = pace.get("row_s", 0.0)
         print(json.dumps({}), flush=True)
     for task in joins:
         task.cancel()
