@@ -144,7 +144,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table("case", "capacity /s", "offered /s", "within the deadline /s", "share", "first deadline", "refused in")
+    shown = Table(
+        "case", "capacity /s", "offered /s", "within the deadline /s", "share", "first deadline", "refused in"
+    )
     for row in rows:
         numbers = [f"{row[key]:.1f}" for key in ("capacity_s", "offered_s", "goodput_s")]
         shares = [f"{row[key]:.0%}" for key in ("share", "share_of_first_deadline")]

@@ -9,13 +9,18 @@ from time import monotonic
 
 from tandem.errors import Overloaded
 
-# Of a worker's busy time, so much counts; what was before fades.
-MEMORY_S = 10.0
+# What is shorter says too little, and is counted in with what follows: prompts that end in one step, steps that come in
+# one packet.
+SHORTEST_S = 0.02
 # A pace that nothing has been measured of for this long, and that nobody is measuring, is forgotten: whatever slowed
 # the worker down may be over, and a service that refuses must find out.
 STALE_S = 5.0
 # What stands before a request takes longer than it is said to: others are served in between, and the pace varies.
 MARGIN = 1.25
+# How many of the latest ones have most of the weight.
+PROMPTS, STEPS, ANSWERS = 4, 64, 64
+# Of log n: where n hardly varied, its influence is not known, and is taken for none.
+LEAST_VARIANCE = 0.02
 
 
 class PrefillPace:
@@ -30,9 +35,12 @@ class PrefillPace:
         # Tokens to compute, by request.
         self._placed: dict[str, int] = {}
         self._sent: set[str] = set()
-        # Until when busy time is counted in.
+        # Since when, while it has some, busy time is not counted in; else when it had the last one.
         self._at_s = -math.inf
-        self._tokens = self._busy_s = 0.0
+        # Counted in, and too short to say anything by itself.
+        self._tokens, self._busy_s = 0, 0.0
+        # Logarithm of the seconds that a token takes; None while it is not known.
+        self._log: float | None = None
 
     def placed(self, key: str, tokens: int) -> None:
         self._placed[key] = tokens
@@ -41,7 +49,7 @@ class PrefillPace:
         now_s = self._clock()
         if not self._sent:
             if self._forgotten(now_s):
-                self._tokens = self._busy_s = 0.0
+                self._log = None
             self._at_s = now_s
         self._sent.add(key)
 
@@ -60,9 +68,12 @@ class PrefillPace:
 
     def _note(self, tokens: int) -> None:
         now_s = self._clock()
-        passed_s, self._at_s = now_s - self._at_s, now_s
-        fade = math.exp(-passed_s / MEMORY_S)
-        self._tokens, self._busy_s = self._tokens * fade + tokens, self._busy_s * fade + passed_s
+        self._busy_s, self._tokens, self._at_s = self._busy_s + now_s - self._at_s, self._tokens + tokens, now_s
+        if self._busy_s >= SHORTEST_S and self._tokens:
+            seen = math.log(self._busy_s / self._tokens)
+            # In logarithms, a slow prompt is forgotten as soon as a quick one.
+            self._log = seen if self._log is None else self._log + (seen - self._log) / PROMPTS
+            self._tokens, self._busy_s = 0, 0.0
 
     @property
     def queued_tokens(self) -> int:
@@ -71,54 +82,65 @@ class PrefillPace:
     def seconds(self, tokens: int) -> float:
         """That so many tokens take; 0 while nothing is known."""
         now_s = self._clock()
-        if self._tokens == 0 or self._forgotten(now_s):
+        if self._log is None or self._forgotten(now_s):
             return 0.0
-        # A worker that is stuck is slow from now on, not from the end of its prompt on.
-        busy_s = self._busy_s + (now_s - self._at_s if self._sent else 0.0)
-        return tokens * busy_s / self._tokens
+        return tokens * max(math.exp(self._log), self._at_least(now_s))
+
+    def _at_least(self, now_s: float) -> float:
+        """A worker that is stuck is slow from now on, not from the end of its prompt on."""
+        if not self._sent:
+            return 0.0
+        under_way = min(self._placed.values())
+        return (self._busy_s + now_s - self._at_s) / (self._tokens + under_way)
 
     def _forgotten(self, now_s: float) -> bool:
         return not self._sent and now_s - self._at_s > STALE_S
 
 
 class DecodePace:
-    """Seconds between two tokens of an answer, as a line over the number of answers that are decoded at once.
+    """Seconds between two tokens of an answer: gap = a * n ** b, with n answers that are decoded at once.
 
-    The line is fitted to a worker's steps, each as heavy as it was long. It never falls with the number, and never
-    grows faster: one answer more costs at most one share more. Of numbers that were never seen it says what it must.
+    a and b are fitted to a worker's latest steps, in logarithms. b is in [0, 1]: one answer more takes no time from the
+    others, or its share of all.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
-        self._at_s = -math.inf
-        self._decoding = 0
-        self._weight = self._live = self._live2 = self._gap = self._live_gap = 0.0
+        # The last step, and how many answers went on after it.
+        self._at_s, self._decoding = -math.inf, 0
+        # Steps that are too short to say anything by themselves.
+        self._passed_s, self._tokens, self._answers = 0.0, 0, 0.0
+        # Faded sums over steps: of 1, log n, log gap, (log n)**2, log n * log gap.
+        self._sums = [0.0] * 5
 
     def stepped(self, tokens: int, decoding: int) -> None:
         """A step brought these tokens; decoding: answers that go on after it."""
         now_s = self._clock()
-        if self._decoding and tokens:
-            self._note(now_s - self._at_s, tokens, max(self._decoding, 1))
+        if self._decoding:
+            self._note(now_s - self._at_s, tokens)
         elif self._forgotten(now_s):
-            self._weight = self._live = self._live2 = self._gap = self._live_gap = 0.0
+            self._sums = [0.0] * 5
         self._at_s, self._decoding = now_s, decoding
 
-    def _note(self, passed_s: float, tokens: int, live: int) -> None:
-        gap_s, fade = passed_s * live / tokens, math.exp(-passed_s / MEMORY_S)
-        self._weight = self._weight * fade + passed_s
-        self._live = self._live * fade + passed_s * live
-        self._live2 = self._live2 * fade + passed_s * live * live
-        self._gap = self._gap * fade + passed_s * gap_s
-        self._live_gap = self._live_gap * fade + passed_s * live * gap_s
+    def _note(self, passed_s: float, tokens: int) -> None:
+        self._passed_s += passed_s
+        self._tokens += tokens
+        self._answers += passed_s * self._decoding
+        if self._passed_s < SHORTEST_S or not self._tokens:
+            return
+        x, y = math.log(self._answers / self._passed_s), math.log(self._answers / self._tokens)
+        seen = (1.0, x, y, x * x, x * y)
+        self._sums = [total * (1 - 1 / STEPS) + new for total, new in zip(self._sums, seen, strict=True)]
+        self._passed_s, self._tokens, self._answers = 0.0, 0, 0.0
 
-    def gap_s(self, live: int) -> float:
+    def gap_s(self, answers: int) -> float:
         """When so many answers are decoded at once; 0 while nothing is known."""
-        if self._weight == 0 or self._forgotten(self._clock()):
+        weight, x, y, xx, xy = self._sums
+        if weight == 0 or self._forgotten(self._clock()):
             return 0.0
-        mean, gap = self._live / self._weight, self._gap / self._weight
-        variance = self._live2 / self._weight - mean * mean
-        slope = (self._live_gap / self._weight - mean * gap) / (variance + 0.01 * mean * mean)
-        return gap + min(max(slope, 0.0), gap / mean) * (live - mean)
+        x, y = x / weight, y / weight
+        slope = (xy / weight - x * y) / (xx / weight - x * x + LEAST_VARIANCE)
+        return math.exp(y + min(max(slope, 0.0), 1.0) * (math.log(answers) - x))
 
     def _forgotten(self, now_s: float) -> bool:
         return self._decoding == 0 and now_s - self._at_s > STALE_S
@@ -127,15 +149,12 @@ class DecodePace:
 class OutputShare:
     """How much of the output that they may have answers turned out to have, lately."""
 
-    # The last 64 answers have most of the weight.
-    _FADE = 1 - 1 / 64
-
     def __init__(self) -> None:
         self._had = self._allowed = 0.0
 
     def ended(self, tokens: int, max_tokens: int) -> None:
-        self._had = self._had * self._FADE + tokens
-        self._allowed = self._allowed * self._FADE + max_tokens
+        self._had = self._had * (1 - 1 / ANSWERS) + tokens
+        self._allowed = self._allowed * (1 - 1 / ANSWERS) + max_tokens
 
     def expected(self, max_tokens: int) -> float:
         return max_tokens * self._had / self._allowed if self._allowed else 0.0
