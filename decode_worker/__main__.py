@@ -3,8 +3,10 @@
 import sys
 
 from tandem.entry import starting
+from tandem.standard_streams import never_block
 
 if __name__ == "__main__":
+    never_block()
     with starting():
         from tandem.worker.arguments import parse_arguments
     arguments = parse_arguments("python -m decode_worker", "A decode worker.")

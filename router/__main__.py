@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 from tandem.entry import keep_torch_out, starting
+from tandem.standard_streams import never_block
 
 
 def main(arguments: list[str] | None = None) -> int:
+    never_block()
     parser = argparse.ArgumentParser(prog="python -m router", description="The router as a process.")
     parser.add_argument("--config", type=Path, help="YAML file; tandem/config.py lists its keys")
     parser.add_argument("--host", help="address to listen on; overrides router.host")
@@ -23,13 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
         from tandem import logs
         from tandem.config import load_config
         from tandem.errors import ConfigError
-    logs.configure()
     try:
         router = {"host": options.host, "port": options.port, "http_port": options.http_port}
         config = load_config(options.config, {"router": router, "model": {"path": options.model}})
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    logs.configure(config.log.level, config.log.format)
     return run(config)
 
 

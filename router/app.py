@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
@@ -19,6 +18,7 @@ from router.tokenizer import Tokenizer
 from tandem import descriptors, rpc
 from tandem.addresses import check_listening, join_address, loopback_beside
 from tandem.config import TandemConfig
+from tandem.entry import on_stop_signals
 from tandem.errors import ConfigError, ModelRefused
 from tandem.tokenizer import load_tokenizer
 from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2, registry_pb2_grpc
@@ -32,9 +32,7 @@ _SERVICES = tuple(
     for file in (generation_pb2.DESCRIPTOR, registry_pb2.DESCRIPTOR)
     for service in file.services_by_name.values()
 )
-# A stopping router waits this long for live requests.
-STOP_GRACE_S = 5.0
-# Then this long for calls that do not end by themselves: joined workers, health watchers.
+# A router that has drained waits this long for calls that do not end by themselves: joined workers, health watchers.
 HANG_UP_S = 0.5
 
 
@@ -49,10 +47,9 @@ def run(config: TandemConfig) -> int:
 
 
 async def _serve_until_signal(config: TandemConfig) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await serve(config, stop, _on_ready)
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    on_stop_signals(stop.set, hurry.set)
+    await serve(config, stop, _on_ready, hurry)
 
 
 def _on_ready(address: str) -> None:
@@ -61,17 +58,22 @@ def _on_ready(address: str) -> None:
     print(f"ready {address}", flush=True)
 
 
-async def serve(config: TandemConfig, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
-    """Serves until `stop` is set. ready gets host:port once the router answers. Raises ConfigError or ModelRefused."""
-    async with open_router(config) as address:
+async def serve(
+    config: TandemConfig, stop: asyncio.Event, ready: Callable[[str], None], hurry: asyncio.Event | None = None
+) -> None:
+    """Serves until `stop` is set, then drains until `hurry` is. ready gets host:port once the router answers.
+
+    Raises ConfigError or ModelRefused.
+    """
+    async with open_router(config, hurry) as address:
         ready(address)
         await stop.wait()
-        log.info("stopping")
+        log.info("stopping: no new requests; live ones have %g s", config.router.drain_timeout_s)
 
 
 @asynccontextmanager
-async def open_router(config: TandemConfig) -> AsyncIterator[str]:
-    """A serving router; yields its host:port, and stops gracefully on the way out.
+async def open_router(config: TandemConfig, hurry: asyncio.Event | None = None) -> AsyncIterator[str]:
+    """A serving router; yields its host:port, and drains on the way out unless `hurry` is set.
 
     Raises ConfigError, or ModelRefused for a tokenizer that would not be served exactly.
     """
@@ -105,7 +107,7 @@ async def open_router(config: TandemConfig) -> AsyncIterator[str]:
         finally:
             watch.cancel()
             await health_service.enter_graceful_shutdown()
-            await orchestrator.close(STOP_GRACE_S)
+            await orchestrator.close(config.router.drain_timeout_s, hurry or asyncio.Event())
             registry.close()
             await server.stop(HANG_UP_S)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from router.admission import Admission, Admitted, Gate, answers_of, deadline_s
-from router.aio import first_error
+from router.aio import first_error, first_of
 from router.attempt import Brief
 from router.choice import Choice, Emit, OnRetry
 from router.cleanup import CleanUp
@@ -28,6 +28,9 @@ from tandem.types import Accepted, ChoiceFinished, Completed, Event, Usage
 from tandem.v1 import generation_pb2
 
 log = logging.getLogger(__name__)
+
+# Requests that a closing router has failed have this long to tell their clients.
+END_S = 2.0
 
 
 class Job(Protocol):
@@ -123,7 +126,7 @@ class Orchestrator:
             async with self._let_in(remaining_s, answers_of(request)) as deadline:
                 admitted = await self._admission.admit(request)
                 timeline.mark(Phase.ADMITTED)
-                self._check_open()
+                self.check_open()
                 self._check_deadline(admitted, deadline)
                 await self._run(admitted, timeline, deadline, _one_at_a_time(emit, observers), _each_told(observers))
 
@@ -150,7 +153,7 @@ class Orchestrator:
     ) -> generation_pb2.EmbedResponse:
         admitted = await self._admission.admit_embed(request)
         timeline.mark(Phase.ADMITTED)
-        self._check_open()
+        self.check_open()
         job = EmbedJob(admitted, deadline, timeline, self._registry)
         note = f"{len(admitted.prompts)} inputs to embed, {admitted.prompt_tokens} tokens, tag {admitted.user_tag!r}"
         async with self._counted(Live(admitted.request_id, timeline, (job,)), note):
@@ -159,25 +162,30 @@ class Orchestrator:
     @asynccontextmanager
     async def _let_in(self, remaining_s: float | None, answers: int = 1) -> AsyncIterator[float]:
         """Yields the deadline on the event loop's clock. Raises as Gate.enter, Unavailable or DeadlineExceeded."""
-        self._check_open()
+        self.check_open()
         with self._gate.enter(answers):
             async with _deadline(deadline_s(remaining_s, self._config)) as deadline:
                 yield deadline
 
-    async def close(self, grace_s: float) -> None:
-        """Refuses new requests, lets live ones finish for a while, then fails them. Returns when none is live."""
+    async def close(self, grace_s: float, hurry: asyncio.Event) -> None:
+        """Refuses new requests, lets live ones finish for a while, or until `hurry` is set, then fails them. Returns
+        when none is live, or their clients do not take the news.
+        """
         self._closing = True
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                await self._idle.wait()
-        except TimeoutError:
+                await first_of(_until(self._idle), _until(hurry))
+        if self._live:
             log.warning("%d requests are still live: ending them", len(self._live))
         for live in self._live.values():
             for job in live.jobs:
                 job.fail(errors.Unavailable("the router stopped before the request had ended"))
-        await self._idle.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_S):
+                await self._idle.wait()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises Unavailable once it is closing."""
         if self._closing:
             raise errors.Unavailable("the router is stopping")
 
@@ -246,6 +254,10 @@ def _output(admitted: Admitted, tokenizer: Tokenizer | None) -> ChoiceOutput:
         unspelled={} if keep or not stop else tokenizer.special_tokens,
         clean_up=CleanUp(tokenizer.loaded.clean_up_tokenization) if tokenizer.cleans_up else None,
     )
+
+
+async def _until(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 def _tell(error: BaseException, adapter: logging.LoggerAdapter[logging.Logger]) -> None:

@@ -193,6 +193,8 @@ class RouterConfig(Section):
     # How KV goes between two workers. "auto": the best that both share, as docs/kv_transfer.md says; any other name: by
     # that one, or not at all. Either way the second attempt after a failed transfer goes by grpc.
     transport: Literal["auto", "shm", "grpc", "ray", "nixl"] = "auto"
+    # A stopping router takes no new requests, and waits this long for live ones.
+    drain_timeout_s: Seconds = Field(30.0, ge=0, le=_YEAR_S)
     # A request message, the body of an HTTP request, or the vectors of an Embed call may be this large; workers, who
     # get requests next, take no more than 16 MiB.
     max_message_bytes: StrictInt = Field(4 << 20, ge=1 << 10, le=1 << 24)
@@ -219,12 +221,22 @@ class ServeConfig(Section):
     colocated: StrictInt = Field(0, ge=0, le=64)
 
 
+class LogConfig(Section):
+    """What every process of the service logs, and how."""
+
+    # Of Tandem's own lines; those of libraries from info upwards at most.
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    # "json": one object a line.
+    format: Literal["text", "json"] = "text"
+
+
 class TandemConfig(Section):
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     worker: WorkerConfig = WorkerConfig()
     router: RouterConfig = RouterConfig()
     serve: ServeConfig = ServeConfig()
+    log: LogConfig = LogConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # What a shell reports for a program that Ctrl-C ended.
@@ -37,3 +37,24 @@ def keep_torch_out() -> None:
     if "torch" not in sys.modules:
         sys.modules["torch"] = None  # type: ignore[assignment]
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
+
+
+def on_stop_signals(stop: Callable[[], object], again: Callable[[], object]) -> None:
+    """In the running event loop: SIGTERM, SIGINT or a terminal that is gone calls `stop`, another of the first two
+    `again`. A SIGHUP that is ignored, as under nohup, stays so.
+    """
+    import asyncio
+
+    loop, told = asyncio.get_running_loop(), False
+
+    def on_signal(number: int) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            stop()
+        elif number != signal.SIGHUP:  # a shell sends a second one
+            again()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, on_signal, number)

@@ -28,7 +28,8 @@ class Probe:
         self._proof: ChoiceFinished | None = None
 
     async def check(self) -> ChoiceFinished:
-        """How the last one went. Raises the TandemError by which it failed."""
+        """How the last one went. Raises the TandemError by which it failed; Unavailable from a router that stops."""
+        self._orchestrator.check_open()
         async with self._one:
             if time.monotonic() - self._asked_s > FRESH_S:
                 await self._ask()

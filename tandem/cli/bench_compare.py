@@ -80,7 +80,7 @@ def _settings(
         raise ConfigError("engine.threads: a comparison gives every worker its own cores", field="engine.threads")
     return settings.model_copy(
         update={
-            "router": settings.router.model_copy(update={"port": 0, "http_port": -1}),
+            "router": settings.router.model_copy(update={"port": 0, "http_port": -1, "drain_timeout_s": DRAIN_S}),
             "worker": settings.worker.model_copy(update={"drain_timeout_s": DRAIN_S}),
         }
     )

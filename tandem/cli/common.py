@@ -50,6 +50,26 @@ class LoadFormat(StrEnum):
     DUMMY = "dummy"
 
 
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+LogLevelOption = Annotated[
+    LogLevel | None, typer.Option(case_sensitive=False, help="Log lines from this level upwards; info if not given.")
+]
+LogFormatOption = Annotated[
+    LogFormat | None, typer.Option(case_sensitive=False, help="json: one object a line; text if not given.")
+]
+
+
 # A pipe or a file has no width, and some terminals tell none: lines are as long as they are.
 ENDLESS = 100_000
 

@@ -17,6 +17,7 @@ from tandem.client import AsyncClient, ServiceStatus
 from tandem.config import TandemConfig, load_config
 from tandem.errors import InternalError
 from tandem.launch.processes import Supervisor
+from tandem.standard_streams import never_block
 from tandem.types import ChoiceFinished, Completed, Delta
 
 PROMPT, EXPECTED = "The color of dog", " can vary widely"
@@ -27,12 +28,13 @@ INDENT = "  "
 
 def demo() -> None:
     """Start a router, a prefill and a decode worker; ask one question; show where the time and the bytes went."""
+    never_block()
     console = make_console()
     with reported():
         # Small enough for any laptop; any free ports, so that a service that runs already is not disturbed.
         config = load_config(
             overrides={
-                "router": {"port": 0, "http_port": -1},
+                "router": {"port": 0, "http_port": -1, "drain_timeout_s": 2.0},
                 "engine": {"kv_memory_mib": 64},
                 "worker": {"drain_timeout_s": 2.0},
             }

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
+from tandem import logs
 from tandem.cli.cluster import AUTO, WAIT_S, serve_on_ray
-from tandem.cli.common import ConfigOption, Device, LoadFormat, ModelOption, ready_line, reported
+from tandem.cli.common import (
+    ConfigOption,
+    Device,
+    LoadFormat,
+    LogFormatOption,
+    LogLevelOption,
+    ModelOption,
+    ready_line,
+    reported,
+)
 from tandem.client import ServiceStatus
 from tandem.config import load_config
+from tandem.entry import on_stop_signals
 from tandem.errors import ConfigError
 from tandem.launch.processes import Supervisor
+from tandem.standard_streams import never_block
+
+log = logging.getLogger(__name__)
 
 
 def pool_sizes(prefill: int | None, decode: int | None, colocated: int | None) -> dict[str, Any]:
@@ -40,6 +53,8 @@ def serve(
     http_port: Annotated[
         int | None, typer.Option(help="Of its OpenAI-compatible HTTP door; 0: any free one, -1: none.")
     ] = None,
+    log_level: LogLevelOption = None,
+    log_format: LogFormatOption = None,
     ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster: returns when the service is ready.")] = False,
     address: Annotated[
         str | None,
@@ -58,7 +73,7 @@ def serve(
 
     With --ray they run on a Ray cluster, and stay until `tandem down`; said again, it changes only what differs.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    never_block()
     with reported():
         if not ray and (address is not None or wait is not None):
             raise ConfigError("--address and --wait belong to --ray")
@@ -69,32 +84,32 @@ def serve(
                 "engine": {"device": device},
                 "router": {"host": host, "port": port, "http_port": http_port},
                 "serve": pool_sizes(prefill, decode, colocated),
+                "log": {"level": log_level, "format": log_format},
             },
         )
+        logs.configure(settings.log.level, settings.log.format)
         if ray:
             serve_on_ray(settings, AUTO if address is None else address, WAIT_S if wait is None else wait)
             return
-        supervisor = Supervisor(settings, output=_pass_on)  # refuses pools that cannot serve
-        typer.echo(f"starting {settings.model.served_name} …", err=True)
+        # Refuses pools that cannot serve.
+        supervisor = Supervisor(settings, output=_relay_json if settings.log.format == "json" else _relay)
+        log.info("starting %s", settings.model.served_name)
         asyncio.run(run_until_signal(supervisor, lambda status: typer.echo(ready_line(supervisor.address, status))))
-        typer.echo("stopped", err=True)
+        log.info("stopped")
 
 
-def _pass_on(name: str, line: str) -> None:
+def _relay(name: str, line: str) -> None:
     typer.echo(f"{name:>10} │ {line}", err=True)
+
+
+def _relay_json(name: str, line: str) -> None:
+    typer.echo(logs.relayed(name, line), err=True)
 
 
 async def run_until_signal(supervisor: Supervisor, ready: Callable[[ServiceStatus], None]) -> None:
     """Runs the service until SIGINT or SIGTERM; a second signal does not wait for the children. Raises TandemError."""
     stop = asyncio.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            supervisor.kill()
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    on_stop_signals(stop.set, supervisor.kill)
     running, stopping = asyncio.create_task(_run(supervisor, ready)), asyncio.create_task(stop.wait())
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

@@ -7,13 +7,24 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.common import AdvertiseOption, ConfigOption, Device, LoadFormat, ModelOption, RouterOption, reported
+from tandem.cli.common import (
+    AdvertiseOption,
+    ConfigOption,
+    Device,
+    LoadFormat,
+    LogFormatOption,
+    LogLevelOption,
+    ModelOption,
+    RouterOption,
+    reported,
+)
 from tandem.config import TandemConfig, load_config
 from tandem.engine.cores import usable_cores
 from tandem.engine.gpus import take_gpu
 from tandem.entry import starting
 from tandem.errors import ConfigError
 from tandem.launch.cores import pin
+from tandem.standard_streams import never_block
 from tandem.types import Role
 
 
@@ -58,8 +69,11 @@ def worker(
     advertise: AdvertiseOption = None,
     cpus: Annotated[str | None, typer.Option(metavar="0,1", help="Keep to these cores.")] = None,
     gpu: Annotated[str | None, typer.Option(metavar="0", help="Its GPU, as in engine.devices.")] = None,
+    log_level: LogLevelOption = None,
+    log_format: LogFormatOption = None,
 ) -> None:
     """Run one worker and join it to a router. `tandem serve` does this for you on one machine."""
+    never_block()
     with reported():
         settings: TandemConfig = load_config(
             config,
@@ -67,6 +81,7 @@ def worker(
                 "model": {"path": model, "load_format": load_format},
                 "engine": {"device": device, "threads": threads, "devices": parse_gpu(gpu)},
                 "worker": {"host": host, "port": port, "advertise": advertise},
+                "log": {"level": log_level, "format": log_format},
             },
         )
         if cpus is not None:

@@ -8,9 +8,11 @@ import runpy
 import sys
 
 from tandem.launch.parent import exit_with_parent
+from tandem.standard_streams import never_block
 
 
 def main() -> None:
+    never_block()
     exit_with_parent()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

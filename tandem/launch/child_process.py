@@ -12,6 +12,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import IO
+
+from tandem.standard_streams import say_lost
 
 # (name of the child, one line of its output)
 Output = Callable[[str, str], None]
@@ -55,7 +58,8 @@ class ChildProcess:
     """A running child. It ends with this process, whatever happens to this process (tandem/launch/parent.py).
 
     All that it prints goes to `output`, save two lines: the one that says it is ready, and its very last if that says
-    why it failed; `report` has that one, and nobody reads it twice.
+    why it failed; `report` has that one, and nobody reads it twice. What an `output` that raises OSError does not take
+    is lost, and counted.
     """
 
     def __init__(self, spec: ProcessSpec, process: asyncio.subprocess.Process, output: Output | None) -> None:
@@ -64,8 +68,11 @@ class ChildProcess:
         self._output = output
         self._started_s = time.monotonic()
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._error = ""
+        # What its last line says is wrong, if it does.
+        self.error = ""
         self._reported = False
+        # Lines that `output` did not take.
+        self._lost = 0
         # The address in the child's "ready HOST:PORT" line; empty if its output ended without one.
         self.ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._pump = asyncio.create_task(self._read_output())
@@ -79,8 +86,7 @@ class ChildProcess:
         config: str | None = None,
     ) -> ChildProcess:
         """`config` becomes the child's `--config`. Raises OSError when the system has no room for a process."""
-        # A file without a name, open here and in the child only: however we end, nothing of it stays behind.
-        with tempfile.TemporaryFile() as file:
+        with _nameless_file() as file:
             file.write((config or "").encode())
             file.seek(0)
             process = await asyncio.create_subprocess_exec(
@@ -128,9 +134,9 @@ class ChildProcess:
     def report(self) -> str:
         """How it ended and why, for an error message; its last lines if they are all there is, and nobody saw them."""
         ended = f"{self.spec.name} {describe_exit(self._process.returncode)}"
-        if self._error:
+        if self.error:
             self._reported = True
-            return f"{ended}: {self._error}"
+            return f"{ended}: {self.error}"
         if not self._tail:
             return f"{ended} and said nothing"
         if self._output is not None:
@@ -139,8 +145,8 @@ class ChildProcess:
 
     def pass_on_last_words(self) -> None:
         """The error that it ended with, when nobody has reported it."""
-        if self._error and not self._reported:
-            self._pass_on(ERROR + self._error)
+        if self.error and not self._reported:
+            self._pass_on(ERROR + self.error)
             self._reported = True
 
     async def _read_output(self) -> None:
@@ -162,16 +168,32 @@ class ChildProcess:
         if line.startswith(READY) and not self.ready.done():
             self.ready.set_result(line.removeprefix(READY).strip())
             return
-        if self._error:
-            self._pass_on(ERROR + self._error)  # it was not the last
-        self._error = line.removeprefix(ERROR) if line.startswith(ERROR) else ""
-        if not self._error:
+        if self.error:
+            self._pass_on(ERROR + self.error)  # it was not the last
+        self.error = line.removeprefix(ERROR) if line.startswith(ERROR) else ""
+        if not self.error:
             self._pass_on(line)
 
     def _pass_on(self, line: str) -> None:
         self._tail.append(line)
-        if self._output is not None:
+        if self._output is None:
+            return
+        try:
+            if self._lost:
+                self._output(self.spec.name, say_lost(self._lost))
+                self._lost = 0
             self._output(self.spec.name, line)
+        except OSError:
+            self._lost += 1
+
+
+def _nameless_file() -> IO[bytes]:
+    """Open here and in the child only: however we end, nothing of it stays behind. In memory, where the system can: a
+    child is started again on a full disk, too.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("tandem"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def describe_exit(code: int | None) -> str:

@@ -25,8 +25,11 @@ log = logging.getLogger(__name__)
 # A process that exits with this code has a wrong configuration: starting it again would change nothing.
 CONFIG_EXIT = 2
 POLL_S = 0.1
-# Added to the workers' own drain time before what is left is killed.
+# Added to the children's own drain time before what is left is killed.
 STOP_MARGIN_S = 5.0
+STATUS_S = 5.0
+# Of a worker's report.
+WITHOUT = "%s. Starting it again would not help: the service goes on without it"
 # Listening on every address, a router is reached by this one from its own machine.
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
@@ -36,9 +39,10 @@ class Supervisor:
 
         start() ──► running ──► stop()
            │           │  a child crashes: it is started again, after a growing pause
-           │           │  a worker leaves, told to by somebody else (SIGTERM): it stays away
-           │           └─ a child exits with code 2 (configuration): failed, wait() raises
-           └─ a child exits before the service is ready, or it is not ready in time: raises, nothing is left behind
+           │           │  a worker leaves (somebody told it to), or exits with code 2 (configuration): it stays away
+           │           └─ so does the router, with code 2, or the last worker of a role: failed, wait() raises
+           └─ a child crashes before the service is ready, or nobody can play a role, or it takes too long: raises,
+              nothing is left behind
 
     Owns the children, all of which are gone after stop(); each gets the effective configuration in a file of its own.
     """
@@ -63,8 +67,10 @@ class Supervisor:
         self._children: dict[str, ChildProcess] = {}
         self._watchers: list[asyncio.Task[None]] = []
         self._stopping = False
-        # Workers that drained, told by somebody else to stop: they do not come back.
+        # Workers that do not come back: they drained, told by somebody else to stop, or cannot be what they should.
         self._left: set[str] = set()
+        # The latter, as long as the start may yet fail and name them.
+        self._refused: list[ChildProcess] = []
         self._failure: asyncio.Future[None] | None = None
         # host:port by which this machine reaches the router; known after start().
         self.address = ""
@@ -79,7 +85,7 @@ class Supervisor:
             async with asyncio.timeout(self._start_timeout_s):
                 return await self._start()
         except TimeoutError:
-            names = ", ".join(self._children)
+            names = "; ".join([", ".join(self._children), *(child.report() for child in self._refused)])
             await self.stop()
             raise Unavailable(f"the service was not ready within {self._start_timeout_s:g} s ({names})") from None
         except OSError as error:
@@ -97,8 +103,13 @@ class Supervisor:
         status = await self._joined()
         if status.http_port:
             self._fix_router(http_port=status.http_port)
-        self._watchers = [asyncio.create_task(self._watch(child)) for child in self._children.values()]
+        for child in self._refused:
+            log.error(WITHOUT, child.report())
+        self._watchers = [asyncio.create_task(self._watch(child)) for child in self._staying()]
         return status
+
+    def _staying(self) -> list[ChildProcess]:
+        return [child for name, child in self._children.items() if name not in self._left]
 
     async def _start_router(self) -> None:
         router = await self._launch(ProcessSpec("router", self._modules[0], []))
@@ -144,19 +155,34 @@ class Supervisor:
         return [*args, "--cpus", ",".join(map(str, cores)), "--threads", str(len(cores))]
 
     async def _joined(self) -> ServiceStatus:
-        """Waits until the router lists every worker. Raises when one exits before."""
-        pids = {child.pid for name, child in self._children.items() if name != "router"}
+        """Waits until the router lists every worker that can start. Raises when one crashes before, or none can."""
         async with AsyncClient(self.address) as client:
             while True:
-                for child in self._children.values():
+                for child in self._staying():
                     if child.returncode is not None:
                         await child.wait()
-                        raise _early_exit(child)
+                        self._do_without(child)
                 with suppress(Unavailable, DeadlineExceeded):  # the next look at the children says why
                     status = await client.status()
+                    pids = {child.pid for child in self._staying() if child.spec.name != "router"}
                     if pids <= {worker.pid for worker in status.workers}:
                         return status
                 await asyncio.sleep(POLL_S)
+
+    def _do_without(self, child: ChildProcess) -> None:
+        """While starting. Raises unless it is a worker that cannot start, and others play its roles."""
+        if child.returncode != CONFIG_EXIT or child.spec.name == "router":
+            raise _early_exit(child)
+        self._refused.append(child)
+        if self._leave(child.spec.name):
+            # Often all for one reason: it is said once.
+            raise ConfigError("; ".join({each.error: each.report() for each in self._refused}.values()))
+
+    def _leave(self, name: str) -> frozenset[Role]:
+        """A worker stays away: returns the roles that no worker of this service plays any more."""
+        before = roles_of(self._children.keys() - self._left)
+        self._left.add(name)
+        return before - roles_of(self._children.keys() - self._left)
 
     async def _launch(self, spec: ProcessSpec) -> ChildProcess:
         config = json.dumps(self._config.model_dump())
@@ -176,17 +202,33 @@ class Supervisor:
                 self._note_left(child.spec.name)
                 return
             if code == CONFIG_EXIT:
-                self._fail(_early_exit(child))
+                await self._note_refused(child)
                 return
             delay_s = backoff.after(child.lived_s)
             log.warning("%s (pid %d); starting it again in %.1f s", child.report(), child.pid, delay_s)
             await asyncio.sleep(delay_s)
             child = await self._relaunch(child.spec, backoff)
 
+    async def _note_refused(self, child: ChildProcess) -> None:
+        """The service goes on while each role is played, be it by somebody else's worker."""
+        router = child.spec.name == "router"
+        lost = frozenset() if router else self._leave(child.spec.name)
+        if router or not lost <= await self._played():
+            self._fail(_early_exit(child))
+        else:
+            log.error(WITHOUT, child.report())
+
+    async def _played(self) -> frozenset[Role]:
+        """Roles that workers play now, whoever started them."""
+        try:
+            async with AsyncClient(self.address, timeout_s=STATUS_S) as client:
+                workers = (await client.status()).workers
+        except TandemError:
+            return frozenset()
+        return frozenset(role for worker in workers if not worker.draining for role in worker.roles)
+
     def _note_left(self, name: str) -> None:
-        before = roles_of(self._children.keys() - self._left)
-        self._left.add(name)
-        lost = sorted(before - roles_of(self._children.keys() - self._left))
+        lost = sorted(self._leave(name))
         if not lost:
             log.info("%s has left", name)
             return
@@ -224,19 +266,18 @@ class Supervisor:
         return {name: child.pid for name, child in self._children.items() if child.returncode is None}
 
     async def stop(self) -> None:
-        """SIGTERM to all, a bounded wait, SIGKILL to what is left. Afterwards no child runs. May be called twice."""
+        """SIGTERM to the router, which drains, and then to the workers; bounded waits, SIGKILL to what is left.
+
+        Afterwards no child runs. May be called twice.
+        """
         self._stopping = True
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
-        self._signal_all(signal.SIGTERM)
-        waits = [asyncio.create_task(child.wait()) for child in self._children.values()]
-        if waits:
-            _, left = await asyncio.wait(waits, timeout=self._config.worker.drain_timeout_s + STOP_MARGIN_S)
-            if left:
-                log.warning("%d children did not stop in time; killing them", len(left))
-                self.kill()
-            await asyncio.gather(*waits)
+        workers = [child for name, child in self._children.items() if name != "router"]
+        if "router" in self._children:
+            await _end([self._children["router"]], self._config.router.drain_timeout_s)
+        await _end(workers, self._config.worker.drain_timeout_s)
         for child in self._children.values():
             if child.ready.done() and child.ready.result():  # the others are a failed start, which was reported
                 child.pass_on_last_words()
@@ -245,11 +286,8 @@ class Supervisor:
 
     def kill(self) -> None:
         """SIGKILL to every child, for somebody who cannot wait for stop()."""
-        self._signal_all(signal.SIGKILL)
-
-    def _signal_all(self, number: signal.Signals) -> None:
         for child in self._children.values():
-            child.signal(number)
+            child.signal(signal.SIGKILL)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -257,6 +295,20 @@ class Supervisor:
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
+
+
+async def _end(children: list[ChildProcess], drain_s: float) -> None:
+    for child in children:
+        child.signal(signal.SIGTERM)
+    waits = [asyncio.create_task(child.wait()) for child in children]
+    if not waits:
+        return
+    _, left = await asyncio.wait(waits, timeout=drain_s + STOP_MARGIN_S)
+    if left:
+        log.warning("%d children did not stop in time; killing them", len(left))
+        for child in children:
+            child.signal(signal.SIGKILL)
+    await asyncio.gather(*waits)
 
 
 def roles_of(names: Iterable[str]) -> frozenset[Role]:

@@ -24,7 +24,7 @@ from ray.autoscaler.sdk import request_resources
 from tandem import logs
 from tandem.addresses import dialable
 from tandem.client import Client, ServiceStatus
-from tandem.config import TandemConfig, parse_config
+from tandem.config import LogConfig, TandemConfig, parse_config
 from tandem.entry import keep_torch_out
 from tandem.errors import ConfigError, Refused, TandemError, Unavailable
 from tandem.launch.hosted import Hosted, Node, serve_spec
@@ -68,10 +68,13 @@ class MemberActor:
     """The process of one member. Ray's thread only answers questions; the service runs in a thread of its own."""
 
     def __init__(self, spec: str) -> None:
-        logs.configure()
-        with suppress(Refused):  # which the service tells of
-            if Spec.parse(spec).pool == ROUTER:
+        settings = LogConfig()
+        with suppress(TandemError):  # of another version: what serves here says so
+            parsed = Spec.parse(spec)
+            settings = parsed.config().log
+            if parsed.pool == ROUTER:
                 keep_torch_out()
+        logs.configure(settings.level, settings.format)
         self._spec = spec
         self._node = _this_node()
         self._hosted = Hosted(partial(serve_spec, spec, self._node))
@@ -254,7 +257,8 @@ class Cluster:
         for name in leaving:
             with suppress(ValueError):
                 ray.get_actor(name, NAMESPACE).drain.remote()
-        end_s = time.monotonic() + config.worker.drain_timeout_s + LEAVE_MARGIN_S
+        drain_s = config.router.drain_timeout_s if leaving == [ROUTER] else config.worker.drain_timeout_s
+        end_s = time.monotonic() + drain_s + LEAVE_MARGIN_S
         while time.monotonic() < end_s:
             seen = self._survey(LONG_ANSWER_S)
             if not any(name in seen and seen[name].phase in ("starting", "serving") for name in leaving):

@@ -122,9 +122,9 @@ def wanted_specs(config: TandemConfig, head: str) -> dict[str, str]:
     open_config = config.model_copy(
         update={"model": model, "router": router.model_copy(update={"host": host})},
     )
-    specs = {ROUTER: _spec(ROUTER, "", open_config, "model", "router")}
+    specs = {ROUTER: _spec(ROUTER, "", open_config, "model", "router", "log")}
     for pool in POOLS:
-        spec = _spec(pool, address, open_config, "model", "engine", "worker")
+        spec = _spec(pool, address, open_config, "model", "engine", "worker", "log")
         specs |= {f"{pool}-{index}": spec for index in range(getattr(config.serve, pool))}
     return specs
 

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from tandem.config import TandemConfig, WorkerConfig
 from tandem.engine.cuda_device import DeviceLost, is_lost
 from tandem.engine.kv_cache import Allocate
 from tandem.engine.process import tune_process
-from tandem.entry import INTERRUPTED
+from tandem.entry import INTERRUPTED, on_stop_signals
 from tandem.errors import ConfigError, TandemError
 from tandem.types import Role
 from tandem.worker.engine_thread import EngineThread
@@ -54,7 +53,7 @@ def run_rooms(kind: WorkerKind, config: TandemConfig, router: str) -> int:
 
     2 means that trying again would not help: bad configuration, a refused model, an unwelcome worker.
     """
-    logs.configure()
+    logs.configure(config.log.level, config.log.format)
     try:
         serve_rooms(kind, config, router, _drain_on_signals, lambda host: print(f"ready {host.address}", flush=True))
     except TandemError as error:
@@ -103,8 +102,7 @@ def serve_rooms(
 
 
 def _drain_on_signals(host: WorkerHost) -> None:
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, host.drain)
+    on_stop_signals(host.drain, host.drain)
 
 
 def check_address(worker: WorkerConfig) -> None:

@@ -194,10 +194,9 @@ async def test_vectors_that_no_message_holds_are_refused_before_they_are_compute
         assert worker.embed_requests == []
 
 
-async def test_a_stopping_router_ends_it_with_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.app.STOP_GRACE_S", 0.1)
+async def test_a_stopping_router_ends_it_with_a_clear_error() -> None:
     async with AsyncExitStack() as outer:
-        async with open_house_around(outer, configuration()) as house:
+        async with open_house_around(outer, configuration(drain_timeout_s=0.1)) as house:
             worker = await house.join("p1", PREFILL)
             worker.hold("embed")
             asked = asyncio.ensure_future(answer(call(house, [1])))

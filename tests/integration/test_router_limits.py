@@ -287,11 +287,10 @@ async def refused(house: House) -> None:
             return
 
 
-async def test_a_stopping_router_fails_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.app.STOP_GRACE_S", 0.1)
+async def test_a_stopping_router_fails_what_does_not_end() -> None:
     async with AsyncExitStack() as outer:
         router = AsyncExitStack()
-        house = await router.enter_async_context(open_house_around(outer, configuration()))
+        house = await router.enter_async_context(open_house_around(outer, configuration(drain_timeout_s=0.1)))
         prefill, _ = await house.pair()
         prefill.hold("first")
         call = house.call()

@@ -129,7 +129,7 @@ async def test_an_error_that_was_not_the_last_word_is_passed_on(tmp_path: Path) 
 
 @pytest.mark.parametrize("flood", [1, 1 << 20])
 async def test_long_lines_and_bad_bytes_pass(flood: int, tmp_path: Path) -> None:
-    (tmp_path / "noisy.py").write_text(f"import os; os.write(1, b'x' * {flood} + b'\\xff\\nlast')")
+    (tmp_path / "noisy.py").write_text(f"import sys; sys.stdout.buffer.write(b'x' * {flood} + b'\\xff\\nlast')")
     lines: list[str] = []
     spec = ProcessSpec("noisy", "noisy", [])
     child = await ChildProcess.start(

@@ -160,7 +160,7 @@ def test_what_was_good_stays_good() -> None:
         ("model: {seed: " + "9" * 5000 + "}", "is not valid YAML"),
         ("model: {name: 2001-99-99}", "is not valid YAML"),
         ("false", "must hold sections"),
-        ("- a\n- b\n", "must hold sections (model, engine, worker, router, serve)"),
+        ("- a\n- b\n", "must hold sections (model, engine, worker, router, serve, log)"),
         ("just words", "must hold sections"),
     ],
 )

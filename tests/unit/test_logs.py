@@ -17,7 +17,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     root, stream = logging.getLogger(), io.StringIO()
     level = root.level
     monkeypatch.setattr(root, "handlers", [])
-    logs.configure(stream)
+    logs.configure(stream=stream)
     yield stream
     root.setLevel(level)
 
