@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Any
 
@@ -22,6 +23,8 @@ from tandem.errors import Refused, TransferFailed, Unavailable
 from tandem.types import EngineRequest, Fingerprint, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.host import WorkerHost
+
+log = logging.getLogger(__name__)
 
 
 class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
@@ -111,6 +114,9 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         reservation = Reservation(self._host, order, table, subscription.put, self._forget)
         self._by_id[reservation.id] = self._by_request[reservation.request_id] = reservation
         self._host.promises[reservation.id] = reservation
+        log.debug(
+            "reserved: %d of %d prompt tokens are cached", table.cached_tokens, len(order.request.prompt_ids)
+        )
         queued_ms = (time.monotonic() - started) * 1000
         return worker_pb2.Reservation(
             reservation_id=reservation.id,
@@ -188,6 +194,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
             reservation.end()
 
     def _forget(self, reservation: Reservation) -> None:
+        log.debug("its reservation is over", extra={"request_id": reservation.request_id})
         del self._by_id[reservation.id]
         del self._host.promises[reservation.id]
         if self._by_request.get(reservation.request_id) is reservation:

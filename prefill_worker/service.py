@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from tandem.errors import Refused, TransferFailed
 from tandem.types import EngineRequest, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.host import Promise, WorkerHost
+
+log = logging.getLogger(__name__)
 
 LOCAL = "local"
 
@@ -54,7 +57,9 @@ class PrefillRoom(worker_pb2_grpc.PrefillWorkerServicer):
         self._live += 1
         try:
             prefill = await self._prepare(message, context)
+            log.debug("prefill begins: %d tokens", len(message.request.prompt_ids))
             await prefill.run()
+            log.debug("prefill is over")
         finally:
             self._live -= 1
 

@@ -136,8 +136,10 @@ class Admission:
         self._served = served
         self._max_message_bytes = max_message_bytes
 
-    async def admit(self, request: generation_pb2.GenerateRequest) -> Admitted:
-        """Raises InvalidRequest naming the field and its limit, ModelNotFound, or Unavailable."""
+    async def admit(self, request: generation_pb2.GenerateRequest, request_id: str) -> Admitted:
+        """request_id: no other request has it. Raises InvalidRequest naming the field and its limit, ModelNotFound, or
+        Unavailable.
+        """
         _check_labels(request)
         n = request.n or 1
         _require(n <= MAX_CHOICES, "n", f"n must be in [1, {MAX_CHOICES}], not {n}")
@@ -148,7 +150,7 @@ class Admission:
         prompt_ids = await self._prompt_ids(request, model)
         _check_length(len(prompt_ids), sampling.max_tokens, model.max_model_len)
         return Admitted(
-            request_id=secrets.token_hex(16),
+            request_id=request_id,
             model=model,
             prompt_ids=prompt_ids,
             block_names=await name_blocks(prompt_ids, model.fingerprint.block_size, request.cache_salt),
@@ -160,7 +162,7 @@ class Admission:
             user_tag=request.user_tag,
         )
 
-    async def admit_embed(self, request: generation_pb2.EmbedRequest) -> AdmittedEmbed:
+    async def admit_embed(self, request: generation_pb2.EmbedRequest, request_id: str) -> AdmittedEmbed:
         """Raises as `admit` does; what is wrong with one input names that input."""
         _check_labels(request)
         count = len(request.inputs)
@@ -174,7 +176,7 @@ class Admission:
                 prompts.append(await self._embed_prompt(each, params, model, request.cache_salt))
             except InvalidRequest as error:
                 raise InvalidRequest(f"inputs[{index}]: {error.message}", field="inputs") from None
-        return AdmittedEmbed(secrets.token_hex(16), tuple(prompts), params, request.cache_salt, request.user_tag)
+        return AdmittedEmbed(request_id, tuple(prompts), params, request.cache_salt, request.user_tag)
 
     async def _embed_prompt(
         self, message: generation_pb2.EmbedInput, params: EmbedParams, model: ModelInfo, salt: str

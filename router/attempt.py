@@ -92,7 +92,7 @@ class Attempt:
         self._decode_on.promised.place(request.request_id, blocks_for(demand.kv_tokens, block_size))
         self._decode_on.subscription.register(request.request_id, request.attempt, self.box)
         self._decode_on.attach(request.request_id, Role.DECODE, self._decode_lost)
-        self._log.info("placed on %s and %s by %s", placement.prefill, placement.decode, self.transport)
+        self._log.debug("placed on %s and %s by %s", placement.prefill, placement.decode, self.transport)
 
     def _place_prefill_again(self) -> None:
         """While the request waited for blocks, its prefill worker may have begun to drain, or gone: then it moves.
@@ -114,7 +114,7 @@ class Attempt:
         former.prefill_pace.dropped(self._request.request_id)
         self._place_prefill(chosen)
         self.transport = self._pick(self._prefill_on)
-        self._log.info("moved from %s to %s before its prefill", former.id, chosen.worker_id)
+        self._log.debug("moved from %s to %s before its prefill", former.id, chosen.worker_id)
 
     def _place_prefill(self, view: WorkerView) -> None:
         self._prefill_on, self.prefill_worker = self._registry[view.worker_id], view.worker_id

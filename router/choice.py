@@ -91,7 +91,7 @@ class Choice:
         with first_error():
             async with asyncio.TaskGroup() as self._tasks:
                 await self._answer()
-        self._log.info("finished: %s, %d tokens", self._output.reason, self.output_tokens)
+        self._log.debug("finished: %s, %d tokens", self._output.reason, self.output_tokens)
         await self._emit(self._finished())
 
     async def _answer(self) -> None:

@@ -11,6 +11,7 @@ import grpc
 import tandem
 from router.orchestrator import Live, Orchestrator
 from router.registry import Registry
+from router.request_log import ID_HEADER, RequestLog, new_id
 from router.worker import Worker
 from tandem.errors import Cancelled
 from tandem.types import Event
@@ -43,10 +44,14 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 # gRPC's handling of a client that left can reach the write before it cancels this call.
                 raise Cancelled("the client left") from error
 
-        await self._orchestrator.generate(request, context.time_remaining(), emit)
+        with RequestLog(new_id()) as entry:
+            await _identify(entry, context)
+            await self._orchestrator.generate(request, context.time_remaining(), emit, entry)
 
     async def Embed(self, request: generation_pb2.EmbedRequest, context: Any) -> generation_pb2.EmbedResponse:
-        return await self._orchestrator.embed(request, context.time_remaining())
+        with RequestLog(new_id()) as entry:
+            await _identify(entry, context)
+            return await self._orchestrator.embed(request, context.time_remaining(), entry)
 
     async def ListModels(
         self, _request: generation_pb2.ListModelsRequest, _context: Any
@@ -74,6 +79,22 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     def _models(self) -> list[registry_pb2.ModelInfo]:
         model = self._registry.model
         return [] if model is None else [model_to_wire(model)]
+
+
+async def _identify(entry: RequestLog, context: Any) -> None:
+    """Takes the client's own id of the request, and gives it back; the trailing metadata has it, or ours. Raises
+    InvalidRequest.
+    """
+    try:
+        entry.take_client_id([value for key, value in context.invocation_metadata() or () if key == ID_HEADER])
+    finally:
+        context.set_trailing_metadata(((ID_HEADER, entry.told_id),))
+    if not entry.client_id:
+        return  # a message by itself would cost every call a tenth of a millisecond, and Accepted tells ours
+    try:
+        await context.send_initial_metadata(((ID_HEADER, entry.client_id),))
+    except grpc.aio.BaseError as error:
+        raise Cancelled("the client left") from error
 
 
 async def _integrity(worker: Worker, wanted: bool) -> registry_pb2.Integrity | None:

@@ -20,6 +20,7 @@ from router.output import ChoiceOutput
 from router.pace import OutputShare, check_deadline
 from router.placement import Demand
 from router.registry import Registry
+from router.request_log import RequestLog
 from router.tokenizer import Tokenizer
 from tandem import errors, logs
 from tandem.config import RouterConfig
@@ -113,22 +114,27 @@ class Orchestrator:
         request: generation_pb2.GenerateRequest,
         remaining_s: float | None,
         emit: Emit,
+        entry: RequestLog,
         *,
+        part: int | None = None,
         counted: bool = True,
     ) -> None:
         """Emits the events of one request; returns after Completed, or raises a TandemError.
 
         remaining_s: the caller's deadline. emit is never called twice at once, and its waiting slows the request
-        down, not the workers. Cancelling the call releases everything. counted: observers hear of it.
+        down, not the workers. Cancelling the call releases everything. entry: of what its client asked for; part: of
+        several such requests. counted: observers hear of it.
         """
+        request_id = entry.request_id if part is None else f"{entry.request_id}-{part}"
         timeline, observers = Timeline(), tuple(self.observers) if counted else ()
         with _observed(observers):
             async with self._let_in(remaining_s, answers_of(request)) as deadline:
-                admitted = await self._admission.admit(request)
+                admitted = await self._admission.admit(request, request_id)
                 timeline.mark(Phase.ADMITTED)
                 self.check_open()
                 self._check_deadline(admitted, deadline)
-                await self._run(admitted, timeline, deadline, _one_at_a_time(emit, observers), _each_told(observers))
+                hand_over = _one_at_a_time(emit, entry, observers)
+                await self._run(admitted, timeline, deadline, hand_over, _each_told(observers), entry)
 
     def _check_deadline(self, admitted: Admitted, deadline: float) -> None:
         """Raises Overloaded when the answers would come too late, by what has been measured of the workers."""
@@ -141,22 +147,22 @@ class Orchestrator:
         check_deadline(ahead, to_compute, self._output.expected(demand.max_tokens), admitted.n, remaining_s)
 
     async def embed(
-        self, request: generation_pb2.EmbedRequest, remaining_s: float | None
+        self, request: generation_pb2.EmbedRequest, remaining_s: float | None, entry: RequestLog
     ) -> generation_pb2.EmbedResponse:
         """Raises a TandemError. Cancelling the call releases everything."""
         with _observed(tuple(self.observers)):
             async with self._let_in(remaining_s) as deadline:
-                return await self._embed(request, Timeline(), deadline)
+                return await self._embed(request, Timeline(), deadline, entry)
 
     async def _embed(
-        self, request: generation_pb2.EmbedRequest, timeline: Timeline, deadline: float
+        self, request: generation_pb2.EmbedRequest, timeline: Timeline, deadline: float, entry: RequestLog
     ) -> generation_pb2.EmbedResponse:
-        admitted = await self._admission.admit_embed(request)
+        admitted = await self._admission.admit_embed(request, entry.request_id)
         timeline.mark(Phase.ADMITTED)
         self.check_open()
         job = EmbedJob(admitted, deadline, timeline, self._registry)
-        note = f"{len(admitted.prompts)} inputs to embed, {admitted.prompt_tokens} tokens, tag {admitted.user_tag!r}"
-        async with self._counted(Live(admitted.request_id, timeline, (job,)), note):
+        entry.model, entry.tag, entry.prompt_tokens = request.model, admitted.user_tag, admitted.prompt_tokens
+        async with self._counted(Live(admitted.request_id, timeline, (job,)), entry):
             return await job.run()
 
     @asynccontextmanager
@@ -190,13 +196,19 @@ class Orchestrator:
             raise errors.Unavailable("the router is stopping")
 
     async def _run(
-        self, admitted: Admitted, timeline: Timeline, deadline: float, emit: Emit, on_retry: OnRetry
+        self,
+        admitted: Admitted,
+        timeline: Timeline,
+        deadline: float,
+        emit: Emit,
+        on_retry: OnRetry,
+        entry: RequestLog,
     ) -> None:
         choices = tuple(
             self._choice(admitted, index, timeline, deadline, emit, on_retry) for index in range(admitted.n)
         )
-        note = f"{len(admitted.prompt_ids)} prompt tokens, n={admitted.n}, tag {admitted.user_tag!r}"
-        async with self._counted(Live(admitted.request_id, timeline, choices), note):
+        entry.model, entry.tag = admitted.model.name, admitted.user_tag
+        async with self._counted(Live(admitted.request_id, timeline, choices), entry):
             await emit(Accepted(admitted.request_id, len(admitted.prompt_ids)))
             with first_error():
                 async with asyncio.TaskGroup() as tasks:
@@ -216,11 +228,10 @@ class Orchestrator:
         return Choice(brief, output, self._registry, emit, on_retry)
 
     @asynccontextmanager
-    async def _counted(self, live: Live, note: str) -> AsyncIterator[None]:
+    async def _counted(self, live: Live, entry: RequestLog) -> AsyncIterator[None]:
         """The one place where an accepted request begins and ends (law 2)."""
         logs.about(live.request_id)
-        adapter = logs.of_request(__name__, live.request_id)
-        adapter.info("accepted: %s", note)
+        log.debug("accepted")
         self._live[live.request_id] = live
         self._idle.clear()
         try:
@@ -231,11 +242,13 @@ class Orchestrator:
                 self.cancelled += 1
             else:
                 self.failed += 1
-            _tell(error, adapter)
             if isinstance(error, errors.TandemError | asyncio.CancelledError):
                 raise
+            # Its details stay here; its caller learns that there was one.
+            log.exception("unexpected error", extra={"request_id": live.request_id})
             raise errors.InternalError("internal error; the router's log has the details") from error
         finally:
+            entry.placed(live.jobs)
             del self._live[live.request_id]
             if not self._live:
                 self._idle.set()
@@ -258,17 +271,6 @@ def _output(admitted: Admitted, tokenizer: Tokenizer | None) -> ChoiceOutput:
 
 async def _until(event: asyncio.Event) -> None:
     await event.wait()
-
-
-def _tell(error: BaseException, adapter: logging.LoggerAdapter[logging.Logger]) -> None:
-    """Logs how a request failed. A bug's details stay here; its caller learns that there was one."""
-    match error:
-        case asyncio.CancelledError():
-            adapter.info("cancelled: its caller left, or its deadline passed")
-        case errors.TandemError():
-            adapter.info("failed: %s: %s", error.code, error)
-        case _:
-            adapter.error("unexpected error", exc_info=error)
 
 
 @asynccontextmanager
@@ -303,10 +305,11 @@ def _observed(observers: tuple[Observer, ...]) -> Iterator[None]:
             observer.ended(outcome)
 
 
-def _one_at_a_time(emit: Emit, observers: tuple[Observer, ...]) -> Emit:
+def _one_at_a_time(emit: Emit, entry: RequestLog, observers: tuple[Observer, ...]) -> Emit:
     lock = asyncio.Lock()
 
     async def locked(event: Event) -> None:
+        entry.heard(event)
         if isinstance(event, ChoiceFinished):
             for observer in observers:
                 observer.answered(event)

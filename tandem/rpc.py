@@ -218,7 +218,8 @@ async def abort_with(context: Any, error: Exception) -> NoReturn:
         log.error("unexpected error in a call", exc_info=error)
         error = errors.InternalError("internal error; the server's log has the details")
     try:
-        await context.abort(status_of(error).grpc, error.message, _metadata_of(error))
+        metadata = (*_metadata_of(error), *(context.trailing_metadata() or ()))
+        await context.abort(status_of(error).grpc, error.message, metadata)
     except grpc.aio.AbortError:
         raise
     except Exception as failure:  # gRPC's own, private kinds: the call ended while the handler did, and nobody listens

@@ -180,7 +180,7 @@ class Answer:
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": f"{self.shape.prefix}-{self.id}",
+            "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +17,7 @@ from router.http.answers import Answer, ChatShape, CompletionShape, Progress, Sh
 from router.http.body import parse, read_body
 from router.http.chat_template import ChatTemplate
 from router.http.exchange import Exchange
-from router.http.failures import named_as_sent
+from router.http.failures import entry_of, named_as_sent
 from router.http.fields import ChatRequest, CompletionRequest
 from router.http.fields import Request as Fields
 from router.http.metrics import Metrics
@@ -82,7 +81,7 @@ class OpenAIDoor:
             if body.max_tokens is None:  # what the prompts leave counts
                 limit = self._model(body.model).max_model_len
                 prompts = [await self._token_ids(prompt, limit) for prompt in prompts]
-            return self._exchange(body, shape, completion_requests(body, prompts, limit))
+            return self._exchange(request, body, shape, completion_requests(body, prompts, limit))
 
     async def chat(self, request: Request) -> Response:
         body = parse(ChatRequest, await read_body(request, self._limit))
@@ -96,7 +95,7 @@ class OpenAIDoor:
         shape = ChatShape(self._spell, bool(body.logprobs))
         with named_as_sent(body.names):
             prompt_ids = await self._tokenizer.encode(text, model.max_model_len, add_special_tokens=False)
-            return self._exchange(body, shape, [chat_request(body, list(prompt_ids), model.max_model_len)])
+            return self._exchange(request, body, shape, [chat_request(body, list(prompt_ids), model.max_model_len)])
 
     async def _token_ids(self, prompt: Prompt, limit: int) -> Prompt:
         """Of a text; what is wrong with it is admission's to say."""
@@ -104,14 +103,17 @@ class OpenAIDoor:
             return prompt
         return list(await self._tokenizer.encode(prompt.decode(), limit))
 
-    def _exchange(self, body: Fields, shape: Shape, requests: Sequence[generation_pb2.GenerateRequest]) -> Response:
+    def _exchange(
+        self, request: Request, body: Fields, shape: Shape, requests: Sequence[generation_pb2.GenerateRequest]
+    ) -> Response:
         if body.stream_options is not None and not body.streamed:
             raise InvalidRequest("stream_options needs stream to be true", field="stream_options")
         self._orchestrator.check_size(requests)
         choices = [Progress() for request in requests for _ in range(request.n)]
         name = self._model(body.model).name
-        answer = Answer(shape, name, secrets.token_hex(16), bool(body.return_token_ids), choices)
-        return Exchange(self._orchestrator, requests, answer, body)
+        entry = entry_of(request.scope)
+        answer = Answer(shape, name, entry.request_id, bool(body.return_token_ids), choices)
+        return Exchange(self._orchestrator, requests, answer, body, entry)
 
     def _model(self, name: str | None) -> ModelInfo:
         """Raises ModelNotFound or Unavailable."""

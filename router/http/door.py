@@ -20,8 +20,10 @@ from router.http.app import OpenAIDoor
 from router.http.chat_template import chat_template_of
 from router.http.failures import refusal
 from router.http.host_check import HostCheck
+from router.http.request_ids import RequestIds
 from router.orchestrator import Orchestrator
 from router.registry import Registry
+from router.request_log import ID_HEADER, new_id
 from router.tokenizer import Tokenizer
 from tandem import descriptors
 from tandem.addresses import check_listening, join_address
@@ -60,7 +62,7 @@ async def open_door(
     template = None if tokenizer is None else chat_template_of(tokenizer.loaded)
     sockets = _listen(hosts, config.router.http_port)
     door = OpenAIDoor(config.router, orchestrator, registry, tokenizer, template)
-    app = HostCheck(door.app(), config.router.http_names)
+    app = RequestIds(HostCheck(door.app(), config.router.http_names))
     connections = min(config.router.max_live_requests + SPARE_CONNECTIONS, descriptors.most_connections())
     async with _serving(app, sockets, connections):
         yield sockets[0].getsockname()[1]
@@ -267,11 +269,13 @@ class Patience(H11Protocol):
 
     def _refuse(self, status: HTTPStatus, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         """The answer to a connection that gets no other."""
-        body = refusal(status, message)
+        body, request_id = refusal(status, message), f"http-{new_id()}"
+        log.debug("refused: %d, %s", status, message, extra={"request_id": request_id})
         fields = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
             (b"connection", b"close"),
+            (ID_HEADER.encode(), request_id.encode()),
             *headers,
         ]
         events = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from fastapi import Response
@@ -16,11 +15,10 @@ from router.http.answers import Answer
 from router.http.failures import named_as_sent, stream_event
 from router.http.fields import Request
 from router.orchestrator import Orchestrator
-from tandem.errors import TandemError
+from router.request_log import RequestLog
+from tandem.errors import Cancelled, TandemError
 from tandem.types import Accepted, ChoiceFinished, Completed, Delta, Event, Usage
 from tandem.v1 import generation_pb2
-
-log = logging.getLogger(__name__)
 
 Requests = Sequence[generation_pb2.GenerateRequest]
 # Gets the index of the choice among all of the body's, and what is new of it.
@@ -32,7 +30,9 @@ _STREAM_HEADERS = [
 ]
 
 
-async def run_all(orchestrator: Orchestrator, requests: Requests, answer: Answer, take: Take) -> None:
+async def run_all(
+    orchestrator: Orchestrator, requests: Requests, answer: Answer, take: Take, entry: RequestLog
+) -> None:
     """All prompts at once; `answer` gets how they ended. The first failure ends the others. Raises a TandemError."""
     usages: list[Usage] = [Usage(0, 0)] * len(requests)
     turn = asyncio.Lock()
@@ -51,7 +51,7 @@ async def run_all(orchestrator: Orchestrator, requests: Requests, answer: Answer
                     for progress in answer.choices[place * request.n : (place + 1) * request.n]:
                         progress.prompt_tokens = event.prompt_tokens
 
-        await orchestrator.generate(request, None, emit)
+        await orchestrator.generate(request, None, emit, entry, part=place if len(requests) > 1 else None)
 
     with first_error():
         async with asyncio.TaskGroup() as tasks:
@@ -69,32 +69,40 @@ class Exchange(Response):
     The status line waits for the first token, so a request that is refused, or fails before, gets the right one.
     """
 
-    def __init__(self, orchestrator: Orchestrator, requests: Requests, answer: Answer, body: Request) -> None:
+    def __init__(
+        self, orchestrator: Orchestrator, requests: Requests, answer: Answer, body: Request, entry: RequestLog
+    ) -> None:
         """requests: what the body asks of the orchestrator."""
         super().__init__()
         self._orchestrator = orchestrator
         self._requests = requests
         self._answer = answer
         self._body = body
-        self._begun = False
+        self._entry = entry
+        self._begun = self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await first_of(self._answer_with(scope, receive, send), _left(receive))
+        if not self._ended:
+            self._entry.failed(Cancelled("the client left"))
 
     async def _answer_with(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with named_as_sent(self._body.names):
                 if self._body.streamed:
                     await self._stream(send)
+                    self._ended = True
                     return
-                await run_all(self._orchestrator, self._requests, self._answer, self._note)
+                await run_all(self._orchestrator, self._requests, self._answer, self._note, self._entry)
             response: Response = JSONResponse(self._answer.object())
         except TandemError as error:
+            self._entry.failed(error)
             if self._begun:
                 await self._break_off(send, error)
                 return
             response = failures.response_to(error)
         await response(scope, receive, send)
+        self._ended = True
 
     async def _note(self, index: int, event: Delta) -> None:
         self._answer.note(index, event)
@@ -109,12 +117,11 @@ class Exchange(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
             await send({"type": "http.response.body", "body": stream_event(chunk), "more_body": True})
 
-        await run_all(self._orchestrator, self._requests, self._answer, take)
+        await run_all(self._orchestrator, self._requests, self._answer, take, self._entry)
         last = stream_event(self._answer.usage_chunk()) if self._body.usage_in_stream else b""
         await send({"type": "http.response.body", "body": last + b"data: [DONE]\n\n", "more_body": False})
 
     async def _break_off(self, send: Send, error: TandemError) -> None:
-        log.info("a stream broke off: %s: %s", error.code, error)
         body = stream_event(failures.object_of(error))
         await send({"type": "http.response.body", "body": body, "more_body": False})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -14,10 +13,10 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
+from router.request_log import RequestLog
 from tandem import errors, rpc
-
-log = logging.getLogger(__name__)
 
 # What the messages of these say is about the request or about all of the service. Those of other errors may name
 # workers and their addresses, and stay in the log.
@@ -32,6 +31,12 @@ _INSTEAD: dict[type[errors.TandemError], str] = {
 _INTERNAL = "internal error; the router's log has the details"
 
 
+def entry_of(scope: Scope) -> RequestLog:
+    """What the log will say of this request (router/http/request_ids.py)."""
+    entry: RequestLog = scope["tandem.entry"]
+    return entry
+
+
 def error_object(message: str, status: int, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """OpenAI's: what a response with this status, or the last event of a stream that breaks off, says."""
     kind = {429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -44,10 +49,7 @@ def object_of(error: errors.TandemError) -> dict[str, Any]:
 
 
 def response_to(error: errors.TandemError) -> Response:
-    status = rpc.status_of(error).http
-    if status >= 500:
-        log.info("answered with %d: %s: %s", status, error.code, error)
-    return JSONResponse(object_of(error), status, _retry_headers(error))
+    return JSONResponse(object_of(error), rpc.status_of(error).http, _retry_headers(error))
 
 
 def _retry_headers(error: errors.TandemError) -> dict[str, str]:
@@ -89,8 +91,9 @@ class Impolite(HTTPException):
         super().__init__(status, message, {"connection": "close"})
 
 
-async def on_tandem_error(_request: Request, error: Exception) -> Response:
+async def on_tandem_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.TandemError)
+    entry_of(request.scope).failed(error)
     return response_to(error)
 
 

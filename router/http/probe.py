@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 from router.orchestrator import Orchestrator
+from router.request_log import RequestLog, new_id
 from tandem.errors import TandemError, Unavailable
 from tandem.timeline import Phase
 from tandem.types import ChoiceFinished, Event, SamplingParams
@@ -44,7 +46,8 @@ class Probe:
         request = generation_pb2.GenerateRequest(sampling=sampling_to_wire(sampling), user_tag="readiness")
         request.token_ids.ids.append(0)
         try:
-            await self._orchestrator.generate(request, PATIENCE_S, self._note, counted=False)
+            with RequestLog(f"ready-{new_id()}", logging.DEBUG) as entry:
+                await self._orchestrator.generate(request, PATIENCE_S, self._note, entry, counted=False)
             self._problem = None
         except TandemError as error:
             self._problem = Unavailable(f"not ready: {error.message}") if type(error) is Unavailable else error

@@ -34,8 +34,9 @@ async def keep_joined(host: WorkerHost, router: str) -> None:
             except TandemError as error:
                 why = error.message
         await asyncio.sleep(backoff_s)
-        # Not sooner: a service that is stopped ends everywhere at once, and to one that leaves this is no news.
-        level = logging.DEBUG if host.draining else logging.WARNING
+        # Not sooner: a service that is stopped ends everywhere at once, the router first. To a worker that leaves this
+        # is no news; to another one it is when the router does not come back at once.
+        level = logging.DEBUG if host.draining else logging.INFO if link.welcomed else logging.WARNING
         log.log(level, "router %s: %s; joining again after %.1f s", router, why, backoff_s)
         backoff_s = FIRST_BACKOFF_S if link.welcomed else min(backoff_s * 2, LONGEST_BACKOFF_S)
 

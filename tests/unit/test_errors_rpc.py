@@ -159,6 +159,9 @@ async def test_a_call_that_was_over_before_its_error_is_no_error_of_ours(caplog:
     """A deadline that passes while the handler fails: gRPC refuses the status in its own words."""
 
     class Over:
+        def trailing_metadata(self) -> None:
+            """None was set."""
+
         async def abort(self, *_: object) -> None:
             raise RuntimeError("too many operations")
 

@@ -27,7 +27,7 @@ MODEL = ModelInfo("tiny", TOKENIZER.get_vocab_size(), 256, (0,), FINGERPRINT, 12
 
 
 async def admit(request: GenerateRequest, tokenizer: Tokenizer | None = SERVED, model: Any = MODEL) -> Admitted:
-    return await Admission(tokenizer, lambda: model, 1 << 20).admit(request)
+    return await Admission(tokenizer, lambda: model, 1 << 20).admit(request, "r1")
 
 
 def ids(*values: int, **fields: Any) -> GenerateRequest:
