@@ -114,9 +114,7 @@ class DecodeRoom(worker_pb2_grpc.DecodeWorkerServicer):
         reservation = Reservation(self._host, order, table, subscription.put, self._forget)
         self._by_id[reservation.id] = self._by_request[reservation.request_id] = reservation
         self._host.promises[reservation.id] = reservation
-        log.debug(
-            "reserved: %d of %d prompt tokens are cached", table.cached_tokens, len(order.request.prompt_ids)
-        )
+        log.debug("reserved: %d of %d prompt tokens are cached", table.cached_tokens, len(order.request.prompt_ids))
         queued_ms = (time.monotonic() - started) * 1000
         return worker_pb2.Reservation(
             reservation_id=reservation.id,

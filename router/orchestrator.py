@@ -161,7 +161,8 @@ class Orchestrator:
         timeline.mark(Phase.ADMITTED)
         self.check_open()
         job = EmbedJob(admitted, deadline, timeline, self._registry)
-        entry.model, entry.tag, entry.prompt_tokens = request.model, admitted.user_tag, admitted.prompt_tokens
+        entry.model, entry.tag = self._registry.served().name, admitted.user_tag
+        entry.prompt_tokens = admitted.prompt_tokens
         async with self._counted(Live(admitted.request_id, timeline, (job,)), entry):
             return await job.run()
 

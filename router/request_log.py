@@ -124,11 +124,11 @@ class RequestLog:
             "total_ms": round((now_s - self._began_s) * 1000, 1),
             "prefill_worker": _joined(self._prefill),
             "decode_worker": _joined(self._decode),
-            "client_id": self.client_id,
+            "client_request_id": self.client_id,
             "tag": self.tag,
         }
-        told = {"output_tokens"} if self.prompt_tokens else set()
-        return {name: value for name, value in fields.items() if value or name in told}
+        zeros = {"output_tokens", "total_ms"} if self.prompt_tokens else {"total_ms"}
+        return {name: value for name, value in fields.items() if value or name in zeros}
 
 
 def _joined(values: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from router.admission import MAX_LABEL_CHARS, Admission, Admitted, Gate, answers_of, choice_seed, deadline_s
+from router.request_log import new_id
 from router.tokenizer import INLINE_CHARS, Tokenizer, most_bytes_of_a_token
 from tandem.config import TINY_MODEL, ModelConfig, RouterConfig
 from tandem.errors import InvalidRequest, ModelNotFound, Overloaded, TandemError
@@ -27,7 +28,7 @@ MODEL = ModelInfo("tiny", TOKENIZER.get_vocab_size(), 256, (0,), FINGERPRINT, 12
 
 
 async def admit(request: GenerateRequest, tokenizer: Tokenizer | None = SERVED, model: Any = MODEL) -> Admitted:
-    return await Admission(tokenizer, lambda: model, 1 << 20).admit(request, "r1")
+    return await Admission(tokenizer, lambda: model, 1 << 20).admit(request, new_id())
 
 
 def ids(*values: int, **fields: Any) -> GenerateRequest:
