@@ -5,6 +5,7 @@
     refuse        says why and exits with 2, as for a wrong configuration
     crash         says why and exits with 3
     crash-later   exits with 2 once it is started a second time (it leaves a mark in the folder model.path)
+    refuse-one    the first one (by a mark, too) says why and exits with 2
     never-join    runs, but does not join
     deaf          ignores SIGTERM
 """
@@ -15,10 +16,12 @@ import asyncio
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-from tandem import rpc
+from tandem import rpc, wire
 from tandem.config import TandemConfig, load_config
+from tandem.types import Role
 from tandem.v1 import registry_pb2, registry_pb2_grpc
 
 
@@ -37,12 +40,19 @@ def exit_now(config: TandemConfig) -> int | None:
         case "crash-later" if (Path(config.model.path) / "mark").exists():
             print("error: the model is gone", flush=True)
             return 2
+        case "refuse-one":
+            with suppress(FileExistsError):
+                (Path(config.model.path) / "mark").touch(exist_ok=False)
+                print("error: no memory here", flush=True)
+                return 2
     return None
 
 
 async def join(router: str) -> None:
     """Joined for as long as the router answers; then tries again."""
-    hello = registry_pb2.Hello(worker_id=str(os.getpid()), pid=os.getpid())
+    role = argument("--role")
+    roles = wire.roles_to_wire(Role if role == "both" else {Role(role)})
+    hello = registry_pb2.Hello(worker_id=str(os.getpid()), pid=os.getpid(), roles=roles)
     async with rpc.make_channel(router) as channel:
         stub = registry_pb2_grpc.RegistryStub(channel)
         while True:
