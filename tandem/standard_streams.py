@@ -156,6 +156,7 @@ def never_block() -> None:
     _open_closed()
     with suppress(ValueError):  # a thread may not
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # `stty tostop` stops whoever writes in the background
+    replaced: list[TextIO] = []
     for name, fd in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__") or below(stream) is not None:
@@ -168,7 +169,8 @@ def never_block() -> None:
         )
         setattr(sys, name, ours)
         setattr(sys, f"__{name}__", ours)
-        atexit.register(_say_last_words, ours)
+        replaced.append(ours)
+    atexit.register(_say_last_words, replaced)
 
 
 def below(stream: object) -> StandardStream | None:
@@ -177,10 +179,12 @@ def below(stream: object) -> StandardStream | None:
     return buffer if isinstance(buffer, StandardStream) else None
 
 
-def _say_last_words(stream: TextIO) -> None:
-    stream.flush()
-    if (ours := below(stream)) is not None:
-        ours.wait_written(time.monotonic() + LAST_WORDS_S)
+def _say_last_words(streams: list[TextIO]) -> None:
+    until_s = time.monotonic() + LAST_WORDS_S
+    for stream in streams:
+        stream.flush()
+        if (ours := below(stream)) is not None:
+            ours.wait_written(until_s)
 
 
 def _open_closed() -> None:

@@ -127,12 +127,55 @@ async def http_port_of(service: Service) -> int:
         return (await client.status()).http_port
 
 
-async def test_a_configuration_error_after_a_restart_ends_the_service(tmp_path: Path) -> None:
+async def test_a_worker_that_cannot_run_again_ends_alone_while_others_play_its_roles(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"model": {"name": "crash-later", "path": str(tmp_path)}}
+    async with running(serve={"prefill": 0, "decode": 0, "colocated": 2}, **settings) as service:
+        (tmp_path / "mark").touch()
+        failed = asyncio.create_task(service.supervisor.wait())
+        os.kill(service.supervisor.pids()["worker-0"], signal.SIGKILL)
+        await eventually(lambda: "worker-0 exited with code 2: the model is gone" in caplog.text)
+        assert caplog.records[-1].levelno == logging.ERROR
+        await until_joined(service, lambda: {service.supervisor.pids()["worker-1"]})
+        assert not failed.done()
+        os.kill(service.supervisor.pids()["worker-1"], signal.SIGKILL)
+        with pytest.raises(ConfigError, match="worker-1 exited with code 2: the model is gone"):
+            await asyncio.wait_for(failed, BOUND_S)
+
+
+async def test_a_worker_of_somebody_else_is_somebody_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {"model": {"name": "crash-later", "path": str(tmp_path)}}
     async with running(serve={"prefill": 0, "decode": 0, "colocated": 1}, **settings) as service:
-        os.kill(service.supervisor.pids()["worker-0"], signal.SIGKILL)
-        with pytest.raises(ConfigError, match="the model is gone"):
-            await asyncio.wait_for(service.supervisor.wait(), BOUND_S)
+        (tmp_path / "mark").touch()
+        path = tmp_path / "theirs.json"
+        path.write_text("{}")
+        command = ["worker", "--role", "both", "--router", service.supervisor.address, "--config", str(path)]
+        theirs = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "standin_worker", *command, env={**os.environ, **ENVIRONMENT}
+        )
+        try:
+            ours = service.supervisor.pids()["worker-0"]
+            await until_joined(service, lambda: {ours, theirs.pid})
+            failed = asyncio.create_task(service.supervisor.wait())
+            os.kill(ours, signal.SIGKILL)
+            await eventually(lambda: "the service goes on without it" in caplog.text)
+            assert not failed.done()
+            failed.cancel()
+        finally:
+            theirs.terminate()
+            await theirs.wait()
+
+
+async def test_a_worker_that_cannot_start_is_left_out_and_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"model": {"name": "refuse-one", "path": str(tmp_path)}}
+    async with running(serve={"prefill": 0, "decode": 0, "colocated": 2}, **settings) as service:
+        assert len(await joined_pids(service.supervisor.address)) == 1
+        assert len(service.supervisor.pids()) == 2
+        assert caplog.text.count("no memory here") == 1
+        assert not any("no memory here" in line for _, line in service.lines)
 
 
 async def test_a_deaf_child_is_killed() -> None:

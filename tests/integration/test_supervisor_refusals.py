@@ -45,6 +45,15 @@ async def test_a_child_that_exits_early_is_reported_once(name: str, kind: type[T
     assert name != "crash" or any(line == "out of luck" for _, line in service.lines)
 
 
+async def test_the_reason_for_which_no_worker_can_start_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    service = Service(model={"name": "refuse"}, serve={"prefill": 2, "decode": 2})
+    with pytest.raises(ConfigError) as caught:
+        await service.supervisor.start()
+    assert caught.value.message.count("no such device") == 1
+    assert not any("no such device" in line for _, line in service.lines)
+    assert "no such device" not in caplog.text
+
+
 async def test_last_words_that_nobody_saw_are_quoted() -> None:
     service = Service(model={"name": "crash"})
     service.supervisor._output = None

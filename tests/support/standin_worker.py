@@ -4,8 +4,8 @@
 
     refuse        says why and exits with 2, as for a wrong configuration
     crash         says why and exits with 3
-    crash-later   exits with 2 once it is started a second time (it leaves a mark in the folder model.path)
-    refuse-one    the first one (by a mark, too) says why and exits with 2
+    crash-later   exits with 2 from when there is a file `mark` in the folder model.path
+    refuse-one    the first one (it leaves that mark) says why and exits with 2
     never-join    runs, but does not join
     deaf          ignores SIGTERM
 """
@@ -75,8 +75,6 @@ async def main(config: TandemConfig) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
-    if config.model.name == "crash-later":
-        (Path(config.model.path) / "mark").touch()
     if config.model.name == "never-join":
         await asyncio.Event().wait()
     await join(argument("--router"))
