@@ -4,8 +4,8 @@
 
 Their answers cost next to nothing: the first token after prefill_s, one prompt after the other (at once if it is 0 or
 not said), then one token a step for every live request, all of a step in one message, as a real decode worker sends it.
-A step takes step_s, and row_s (0 if not said) more for each live request. One request in 16 carries in its log probabilities when each token
-was sent; the client reads the same clock.
+A step takes step_s, and row_s (0 if not said) more for each live request. One request in 16 carries in its log
+probabilities when each token was sent; the client reads the same clock.
 """
 
 from __future__ import annotations

@@ -90,8 +90,8 @@ async def open_router(config: TandemConfig, hurry: asyncio.Event | None = None) 
     orchestrator = Orchestrator(config.router, registry, admission)
     hosts = [host] if loopback is None else [host, loopback]
     async with _http_door(config, hosts, orchestrator, registry, admission) as http_port:
-        # Strangers fill it: room for twice what is served at once, and what is beyond that gets refused by the gate.
-        untaken = max(_LEAST_UNTAKEN, 2 * config.router.max_live_requests)
+        # Strangers fill it: room for as many as are served at once. With more, all would wait until it is too late.
+        untaken = max(_LEAST_UNTAKEN, config.router.max_live_requests)
         server = rpc.make_server(config.router.max_message_bytes, untaken)
         generation, join = GenerationService(orchestrator, registry, http_port), JoinService(registry, config.router)
         generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)

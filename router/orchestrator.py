@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # Requests that a closing router has failed have this long to tell their clients.
 END_S = 2.0
+# Of a request that has not been looked at: no request needs less.
+_LEAST = Demand(1, 1)
 
 
 class Job(Protocol):
@@ -129,22 +131,23 @@ class Orchestrator:
         timeline, observers = Timeline(), tuple(self.observers) if counted else ()
         with _observed(observers):
             async with self._let_in(remaining_s, answers_of(request)) as deadline:
+                self._check_deadline(_LEAST, 1, (), deadline)  # most of those that are refused cost no more than this
                 admitted = await self._admission.admit(request, request_id)
                 timeline.mark(Phase.ADMITTED)
                 self.check_open()
-                self._check_deadline(admitted, deadline)
+                demand = Demand(len(admitted.prompt_ids), admitted.sampling.max_tokens)
+                self._check_deadline(demand, admitted.n, admitted.block_names, deadline)
                 hand_over = _one_at_a_time(emit, entry, observers)
                 await self._run(admitted, timeline, deadline, hand_over, _each_told(observers), entry)
 
-    def _check_deadline(self, admitted: Admitted, deadline: float) -> None:
+    def _check_deadline(self, demand: Demand, answers: int, block_names: Sequence[bytes], deadline: float) -> None:
         """Raises Overloaded when the answers would come too late, by what has been measured of the workers."""
-        demand = Demand(len(admitted.prompt_ids), admitted.sampling.max_tokens)
         try:
-            ahead, to_compute = self._registry.ahead(demand, admitted.n, admitted.block_names)
+            ahead, to_compute = self._registry.ahead(demand, answers, block_names)
         except (errors.Unavailable, errors.InvalidRequest):
             return  # placing it will say so
         remaining_s = deadline - asyncio.get_running_loop().time()
-        check_deadline(ahead, to_compute, self._output.expected(demand.max_tokens), admitted.n, remaining_s)
+        check_deadline(ahead, to_compute, self._output.expected(demand.max_tokens), answers, remaining_s)
 
     async def embed(
         self, request: generation_pb2.EmbedRequest, remaining_s: float | None, entry: RequestLog

@@ -12,6 +12,8 @@ from tandem.errors import Overloaded
 # What is shorter says too little, and is counted in with what follows: prompts that end in one step, steps that come in
 # one packet.
 SHORTEST_S = 0.02
+# Of the time before them: first tokens that come so close to each other are taken to be of one step.
+SAME_STEP = 0.02
 # A pace that nothing has been measured of for this long, and that nobody is measuring, is forgotten: whatever slowed
 # the worker down may be over, and a service that refuses must find out.
 STALE_S = 5.0
@@ -32,15 +34,15 @@ class PrefillPace:
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
-        # Tokens to compute, by request.
+        # Tokens to compute, by request; of those that are with the worker the oldest first.
         self._placed: dict[str, int] = {}
-        self._sent: set[str] = set()
+        self._sent: dict[str, int] = {}
         # Since when, while it has some, busy time is not counted in; else when it had the last one.
         self._at_s = -math.inf
-        # Counted in, and too short to say anything by itself.
+        # Of the latest, which others may have ended together with.
         self._tokens, self._busy_s = 0, 0.0
-        # Logarithm of the seconds that a token takes; None while it is not known.
-        self._log: float | None = None
+        # Logarithm of the seconds that a token took before; None while it is not known.
+        self._token_log_s: float | None = None
 
     def placed(self, key: str, tokens: int) -> None:
         self._placed[key] = tokens
@@ -49,9 +51,9 @@ class PrefillPace:
         now_s = self._clock()
         if not self._sent:
             if self._forgotten(now_s):
-                self._log = None
+                self._token_log_s, self._tokens, self._busy_s = None, 0, 0.0
             self._at_s = now_s
-        self._sent.add(key)
+        self._sent[key] = self._placed[key]
 
     def computed(self, key: str, tokens: int) -> None:
         if key in self._sent:
@@ -64,16 +66,22 @@ class PrefillPace:
 
     def _forget(self, key: str) -> None:
         self._placed.pop(key, None)
-        self._sent.discard(key)
+        self._sent.pop(key, None)
 
     def _note(self, tokens: int) -> None:
         now_s = self._clock()
-        self._busy_s, self._tokens, self._at_s = self._busy_s + now_s - self._at_s, self._tokens + tokens, now_s
-        if self._busy_s >= SHORTEST_S and self._tokens:
-            seen = math.log(self._busy_s / self._tokens)
-            # In logarithms, a slow prompt is forgotten as soon as a quick one.
-            self._log = seen if self._log is None else self._log + (seen - self._log) / PROMPTS
+        passed_s, self._at_s = now_s - self._at_s, now_s
+        if self._busy_s >= SHORTEST_S and passed_s >= SAME_STEP * self._busy_s:
+            self._token_log_s = self._with_latest()
             self._tokens, self._busy_s = 0, 0.0
+        self._tokens, self._busy_s = self._tokens + tokens, self._busy_s + passed_s
+
+    def _with_latest(self) -> float | None:
+        if self._busy_s < SHORTEST_S or not self._tokens:
+            return self._token_log_s
+        # In logarithms, a slow prompt is forgotten as soon as a quick one.
+        seen = math.log(self._busy_s / self._tokens)
+        return seen if self._token_log_s is None else self._token_log_s + (seen - self._token_log_s) / PROMPTS
 
     @property
     def queued_tokens(self) -> int:
@@ -81,17 +89,26 @@ class PrefillPace:
 
     def seconds(self, tokens: int) -> float:
         """That so many tokens take; 0 while nothing is known."""
-        now_s = self._clock()
-        if self._log is None or self._forgotten(now_s):
+        now_s, token_log_s = self._clock(), self._with_latest()
+        if token_log_s is None or self._forgotten(now_s):
             return 0.0
-        return tokens * max(math.exp(self._log), self._at_least(now_s))
+        return tokens * max(math.exp(token_log_s), self._at_least(now_s))
+
+    def check(self, key: str, remaining_s: float) -> None:
+        """Of one that is placed and about to be sent. Raises Overloaded when it would be computed too late."""
+        needed_s = self.seconds(self._placed[key]) if self._sent else 0.0
+        if needed_s > remaining_s:
+            words = (
+                f"it waited for KV blocks, its prompt takes about {needed_s:.2g} s, and {remaining_s:.2g} s are left"
+            )
+            raise Overloaded(words, retry_after_ms=_retry_ms(needed_s - remaining_s))
 
     def _at_least(self, now_s: float) -> float:
         """A worker that is stuck is slow from now on, not from the end of its prompt on."""
         if not self._sent:
             return 0.0
-        under_way = min(self._placed.values())
-        return (self._busy_s + now_s - self._at_s) / (self._tokens + under_way)
+        under_way = next(iter(self._sent.values()))
+        return (now_s - self._at_s) / under_way
 
     def _forgotten(self, now_s: float) -> bool:
         return not self._sent and now_s - self._at_s > STALE_S
@@ -182,13 +199,19 @@ def check_deadline(ahead: Ahead, prompt_tokens: int, output_tokens: float, answe
     queued = ahead.prefill.queued_tokens
     if not (queued or ahead.placed):
         return
-    alone_s = ahead.prefill.seconds(prompt_tokens) + output_tokens * ahead.decode.gap_s(1)
+    gaps = max(0.0, output_tokens - 1)
+    alone_s = ahead.prefill.seconds(prompt_tokens) + gaps * ahead.decode.gap_s(1)
     live = ahead.decoding if ahead.missing else ahead.placed + answers
-    decode_s = output_tokens * ahead.decode.gap_s(max(1, live)) * (1 + ahead.missing)
+    decode_s = gaps * ahead.decode.gap_s(max(1, live)) * (1 + ahead.missing)
     whole_s = ahead.prefill.seconds(queued + prompt_tokens * answers) + decode_s
     needed_s = alone_s + MARGIN * max(0.0, whole_s - alone_s)
     if needed_s > remaining_s:
         words = (
             f"with what is ahead of it, it would take about {needed_s:.2g} s; its deadline is in {remaining_s:.2g} s"
         )
-        raise Overloaded(words, retry_after_ms=round(1000 * min(max(needed_s - remaining_s, 0.1), 60.0)))
+        raise Overloaded(words, retry_after_ms=_retry_ms(needed_s - remaining_s))
+
+
+def _retry_ms(late_s: float) -> int:
+    """When what is too much by now will have been worked off, if nothing else comes."""
+    return round(1000 * min(max(late_s, 0.1), 60.0))
