@@ -76,7 +76,9 @@ ROOMS = {
     "loadtest": Room(VALUES | {"tandem", "tandem.client"}, HEAVY),
 }
 # The only modules that know Ray: everything else runs without it.
-KNOW_RAY = frozenset({Path("kv_transfer/plasma.py"), Path("tandem/launch/ray_cluster.py")})
+KNOW_RAY = frozenset(
+    map(Path, ("kv_transfer/plasma.py", "tandem/launch/ray_cluster.py", "tandem/launch/ray_member.py"))
+)
 # Whatever reads these runs code that a peer wrote.
 UNPICKLERS = frozenset({"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle"})
 MAX_LINES = 350
@@ -194,7 +196,7 @@ def test_nothing_can_unpickle() -> None:
 
 def test_logging_is_configured_in_entry_points_only() -> None:
     def is_entry_point(path: Path) -> bool:
-        mains = {Path("router/app.py"), Path("tandem/worker/main.py"), Path("tandem/launch/ray_cluster.py")}
+        mains = {Path("router/app.py"), Path("tandem/worker/main.py"), Path("tandem/launch/ray_member.py")}
         return path.name == "__main__.py" or path.parts[:2] == ("tandem", "cli") or path in mains
 
     def configures(path: Path) -> bool:

@@ -6,12 +6,10 @@ Ray does no more than that: requests, tokens and KV go their own way, and routin
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import ray
@@ -21,15 +19,12 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray._private.services import canonicalize_bootstrap_address
 from ray.autoscaler.sdk import request_resources
 
-from tandem import logs
 from tandem.addresses import dialable
 from tandem.client import Client, ServiceStatus
-from tandem.config import LogConfig, TandemConfig, parse_config
-from tandem.entry import keep_torch_out
+from tandem.config import TandemConfig, parse_config
 from tandem.errors import ConfigError, Refused, TandemError, Unavailable
-from tandem.launch.hosted import Hosted, Node, serve_spec
+from tandem.launch.ray_member import MemberActor
 from tandem.launch.ray_plan import (
-    POOLS,
     ROUTER,
     Member,
     Spec,
@@ -62,45 +57,6 @@ LEAVE_MARGIN_S, GONE_S = 15.0, 30.0
 
 # Gets a line about what is going on.
 Tell = Callable[[str], None]
-
-
-class MemberActor:
-    """The process of one member. Ray's thread only answers questions; the service runs in a thread of its own."""
-
-    def __init__(self, spec: str) -> None:
-        settings = LogConfig()
-        with suppress(TandemError):  # of another version: what serves here says so
-            parsed = Spec.parse(spec)
-            settings = parsed.config().log
-            if parsed.pool == ROUTER:
-                keep_torch_out()
-        logs.configure(settings.level, settings.format)
-        self._spec = spec
-        self._node = _this_node()
-        self._hosted = Hosted(partial(serve_spec, spec, self._node))
-
-    def state(self) -> dict[str, Any]:
-        """As a Member's fields."""
-        hosted = self._hosted
-        return {
-            "spec": self._spec,
-            "phase": str(hosted.phase),
-            "address": hosted.address,
-            "worker_id": hosted.worker_id,
-            "pid": os.getpid(),
-            "node": self._node.ip,
-            "error": hosted.error,
-            "code": hosted.code,
-        }
-
-    def drain(self) -> None:
-        self._hosted.drain()
-
-
-def _this_node() -> Node:
-    node_id = ray.get_runtime_context().get_node_id()
-    resources: dict[str, float] = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id), {})
-    return Node(ray.util.get_node_ip_address(), slots=round(sum(resources.get(pool, 0) for pool in POOLS)))
 
 
 class Cluster:
