@@ -202,6 +202,8 @@ def test_at_the_ends_of_all_ranges_a_token_comes_that_may(fields: dict[str, Any]
         picked = _sample(logits, *rows)
         assert all(token < 10 or 30 <= token < VOCAB for token in picked), picked
         assert params.min_tokens <= len(outputs) or set(picked) == {VOCAB - 1}
+        impossible = logits.nan_to_num(nan=float("-inf"), neginf=float("-inf"))
+        assert picked == _sample(impossible, *rows), "what is no number is as what is impossible"
 
 
 def test_biases_come_before_penalties_as_in_transformers() -> None:
