@@ -52,6 +52,10 @@ def configure(level: str = "info", format: str = "text", stream: TextIO | None =
         logging.getLogger(name).setLevel(lowest)
 
 
+def in_json() -> bool:
+    return any(isinstance(handler.formatter, _Json) for handler in logging.getLogger().handlers)
+
+
 def relayed(process: str, line: str) -> str:
     """One JSON line for a line of another process, which need not be JSON: libraries print what they like."""
     try:

@@ -207,6 +207,14 @@ def test_logging_is_configured_in_entry_points_only() -> None:
     assert callers == [Path("tandem/logs.py")]
 
 
+def test_processes_that_serve_wait_for_no_output() -> None:
+    """Each begins with it: a library that it imports may print. `tandem.launch.child` is the start of every child."""
+    mains = [f"{room}/__main__.py" for room in ("router", "prefill_worker", "decode_worker")]
+    commands = [f"tandem/cli/{command}.py" for command in ("serve", "worker", "demo")]
+    calls = "    never_block()\n"
+    assert [path for path in (*mains, *commands, "tandem/launch/child.py") if calls not in read(Path(path))] == []
+
+
 def test_files_stay_readable() -> None:
     long = {str(path): lines for path in files(*TOP) if (lines := len(read(path).splitlines())) > MAX_LINES}
     assert long == {}

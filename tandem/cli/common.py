@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import Counter
@@ -14,9 +15,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tandem import logs
 from tandem.addresses import dialable
 from tandem.client import ServiceStatus
 from tandem.errors import ConfigError, InvalidRequest, ModelNotFound, TandemError
+
+log = logging.getLogger(__name__)
 
 
 def _address(value: str | None) -> str | None:
@@ -98,7 +102,10 @@ def reported() -> Iterator[None]:
     try:
         yield
     except TandemError as error:
-        typer.echo(f"tandem: {error.message}{_hint(error)}", err=True)
+        if logs.in_json():
+            log.error("%s%s", error.message, _hint(error))
+        else:
+            typer.echo(f"tandem: {error.message}{_hint(error)}", err=True)
         raise typer.Exit(2 if isinstance(error, _OF_THE_USER) else 1) from None
 
 

@@ -173,7 +173,8 @@ def test_streams_end_before_a_service_that_is_told_to_stop() -> None:
         reading = Reading(ours)
         stream = iter(served.client.generate([SLOW, 2], max_tokens=60))
         next(event for event in stream if isinstance(event, tandem.Delta))
-        served.process.send_signal(signal.SIGTERM)
+        served.process.send_signal(signal.SIGHUP)  # its terminal is closed
+        served.process.send_signal(signal.SIGHUP)  # the shell says so too
         ready = f"http://127.0.0.1:{served.http}/ready"
         wait_until(lambda: httpx.get(ready).status_code == 503, BOUND_S, "the drain")
         body = {"prompt": [1], "max_tokens": 1}

@@ -27,7 +27,9 @@ PREFILL, DECODE = [Role.PREFILL], [Role.DECODE]
 
 
 def configuration(**router: Any) -> TandemConfig:
-    return parse_config({"router": {"port": 0, "http_port": -1, "heartbeat_timeout_s": 5.0, **router}})
+    return parse_config(
+        {"router": {"port": 0, "http_port": -1, "heartbeat_timeout_s": 5.0, "drain_timeout_s": 5.0, **router}}
+    )
 
 
 @contextmanager
