@@ -71,7 +71,7 @@ class PrefillPace:
     def _note(self, tokens: int) -> None:
         now_s = self._clock()
         passed_s, self._at_s = now_s - self._at_s, now_s
-        if self._busy_s >= SHORTEST_S and passed_s >= SAME_STEP * self._busy_s:
+        if self._busy_s >= SHORTEST_S and passed_s >= min(SHORTEST_S, SAME_STEP * self._busy_s):
             self._token_log_s = self._with_latest()
             self._tokens, self._busy_s = 0, 0.0
         self._tokens, self._busy_s = self._tokens + tokens, self._busy_s + passed_s
