@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,8 @@ class Tokenizer:
         # A class with an encoding of its own may change the backend while it works, so it does one text at a time.
         self._turn = nullcontext() if kind._encode_plus is PreTrainedTokenizerFast._encode_plus else asyncio.Lock()
         stock = (kind.decode, kind._decode) == (PreTrainedTokenizerFast.decode, PreTrainedTokenizerFast._decode)
-        self._decode = self.backend.decode if stock else self._decode_by_class
+        # Ids to text, without any cleaning up, which is not for parts of a text.
+        self.decode: Callable[..., str] = self.backend.decode if stock else self._decode_by_class
         model = type(self.backend.model).__name__
         forced = loaded.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
         # Whether transformers takes blanks out of what it decoded, as in " ." and " n't".
@@ -74,11 +75,7 @@ class Tokenizer:
             raise InvalidRequest(f"the model's tokenizer does not take this text: {error}", field="prompt") from None
         return tuple(found["input_ids"])
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Without any cleaning up, which is not for parts of a text."""
-        return str(self._decode(ids, skip_special_tokens=skip_special_tokens))
-
-    def _decode_by_class(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def _decode_by_class(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         found = self.loaded.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         return str(found)
 

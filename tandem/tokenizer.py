@@ -50,8 +50,12 @@ def load_tokenizer(model: ModelConfig) -> Any | None:
 
 
 def _files(source: str) -> list[str]:
-    folder = Path(source)
-    return [each.name for each in folder.iterdir()] if folder.is_dir() else HfApi().list_repo_files(source)
+    if Path(source).is_dir():
+        return [each.name for each in Path(source).iterdir()]
+    try:
+        return HfApi().list_repo_files(source)
+    except Exception as error:  # of the network: each release of huggingface_hub has its own
+        raise ConfigError(f"the hub does not say what files {source} has: {error}", field="model.path") from None
 
 
 def _refusal(model: ModelConfig, reason: str) -> ModelRefused:

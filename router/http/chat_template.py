@@ -6,8 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from router.http.fields import Message
 from tandem.errors import InvalidRequest
 
@@ -16,7 +14,7 @@ log = logging.getLogger(__name__)
 
 class ChatTemplate:
     def __init__(self, tokenizer: Any, source: str) -> None:
-        """source: of the template. Raises TemplateError when it is none."""
+        """source: of the template."""
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         self._tokenizer = tokenizer
@@ -91,6 +89,6 @@ def chat_template_of(tokenizer: Any) -> ChatTemplate | None:
         return None
     try:
         return ChatTemplate(tokenizer, source)
-    except TemplateError as error:
+    except Exception as error:  # no template at all, or none that Jinja can parse
         log.warning("the chat template of %s cannot be read: %s", tokenizer.name_or_path, error)
         return None

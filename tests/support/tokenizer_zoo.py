@@ -21,6 +21,7 @@ TEXTS = [
     "",
     "\N{COMBINING ACUTE ACCENT}e\u0301 ﬁ ½",
     "word " * 40,
+    "def f(x):\n<FILL_ME>\n    return x",
 ]
 
 
@@ -120,6 +121,18 @@ def _llama(**settings: Any) -> Callable[[Path], None]:
     return lambda folder: write(folder, "llama", {**names, **settings}, sentencepiece_bpe())
 
 
+def _code_llama(folder: Path) -> None:
+    """Its class rewrites a text that has a gap, and the backend while it does so."""
+    tokenizer = sentencepiece_bpe()
+    tokenizer.add_special_tokens(["▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"])
+    write(folder, "llama", {"tokenizer_class": "CodeLlamaTokenizer", "bos_token": "<s>"}, tokenizer)
+
+
+def _codegen(folder: Path) -> None:
+    settings = {"tokenizer_class": "CodeGenTokenizer", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    write(folder, "codegen", settings, byte_level(["<|endoftext|>"]))
+
+
 def _llama_3(folder: Path) -> None:
     """Says LlamaTokenizer, is byte-level."""
     settings = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "<|im_end|>"}
@@ -205,6 +218,8 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "llama 2, legacy": _llama(legacy=True, add_bos_token=False, add_eos_token=True),
     "llama 2, no prefix": _llama(add_prefix_space=False, legacy=False),
     "llama 3": _llama_3,
+    "code llama": _code_llama,
+    "codegen": _codegen,
     "gpt2, two files": _gpt2_of_two_files,
     "qwen": _qwen,
     "legacy files": _legacy_files,
