@@ -104,5 +104,13 @@ class AttentionOptions:
     scale: float
     # A query at position p sees keys at positions > p - window; 0 means all.
     window: int = 0
+    # A query at position p sees keys at positions >= p // chunk * chunk; 0 means all. Both may be set.
+    chunk: int = 0
     # scores = softcap * tanh(scores / softcap) before the softmax; 0 means none.
     softcap: float = 0.0
+
+    def first_key(self, position: int) -> int:
+        """Position of the oldest key that a query at `position` sees."""
+        within_window = max(position + 1 - self.window, 0) if self.window else 0
+        within_chunk = position // self.chunk * self.chunk if self.chunk else 0
+        return max(within_window, within_chunk)

@@ -30,9 +30,16 @@ def write_kv(
 
 
 def reference_attention(
-    query_QxHxD: Tensor, key_CxKxD: Tensor, value_CxKxD: Tensor, first_position: int, options: AttentionOptions
+    query_QxHxD: Tensor,
+    key_CxKxD: Tensor,
+    value_CxKxD: Tensor,
+    first_position: int,
+    options: AttentionOptions,
+    first_key: int = 0,
 ) -> Tensor:
-    """Attention of one sequence by the textbook, in float32: the row at `first_position + i` sees keys 0..itself.
+    """Attention of one sequence by the textbook, in float32: the row at `first_position + i` sees keys up to itself.
+
+    The keys are those from position `first_key` on.
 
     Returns [Q, H, D] in the query's dtype. Memory: a few times Q * C * H floats.
     """
@@ -42,7 +49,7 @@ def reference_attention(
     scores_HxQxC = torch.einsum("qhd,chd->hqc", query_QxHxD.float(), key_CxHxD) * options.scale
     if options.softcap:
         scores_HxQxC = options.softcap * torch.tanh(scores_HxQxC / options.softcap)
-    visible_QxC = _visible(query_QxHxD, key_CxKxD, first_position, options.window)
+    visible_QxC = _visible(query_QxHxD, key_CxKxD, first_position, options, first_key)
     weights_HxQxC = scores_HxQxC.masked_fill(~visible_QxC, float("-inf")).softmax(dim=-1)
     return torch.einsum("hqc,chd->qhd", weights_HxQxC, value_CxHxD).to(query_QxHxD.dtype)
 
@@ -126,13 +133,19 @@ def _gather(pool_NxPxKxD: Tensor, batch: PagedBatch, sequence: int) -> Tensor:
     return pool_NxPxKxD.index_select(0, blocks).flatten(0, 1)[:context_len]
 
 
-def _visible(query_QxHxD: Tensor, key_CxKxD: Tensor, first_position: int, window: int) -> Tensor:
-    """bool [Q, C]: which keys the rows from `first_position` on may see."""
+def _visible(
+    query_QxHxD: Tensor, key_CxKxD: Tensor, first_position: int, options: AttentionOptions, first_key: int
+) -> Tensor:
+    """bool [Q, C]: which keys, from position `first_key` on, the rows from `first_position` on see."""
     rows, keys, device = query_QxHxD.shape[0], key_CxKxD.shape[0], query_QxHxD.device
     position_Qx1 = torch.arange(first_position, first_position + rows, device=device).unsqueeze(1)
-    key_position_C = torch.arange(keys, device=device)
+    key_position_C = torch.arange(first_key, first_key + keys, device=device)
     visible_QxC = key_position_C <= position_Qx1
-    return visible_QxC & (key_position_C > position_Qx1 - window) if window else visible_QxC
+    if options.window:
+        visible_QxC &= key_position_C > position_Qx1 - options.window
+    if options.chunk:
+        visible_QxC &= key_position_C >= position_Qx1 // options.chunk * options.chunk
+    return visible_QxC
 
 
 def _chunk(
@@ -140,24 +153,28 @@ def _chunk(
 ) -> None:
     """The last Q rows of a sequence against all of its C keys, written to `out_QxHxD`."""
     rows, keys = query_QxHxD.shape[0], key_CxKxD.shape[0]
-    if rows == keys and not options.softcap and not 0 < options.window < keys:
+    if rows == keys and not options.softcap and options.first_key(keys - 1) == 0:
         out_QxHxD.copy_(_sdpa(query_QxHxD, key_CxKxD, value_CxKxD, options, None))
         return
     for start in range(0, rows, TILE):
         stop = min(start + TILE, rows)
         first_position = keys - rows + start
-        last_key = keys - rows + stop
-        first_key = max(0, first_position - options.window + 1) if options.window else 0
+        first_key, last_key = options.first_key(first_position), keys - rows + stop
         key, value = key_CxKxD[first_key:last_key], value_CxKxD[first_key:last_key]
-        out_QxHxD[start:stop] = _tile(query_QxHxD[start:stop], key, value, first_position - first_key, options)
+        out_QxHxD[start:stop] = _tile(query_QxHxD[start:stop], key, value, first_position, options, first_key)
 
 
 def _tile(
-    query_QxHxD: Tensor, key_CxKxD: Tensor, value_CxKxD: Tensor, first_position: int, options: AttentionOptions
+    query_QxHxD: Tensor,
+    key_CxKxD: Tensor,
+    value_CxKxD: Tensor,
+    first_position: int,
+    options: AttentionOptions,
+    first_key: int,
 ) -> Tensor:
     if options.softcap:  # SDPA has no place for it
-        return reference_attention(query_QxHxD, key_CxKxD, value_CxKxD, first_position, options)
-    visible_QxC = _visible(query_QxHxD, key_CxKxD, first_position, options.window)
+        return reference_attention(query_QxHxD, key_CxKxD, value_CxKxD, first_position, options, first_key)
+    visible_QxC = _visible(query_QxHxD, key_CxKxD, first_position, options, first_key)
     return _sdpa(query_QxHxD, key_CxKxD, value_CxKxD, options, visible_QxC)
 
 

@@ -130,14 +130,15 @@ def _merge(parts: int, count: int, heads: int, dim: int, out: int) -> None:
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _first_key(context: int, window: int) -> int:
-    first: int = max(context - window, 0) if window > 0 else 0
-    return first
+def first_key(position: int, window: int, chunk: int) -> int:
+    """The same as AttentionOptions.first_key."""
+    first: int = max(position + 1 - window, 0) if window > 0 else 0
+    return max(first, position // chunk * chunk) if chunk > 0 else first
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _num_splits(context: int, window: int) -> int:
-    splits: int = (context - 1) // SPLIT - _first_key(context, window) // SPLIT + 1
+def _num_splits(context: int, window: int, chunk: int) -> int:
+    splits: int = (context - 1) // SPLIT - first_key(context - 1, window, chunk) // SPLIT + 1
     return splits
 
 
@@ -169,11 +170,12 @@ def _attend_split(words: Any, sequence: int, first: int, last: int, scores: int,
 
 def _decode(words_pointer: Any) -> None:
     """words: 0 ticket, 1 thread ticket, 2 q, 3 k pool, 4 v pool, 5 out, 6 table, 7 contexts, 8 rows, 9 heads,
-    10 kv heads, 11 dim, 12 page, 13 table width, 14 window, 15 scale, 16 softcap, 17 parts, 18 scores, 19 done.
+    10 kv heads, 11 dim, 12 page, 13 table width, 14 window, 15 scale, 16 softcap, 17 parts, 18 scores, 19 done,
+    20 chunk.
     """
-    words = carray(words_pointer, (20,))
+    words = carray(words_pointer, (21,))
     shared = np.int64(words.ctypes.data)
-    rows, heads, dim, window = words[8], words[9], words[11], words[14]
+    rows, heads, dim, window, chunk = words[8], words[9], words[11], words[14], words[20]
     contexts = carray(pointer(words[7]), (rows,), np.int32)
     part_bytes = 4 * heads * (dim + 2)
     scores = words[18] + atomic_add(shared + 8, 1) * 4 * heads * SPLIT
@@ -181,17 +183,17 @@ def _decode(words_pointer: Any) -> None:
     item = atomic_add(shared, 1)
     while True:
         # Tickets only grow, so the search for an item's sequence goes on from the last one.
-        while sequence < rows and item >= before + _num_splits(contexts[sequence], window):
-            before += _num_splits(contexts[sequence], window)
+        while sequence < rows and item >= before + _num_splits(contexts[sequence], window, chunk):
+            before += _num_splits(contexts[sequence], window, chunk)
             sequence += 1
         if sequence == rows:
             return
         context = np.int64(contexts[sequence])
-        start = _first_key(context, window)
+        start = first_key(context - 1, window, chunk)
         split = start // SPLIT + item - before
         first, last = max(split * SPLIT, start), min(split * SPLIT + SPLIT, context)
         _attend_split(words, sequence, first, last, scores, words[17] + item * part_bytes)
-        count = _num_splits(context, window)
+        count = _num_splits(context, window, chunk)
         # Whoever ends a sequence's last item merges it; the order of the merge is that of the context.
         if atomic_add(words[19] + 8 * sequence, 1) == count - 1:
             _merge(words[17] + before * part_bytes, count, heads, dim, words[5] + 4 * heads * dim * sequence)
@@ -237,7 +239,7 @@ def decode_attention(
     rows, heads, dim = query_BxHxD.shape
     query = query_BxHxD.contiguous()
     page, kv_heads = k_pool.shape[1:3]
-    splits = sum(_splits_of(context, options.window) for context in batch.context_lens[:rows])
+    splits = sum(_splits_of(context, options) for context in batch.context_lens[:rows])
     parts = torch.empty(splits * heads * (dim + 2))
     threads = torch.get_num_threads()
     scores = torch.empty(threads * heads * SPLIT)
@@ -248,11 +250,10 @@ def decode_attention(
         *(t.data_ptr() for t in (query, k_pool, v_pool, out, table, contexts)),
         *(rows, heads, kv_heads, dim, page, table.stride(0), options.window),
         *(bits_of_float(options.scale), bits_of_float(options.softcap)),
-        *(parts.data_ptr(), scores.data_ptr(), done.data_ptr()),
+        *(parts.data_ptr(), scores.data_ptr(), done.data_ptr(), options.chunk),
         threads=threads,
     )
 
 
-def _splits_of(context: int, window: int) -> int:
-    first = max(context - window, 0) if window else 0
-    return (context - 1) // SPLIT - first // SPLIT + 1
+def _splits_of(context: int, options: AttentionOptions) -> int:
+    return (context - 1) // SPLIT - options.first_key(context - 1) // SPLIT + 1

@@ -15,7 +15,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.engine.cpu_kernels import exp_nonpositive
+from tandem.engine.cpu_kernels import exp_nonpositive, first_key
 from tandem.engine.cpu_parallel import FAST, atomic_add, bits_of_float, float_of_bits, floats, kernel, launch, pointer
 from tandem.engine.cpu_softmax import weigh
 from tandem.engine.cpu_tile import COLUMNS, TILE_ROWS, register_tile
@@ -74,13 +74,15 @@ def _scale_row(out: int, parts: int, factor: Any) -> None:
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _softmax_block(words: Any, rows: int, ahead: int, scores: int, stats: int, out: int) -> None:
-    """Scores of 64 keys become weights, and sums so far follow the new maximum; row i is `ahead + i` past key 0."""
-    window, parts = words[11], (words[10] + COLUMNS - 1) // COLUMNS
+def _softmax_block(words: Any, rows: int, position: int, key: int, scores: int, stats: int, out: int) -> None:
+    """Scores of 64 keys from `key` on become weights, and sums so far follow the new maximum; the first row is at
+    `position`.
+    """
+    parts = (words[10] + COLUMNS - 1) // COLUMNS
     scale, softcap = float_of_bits(np.int32(words[12])), float_of_bits(np.int32(words[13]))
     for row in range(rows):
-        last = min(ahead + row + 1, COLUMNS)
-        first = max(ahead + row + 1 - window, 0) if window > 0 else 0
+        last = min(position + row + 1 - key, COLUMNS)
+        first = max(first_key(position + row, words[11], words[20]) - key, 0)
         score, stat = floats(scores + 4 * COLUMNS * row, COLUMNS), floats(stats + _STATS_BYTES * row, 3)
         if last <= first:
             score[:] = np.float32(0.0)
@@ -104,7 +106,7 @@ def _softmax_block(words: Any, rows: int, ahead: int, scores: int, stats: int, o
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _attend(words: Any, head: int, first_row: int, rows: int, scratch: int) -> None:
     """One work item: `rows` rows of one head against all keys that they see."""
-    heads, dim, window = words[8], words[10], words[11]
+    heads, dim = words[8], words[10]
     parts = (dim + COLUMNS - 1) // COLUMNS
     scores, stats = scratch, scratch + 4 * COLUMNS * _ROWS
     out = stats + _STATS_BYTES * _ROWS
@@ -115,7 +117,7 @@ def _attend(words: Any, head: int, first_row: int, rows: int, scratch: int) -> N
     position = words[7] + first_row
     query = words[2] + words[16] * first_row + words[19] * head
     kv_head = head // (heads // words[9])
-    oldest = max(position + 1 - window, 0) // COLUMNS if window > 0 else 0
+    oldest = first_key(position, words[11], words[20]) // COLUMNS
     for block in range(oldest, (position + rows - 1) // COLUMNS + 1):
         place = kv_head * words[15] + block - words[14]
         # Rows before the block's first key see none of it.
@@ -123,12 +125,12 @@ def _attend(words: Any, head: int, first_row: int, rows: int, scratch: int) -> N
         count, offset = rows - skip, 4 * COLUMNS * skip
         keys = words[3] + 4 * COLUMNS * dim * place
         _write_product(count, query + words[16] * skip, words[16], keys, dim, scores, dim)
-        ahead = position + skip - block * COLUMNS
-        _softmax_block(words, count, ahead, scores, stats + _STATS_BYTES * skip, out + offset)
+        key = block * COLUMNS
+        _softmax_block(words, count, position + skip, key, scores, stats + _STATS_BYTES * skip, out + offset)
         for part in range(parts):
             values = words[4] + 4 * COLUMNS * COLUMNS * (place * parts + part)
             sums = out + offset + 4 * COLUMNS * _ROWS * part
-            _add_product(count, scores, 4 * COLUMNS, values, COLUMNS, sums, ahead + 1)
+            _add_product(count, scores, 4 * COLUMNS, values, COLUMNS, sums, position + skip - key + 1)
     for row in range(rows):
         _scale_row(out + 4 * COLUMNS * row, parts, np.float32(1.0) / state[3 * row + 1])
         target = floats(words[5] + 4 * dim * (heads * (first_row + row) + head), dim)
@@ -140,9 +142,9 @@ def _attend(words: Any, head: int, first_row: int, rows: int, scratch: int) -> N
 def _chunk(words_pointer: Any) -> None:
     """words: 0 ticket, 1 thread ticket, 2 q, 3 packed k, 4 packed v, 5 out, 6 rows, 7 first position, 8 heads,
     9 kv heads, 10 dim, 11 window, 12 scale, 13 softcap, 14 first key block, 15 key blocks, 16 bytes of a row of q,
-    17 scratch, 18 its bytes for a thread, 19 bytes from a head of q to the next.
+    17 scratch, 18 its bytes for a thread, 19 bytes from a head of q to the next, 20 chunk.
     """
-    words = carray(words_pointer, (20,))
+    words = carray(words_pointer, (21,))
     shared = np.int64(words.ctypes.data)
     scratch = words[17] + words[18] * atomic_add(shared + 8, 1)
     heads, tiles = words[8], (words[6] + _ROWS - 1) // _ROWS
@@ -221,8 +223,7 @@ def chunk_attention(
     rows, heads, dim = query_QxHxD.shape
     page, kv_heads = k_pool.shape[1:3]
     context, threads = batch.context_lens[sequence], torch.get_num_threads()
-    first_key = max(context - rows + 1 - options.window, 0) if options.window else 0
-    first_block = first_key // COLUMNS
+    first_block = options.first_key(context - rows) // COLUMNS
     blocks = (context - 1) // COLUMNS - first_block + 1
     parts = -(-dim // COLUMNS)
     keys = torch.empty(kv_heads * blocks * dim * COLUMNS)
@@ -242,5 +243,6 @@ def chunk_attention(
         *(rows, context - rows, heads, kv_heads, dim, options.window),
         *(bits_of_float(options.scale), bits_of_float(options.softcap)),
         *(first_block, blocks, row_bytes, scratch.data_ptr(), 4 * scratch.stride(0), head_bytes),
+        options.chunk,
         threads=threads,
     )

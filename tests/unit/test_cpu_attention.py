@@ -96,6 +96,8 @@ def textbook(sequence: Sequence, options: AttentionOptions) -> Tensor:
     for row, head in itertools.product(range(sequence.rows), range(heads)):
         position = context - sequence.rows + row
         first = max(0, position - options.window + 1) if options.window else 0
+        while options.chunk and first // options.chunk != position // options.chunk:
+            first += 1
         keys = sequence.key_CxKxD[first : position + 1, head // group].double()
         values = sequence.value_CxKxD[first : position + 1, head // group].double()
         scores = keys @ sequence.query_CxHxD[position, head].double() * options.scale
@@ -110,6 +112,10 @@ OPTIONS = {
     "window": AttentionOptions(scale=0.25, window=37),
     "softcap": AttentionOptions(scale=0.5, softcap=3.0),
     "window+softcap": AttentionOptions(scale=0.5, window=65, softcap=3.0),
+    "chunk": AttentionOptions(scale=0.25, chunk=37),
+    "chunk of a block": AttentionOptions(scale=0.25, chunk=64),
+    "long chunk": AttentionOptions(scale=0.25, chunk=150),
+    "chunk+window+softcap": AttentionOptions(scale=0.5, window=40, chunk=65, softcap=3.0),
 }
 # (context, rows): decodes first, then a whole prompt, a continued chunk, a one-row chunk, a window-crossing one.
 MIXED = [(1, 1), (63, 1), (64, 1), (65, 1), (300, 1), (5, 5), (90, 90), (130, 40), (70, 1), (200, 7)]
@@ -145,7 +151,7 @@ def test_reference_equals_the_textbook(options: AttentionOptions) -> None:
 
 
 def test_long_chunks_are_tiled() -> None:
-    for rows, options in ((700, OPTIONS["window"]), (700, OPTIONS["softcap"]), (600, OPTIONS["plain"])):
+    for rows, options in ((700, OPTIONS["window"]), (700, OPTIONS["softcap"]), (600, OPTIONS["plain"]), (700, OPTIONS["long chunk"])):
         s = make_sequence(700, rows, 2, 1, 8)
         want = reference_attention(s.query_CxHxD[-rows:], s.key_CxKxD, s.value_CxKxD, 700 - rows, options)
         torch.testing.assert_close(make_step([s], 0, 16).run(options), want, rtol=2e-6, atol=2e-6)
@@ -208,6 +214,8 @@ def test_without_tiles_chunks_go_through_torch(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cpu_attention, "_tiles_take", lambda *_: False)
     test_mixed_batch_equals_the_textbook(OPTIONS["window"], 6, 2, 24, 5, torch.float32)
     test_mixed_batch_equals_the_textbook(OPTIONS["plain"], 4, 4, 16, 16, torch.float32)
+    test_mixed_batch_equals_the_textbook(OPTIONS["chunk"], 6, 2, 24, 5, torch.float32)
+    test_mixed_batch_equals_the_textbook(OPTIONS["chunk+window+softcap"], 4, 4, 16, 16, torch.float32)
 
 
 def test_two_engines_on_two_threads() -> None:
