@@ -1,7 +1,7 @@
 """The one attention function that every model calls, by way of transformers' AttentionInterface.
 
 transformers hands over query, key and value of all tokens of a step in one row, and passes the step's metadata
-through the forward's keyword arguments. Each layer's options are recorded once at load (see model_loader.py), where
+through the forward's keyword arguments. Each layer's options are recorded once at load (see examination.py), where
 anything this function would not honour is refused.
 """
 
@@ -15,16 +15,24 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tandem.engine import masks
 from tandem.engine.batch import AttentionOptions, PagedBatch
 from tandem.errors import ModelRefused
 
+# Of the attention that serves; models build no masks for it.
 NAME = "tandem_paged"
+# Of the attention that records, at load; each layer hears its mask.
+PROBE = "tandem_probe"
 # attention(query, key, value, k_pool, v_pool, batch, options) -> out, all [T, heads, D]; K and V are in the pool.
 PagedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PagedBatch, AttentionOptions], Tensor]
 
-# Keyword arguments that do not change causal attention over the step's own metadata.
-_HARMLESS = {"dropout", "position_ids", "cache_position", "is_causal", "use_cache", "layer_idx", "position_embeddings"}
-_HONOURED = {"scaling", "sliding_window", "softcap"}
+# Keyword arguments that do not change attention over the step's own metadata. The sliding window is a hint to other
+# libraries: in transformers' own attention the mask alone hides keys.
+_HARMLESS = {
+    *("dropout", "position_ids", "cache_position", "is_causal", "use_cache", "layer_idx", "position_embeddings"),
+    "sliding_window",
+}
+_HONOURED = {"scaling", "softcap"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class LayerShape:
 
 @dataclass
 class Probe:
-    """Records what each layer asks of attention, in a forward pass at load. Computes plain causal attention."""
+    """Records what each layer asks of attention, in a forward pass at load, in the order of calls; computes none."""
 
     options: dict[int, AttentionOptions] = field(default_factory=dict)
     shapes: dict[int, LayerShape] = field(default_factory=dict)
@@ -44,16 +52,22 @@ class Probe:
     last: Any = None
 
     def run(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, asked: dict[str, Any]) -> Tensor:
+        """Raises ModelRefused for what is not honoured."""
         layer = getattr(module, "layer_idx", None)
-        if layer != len(self.options):
-            raise ModelRefused("its attention layers are not numbered in their order")
-        if mask is not None or not getattr(module, "is_causal", True):
-            raise ModelRefused("it needs an attention mask other than causal")
+        if not isinstance(layer, int):
+            raise ModelRefused(f"its {type(module).__name__} does not say which layer it is of (layer_idx)")
+        if layer in self.options:
+            raise ModelRefused(f"layer {layer} computes attention more than once")
+        if not getattr(module, "is_causal", True):
+            raise ModelRefused(f"layer {layer} is not causal")
+        heard = masks.require_mask(mask, layer)
         if key.shape != value.shape:
             raise ModelRefused("its keys and values differ in shape")
+        if key.shape[2] != query.shape[2]:
+            raise ModelRefused(f"layer {layer} attends to {key.shape[2]} keys of {query.shape[2]} tokens")
         _refuse_unknown(asked)
         self.last = module
-        self.options[layer] = _options(query, asked)
+        self.options[layer] = _options(query, heard, asked)
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], key.dtype)
         return query.transpose(1, 2)
 
@@ -112,15 +126,26 @@ def paged_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' contract: query [1, H, T, D], key and value [1, K, T, D] → ([1, T, H, D], no weights)."""
-    paged = kwargs.pop("paged", None)
-    if isinstance(paged, Step):
-        return paged.run(module, query, key, value), None
-    if isinstance(paged, Probe):
-        return paged.run(module, query, key, value, attention_mask, kwargs), None
-    raise ModelRefused("it does not pass keyword arguments on to its attention layers")
+    step = kwargs.get("paged")
+    if not isinstance(step, Step):
+        raise ModelRefused(_NOT_PASSED_ON)
+    return step.run(module, query, key, value), None
 
 
+def probed_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The same contract, under the other name."""
+    probe = kwargs.pop("paged", None)
+    if not isinstance(probe, Probe):
+        raise ModelRefused(_NOT_PASSED_ON)
+    return probe.run(module, query, key, value, attention_mask, kwargs), None
+
+
+_NOT_PASSED_ON = "it does not pass keyword arguments on to its attention layers"
 AttentionInterface.register(NAME, paged_attention)
+AttentionInterface.register(PROBE, probed_attention)
+masks.register(PROBE)
 
 
 def _refuse_unknown(asked: dict[str, Any]) -> None:
@@ -130,10 +155,11 @@ def _refuse_unknown(asked: dict[str, Any]) -> None:
         raise ModelRefused(f"it needs the attention argument {name}, which Tandem does not honour")
 
 
-def _options(query: Tensor, asked: dict[str, Any]) -> AttentionOptions:
+def _options(query: Tensor, mask: masks.HeardMask, asked: dict[str, Any]) -> AttentionOptions:
     scale = asked.get("scaling")
     return AttentionOptions(
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        window=int(asked.get("sliding_window") or 0),
+        window=mask.window,
+        chunk=mask.chunk,
         softcap=float(asked.get("softcap") or 0.0),
     )

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tandem.engine.cpu_layer import fused_layer, is_layer
+from tandem.engine.cpu_layer import FusedLayer, fused_layer, is_layer
 from tandem.engine.cpu_modules import FusedRMSNorm, PackedGatedMLP, PackedLinear, fused_rotary
-from tandem.engine.cpu_probe import REPEATS, TOLERANCE, RefusedError, random_rows, require_same
+from tandem.engine.cpu_probe import REPEATS, TOLERANCE, RefusedError, random_rows, require_same, trial
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,14 @@ def fuse_for_cpu(model: nn.Module) -> FusionReport:
     return FusionReport(dict(fusion.fused), fusion.left_alone, fusion.copied_bytes)
 
 
+def unfuse_layers(model: nn.Module) -> int:
+    """Layers compute as their class does again, of parts that stay fused. How many there were."""
+    fused = [module for module in model.modules() if isinstance(vars(module).get("forward"), FusedLayer)]
+    for module in fused:
+        del module.forward
+    return len(fused)
+
+
 class _Fusion:
     """One walk over a model; keeps the books for the report."""
 
@@ -85,13 +93,14 @@ class _Fusion:
         """Replace every module of a kind that `build` can build anew and that then computes the same."""
         for parent_name, parent in list(self.model.named_modules()):
             for child_name, child in list(parent.named_children()):
-                if not is_kind(child):
-                    continue
                 name = f"{parent_name}.{child_name}".lstrip(".")
                 try:
-                    copied_bytes = self._check_replaceable(child)
-                    replacement = build(child).eval()
-                    _check_same(child, replacement, _probe(child))
+                    with trial():
+                        if not is_kind(child):
+                            continue
+                        copied_bytes = self._check_replaceable(child)
+                        replacement = build(child).eval()
+                        _check_same(child, replacement, _probe(child))
                 except RefusedError as refused:
                     self.left_alone[name] = str(refused)
                     continue
@@ -125,7 +134,11 @@ class _Fusion:
                 continue
             key = (forward, module.head_dim)
             if key not in namespaces:
-                namespaces[key] = _rotary_namespace(forward.__globals__, int(module.head_dim))
+                try:
+                    with trial():
+                        namespaces[key] = _rotary_namespace(forward.__globals__, int(module.head_dim))
+                except RefusedError as refused:
+                    namespaces[key] = str(refused)
             namespace = namespaces[key]
             if isinstance(namespace, str):
                 self.left_alone[name] = namespace
@@ -139,7 +152,8 @@ class _Fusion:
             if not is_layer(module):
                 continue
             try:
-                module.forward = fused_layer(module)
+                with trial():
+                    module.forward = fused_layer(module)
             except RefusedError as refused:
                 self.left_alone[name] = str(refused)
                 continue
@@ -228,18 +242,15 @@ def _calls_rotary(module: nn.Module, forward: Any) -> bool:
     )
 
 
-def _rotary_namespace(namespace: dict[str, Any], head_dim: int) -> dict[str, Any] | str:
-    """A copy of a modeling file's globals with a faster rotary in it, or the reason why not."""
+def _rotary_namespace(namespace: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """A copy of a modeling file's globals with a faster rotary in it. Raises RefusedError."""
     original = namespace[_ROTARY]
     fast = fused_rotary(original)
     query, key = (torch.randn(1, 5, heads, head_dim).transpose(1, 2) for heads in (4, 2))
     cos, sin = torch.randn(1, 5, head_dim), torch.randn(1, 5, head_dim)
-    try:
-        want, got = original(query, key, cos, sin), fast(query, key, cos, sin)
-    except Exception as error:  # the function is the model's: it may want other arguments, and say so in any way
-        return f"rotary wants something else: {error}"
+    want, got = original(query, key, cos, sin), fast(query, key, cos, sin)
     if not all(torch.allclose(w, g, rtol=TOLERANCE, atol=TOLERANCE) for w, g in zip(want, got, strict=True)):
-        return "rotary computes something else"
+        raise RefusedError("rotary computes something else")
     return {**namespace, _ROTARY: fast}
 
 

@@ -84,13 +84,21 @@ def fused_layer(layer: Any) -> FusedLayer:
     for repeats in REPEATS:
         x = random_rows(layer.self_attn.q_proj.in_features).repeat(repeats, 1).unsqueeze(0)
         turns = tuple(torch.randn(1, x.shape[1], layer.self_attn.head_dim) for _ in range(2))
+        # All that a model tells its layers of a step. A scale by position shows far from the start.
+        told = {"attention_mask": None, "position_embeddings": turns, "position_ids": _positions(layer, x.shape[1])}
         pools, own_pools = _pools(layer, x.shape[1]), _pools(layer, x.shape[1])
-        want = layer.forward(x, attention_mask=None, position_embeddings=turns, paged=_step(layer, x, own_pools))
-        got = fused(x, attention_mask=None, position_embeddings=turns, paged=_step(layer, x, pools))
+        want = layer.forward(x, **told, paged=_step(layer, x, own_pools))
+        got = fused(x, **told, paged=_step(layer, x, pools))
         require_same(want, got)
         for pool, own_pool in zip(pools, own_pools, strict=True):
             require_same(own_pool, pool)
     return fused
+
+
+def _positions(layer: Any, rows: int) -> Tensor:
+    """From the first one that the model takes to the last. [1, rows]"""
+    last = int(getattr(layer.self_attn.config, "max_position_embeddings", 0) or 1 << 20) - 1
+    return torch.linspace(0, last, rows, dtype=torch.float64).long().unsqueeze(0)
 
 
 def _pools(layer: Any, rows: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,12 @@
 """How a part of a model is compared with what is to replace it: on random rows, up to fp32 reassociation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+from tandem.engine.failures import in_words, of_the_machine
 
 # Largest difference that we accept, as a share of the largest value of the same row of the original's output.
 TOLERANCE = 1e-5
@@ -13,6 +18,19 @@ REPEATS = (1, 12)
 
 class RefusedError(Exception):
     """The module has the looks of a known kind, but must stay as it is."""
+
+
+@contextmanager
+def trial() -> Iterator[None]:
+    """What a model's own code raises inside is a RefusedError: it may want other arguments, and say so in any way."""
+    try:
+        yield
+    except RefusedError:
+        raise
+    except Exception as error:
+        if of_the_machine(error):
+            raise
+        raise RefusedError(f"cannot be tried: {in_words(error)}") from error
 
 
 def random_rows(width: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tandem.engine.attention import Tail, spread
 from tandem.engine.batch import PagedBatch
+from tandem.engine.failures import of_the_machine
 
 log = logging.getLogger(__name__)
 
@@ -35,17 +36,25 @@ class LastLayer:
         self._attention = attention
         self._rows: Tensor | None = None
         projections = [child for name, child in attention.named_children() if name in _PROJECTIONS]
-        others = [child for child in _beside(model, attention) if _is_rowwise(model, child)]
-        log.debug("the last layer is cut in %d projections and %d other modules", len(projections), len(others))
-        for module in (*projections, *others):
-            module.forward = partial(self._forward, module.forward)
+        candidates = [*projections, *_beside(model, attention)]
+        # What the modules compute, by module, of all the rows that they are given.
+        self._whole = {module: module.forward for module in candidates if _is_rowwise(model, module)}
+        log.debug("the last layer is cut in %d of %d modules", len(self._whole), len(candidates))
+        for module, whole in self._whole.items():
+            module.forward = partial(self._forward, whole)
+
+    def restore(self) -> None:
+        """All rows are computed from now on."""
+        for module, whole in self._whole.items():
+            module.forward = whole
+        self._whole.clear()
 
     def tail(self, rows: list[int], batch: PagedBatch) -> Tail | None:
-        """For a step of which `rows` are read; None where cutting the others saves little or nothing.
+        """For a step of which `rows` are read; None where cutting the others saves little or nothing, or is over.
 
         More rows than sequences are a mean over a prompt: attention row by row would cost more than it saves.
         """
-        if len(rows) > len(batch.context_lens) or len(rows) == batch.query_starts[-1]:
+        if not self._whole or len(rows) > len(batch.context_lens) or len(rows) == batch.query_starts[-1]:
             return None
         # One at least: kernels need not cope with none.
         kept = rows or [0]
@@ -76,19 +85,24 @@ def _beside(model: nn.Module, attention: nn.Module) -> list[nn.Module]:
     return []
 
 
-def _is_rowwise(model: Any, module: nn.Module) -> bool:
-    """Whether it maps [1, T, hidden] to the same shape, each row by itself; tried on random rows."""
-    weight = next(model.parameters())
-    x = torch.randn(1, 8, model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(0))
-    x = x.to(weight)
+def _is_rowwise(model: Any, module: Any) -> bool:
+    """Whether it maps [1, T, width] to [1, T, any], each row by itself; tried on random rows."""
+    weight = next(module.parameters(), next(model.parameters()))
+    # Its own word, torch's or transformers', or that of the hidden states.
+    width = getattr(module, "in_features", None) or getattr(module, "nx", None)
     rows = torch.tensor([1, 6], device=weight.device)
     try:
+        x = torch.randn(
+            1, 8, width or model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(0)
+        ).to(weight)
         with torch.inference_mode():
             among_others, alone = module(x), module(x[:, rows])
     except Exception as error:  # the module is the model's: it may want other arguments, and say so in any way
+        if of_the_machine(error):
+            raise
         log.debug("a module of the last layer takes more than rows: %s", error)
         return False
-    if not isinstance(among_others, Tensor) or among_others.shape != x.shape:
+    if not isinstance(among_others, Tensor) or among_others.shape[:2] != x.shape[:2]:
         return False
     difference = (among_others[:, rows] - alone).float().norm() / alone.float().norm()
     return bool(difference < _TOLERANCE)

@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from tandem.config import TandemConfig
-from tandem.engine import attention
 from tandem.engine.batch import AttentionOptions
 from tandem.engine.checkpoint import load_whole
 from tandem.engine.end_tokens import end_token_ids
+from tandem.engine.examination import examine
+from tandem.engine.failures import in_words, of_the_machine, refusing
 from tandem.engine.kv_cache import LAYOUT_VERSION
 from tandem.errors import ConfigError, ModelRefused, TandemError
 from tandem.hub import source_of
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _DEFAULT_BLOCK_SIZE = {"cpu": 16, "cuda": 256}
+# A few models choose a class by this name, and know none but transformers' own.
+_UNTIL_EXAMINED = "eager"
 # Of a configuration, what says nothing about the model's function.
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"}
 
@@ -58,8 +61,10 @@ def load_model(config: TandemConfig) -> LoadedModel:
     except TandemError:
         raise
     except Exception as error:
+        if of_the_machine(error):
+            raise
         raise ModelRefused(
-            f"cannot load the model {config.model.path}: {_first_line(error)}", field="model.path"
+            f"cannot load the model {config.model.path}: {in_words(error)}", field="model.path"
         ) from error
     return _examine(config, model.eval().requires_grad_(False), max_model_len, eos_token_ids)
 
@@ -70,10 +75,10 @@ def _instantiate(config: TandemConfig, source: str, model_config: Any) -> nn.Mod
         dtype = getattr(model_config, "dtype", None) or torch.float32 if dtype == "auto" else dtype
         torch.manual_seed(config.model.seed)
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention.NAME)
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=_UNTIL_EXAMINED)
     else:
         with _refusing(config, model_config):
-            model = load_whole(source, dtype=dtype, attn_implementation=attention.NAME)
+            model = load_whole(source, dtype=dtype, attn_implementation=_UNTIL_EXAMINED)
     # A dummy was made on its device.
     loaded: nn.Module = model if config.model.load_format == "dummy" else model.to(device)
     return loaded
@@ -86,28 +91,32 @@ def _dtype(config: TandemConfig) -> Any:
 
 
 def _examine(config: TandemConfig, model: Any, max_model_len: int, eos_token_ids: tuple[int, ...]) -> LoadedModel:
-    with _refusing(config, model.config):
-        probe = _probe(model, config.engine.device)
-        shape = _one_shape(model, probe)
-    fingerprint = Fingerprint(
-        config_hash=_config_hash(model.config),
-        weights_hash=_weights_hash(model),
-        dtype=_DTYPE_NAMES[shape.dtype],
-        block_size=config.engine.block_size or _DEFAULT_BLOCK_SIZE[config.engine.device],
-        num_layers=len(probe.options),
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        layout=LAYOUT_VERSION,
-    )
-    info = ModelInfo(
-        name=config.model.served_name,
-        vocab_size=model.config.get_text_config().vocab_size,
-        max_model_len=max_model_len,
-        eos_token_ids=eos_token_ids,
-        fingerprint=fingerprint,
-        hidden_size=model.config.get_text_config().hidden_size,
-    )
-    return LoadedModel(model, info, probe.options, probe.last)
+    with _refusing(config, model.config), refusing("its examination"):
+        examined = examine(model)
+        if max_model_len == 0:
+            raise ModelRefused("its configuration does not say how long a sequence may be (max_position_embeddings)")
+        shape, text = examined.shape, model.config.get_text_config()
+        if shape.dtype not in _DTYPE_NAMES:
+            raise ModelRefused(f"its keys and values are {shape.dtype}, not one of {', '.join(_DTYPE_NAMES.values())}")
+        fingerprint = Fingerprint(
+            config_hash=_config_hash(model.config),
+            weights_hash=_weights_hash(model),
+            dtype=_DTYPE_NAMES[shape.dtype],
+            block_size=config.engine.block_size or _DEFAULT_BLOCK_SIZE[config.engine.device],
+            num_layers=len(examined.options),
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            layout=LAYOUT_VERSION,
+        )
+        info = ModelInfo(
+            name=config.model.served_name,
+            vocab_size=text.vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=eos_token_ids,
+            fingerprint=fingerprint,
+            hidden_size=text.hidden_size,
+        )
+    return LoadedModel(model, info, examined.options, examined.last_attention)
 
 
 @contextmanager
@@ -124,6 +133,8 @@ def _max_model_len(config: TandemConfig, model_config: Any) -> int:
     with _refusing(config, model_config):
         limit = _length_limit(model_config)
     wanted = config.model.max_model_len
+    if limit == 0:
+        return 0
     if wanted > limit:
         raise ConfigError(
             f"model.max_model_len must be at most {limit}, as many tokens as {config.model.served_name} takes, "
@@ -133,33 +144,10 @@ def _max_model_len(config: TandemConfig, model_config: Any) -> int:
     return wanted or limit
 
 
-def _probe(model: Any, device: str) -> attention.Probe:
-    """One forward over a few tokens that records what every attention layer asks for."""
-    probe = attention.Probe()
-    ids = torch.arange(4, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
-    positions = torch.arange(4, device=device).unsqueeze(0)
-    with torch.inference_mode():
-        model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, paged=probe)
-    return probe
-
-
-def _one_shape(model: Any, probe: attention.Probe) -> attention.LayerShape:
-    layers = model.config.get_text_config().num_hidden_layers
-    if sorted(probe.options) != list(range(layers)):
-        raise ModelRefused(
-            f"{len(probe.options)} of its {layers} layers call attention through transformers' AttentionInterface"
-        )
-    shapes = set(probe.shapes.values())
-    if len(shapes) != 1:
-        raise ModelRefused("its layers differ in the shape of their keys and values")
-    return shapes.pop()
-
-
 def _length_limit(config: Any) -> int:
+    """0 where the configuration names none: what else speaks against the model comes first."""
     text = config.get_text_config()
     limit = int(getattr(text, "max_position_embeddings", 0) or 0)
-    if limit < 1:
-        raise ModelRefused("its configuration does not say how long a sequence may be (max_position_embeddings)")
     rope = getattr(text, "rope_parameters", None) or {}
     # Per layer type in some models.
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
@@ -187,7 +175,3 @@ def _weights_hash(model: nn.Module) -> str:
 def _sample(parameter: Tensor) -> Tensor:
     flat = parameter.detach().flatten()
     return flat[:: max(1, flat.numel() // 256)][:256].float()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -60,6 +60,10 @@ class ModelRunner:
                     logits = self._forward(inputs, step)
                 return StepOutput(logits, seen[0][0, pooled])
 
+    def compute_all_rows(self) -> None:
+        """Of the last layer too, whether they are read or not."""
+        self._last_layer.restore()
+
     def _forward(self, inputs: _Inputs, step: Step) -> Tensor:
         output = self._model(
             input_ids=inputs.ids_T.unsqueeze(0),
@@ -82,7 +86,7 @@ class ModelRunner:
             starts.append(starts[-1] + end - start)
             blocks, size = sequence.table.blocks, self._block_size
             ids += sequence.token_ids(start, end)
-            positions += range(start, end)
+            positions += sequence.positions(start, end)
             slots += [blocks[position // size] * size + position % size for position in range(start, end)]
         context_lens = [end for _, _, end in rows]
         sampled = _sampled_rows(plan, starts)

@@ -122,6 +122,10 @@ class Sequence:
             return list(prompt[start:end])
         return [*prompt[start:], *self.output_ids[max(0, start - len(prompt)) : end - len(prompt)]]
 
+    def positions(self, start: int, end: int) -> abc.Sequence[int]:
+        """What the model is told of where these tokens are."""
+        return range(start, end)
+
     def name_prompt(self, block_size: int) -> None:
         """Unless somebody did before, outside of the engine's thread: it takes 0.1 µs a token."""
         if self.prompt_names is None:

@@ -151,7 +151,12 @@ def test_reference_equals_the_textbook(options: AttentionOptions) -> None:
 
 
 def test_long_chunks_are_tiled() -> None:
-    for rows, options in ((700, OPTIONS["window"]), (700, OPTIONS["softcap"]), (600, OPTIONS["plain"]), (700, OPTIONS["long chunk"])):
+    for rows, options in (
+        (700, OPTIONS["window"]),
+        (700, OPTIONS["softcap"]),
+        (600, OPTIONS["plain"]),
+        (700, OPTIONS["long chunk"]),
+    ):
         s = make_sequence(700, rows, 2, 1, 8)
         want = reference_attention(s.query_CxHxD[-rows:], s.key_CxKxD, s.value_CxKxD, 700 - rows, options)
         torch.testing.assert_close(make_step([s], 0, 16).run(options), want, rtol=2e-6, atol=2e-6)
