@@ -29,7 +29,7 @@ from tandem.engine.model_runner import ModelRunner
 from tandem.engine.pooler import Pooler
 from tandem.engine.sampler import Sampler, stop_ids
 from tandem.engine.scheduler import Scheduler, StepPlan
-from tandem.engine.self_check import check_exactness, tokens_checked
+from tandem.engine.self_check import require_exactness, tokens_checked
 from tandem.engine.sequence import (
     Embedded,
     Emission,
@@ -40,7 +40,7 @@ from tandem.engine.sequence import (
     Started,
     prompt_hashes,
 )
-from tandem.errors import InternalError, InvalidRequest, ModelRefused, OutOfMemory, TandemError
+from tandem.errors import InternalError, InvalidRequest, OutOfMemory, TandemError
 from tandem.types import EngineRequest, FinishReason, Token
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Engine:
         self._pooler = Pooler()
         self._scheduler = Scheduler(config.engine, self.pool)
         self._live: dict[Sequence, None] = {}
-        self._check(config, loaded)
+        require_exactness(loaded, self._runner, self.pool)
         self._warn_of_a_small_pool()
         if config.engine.device == "cpu" and weights_bytes >= _HUGE_PAGES_FROM_BYTES:
             use_huge_pages()
@@ -116,20 +116,6 @@ class Engine:
         return count_blocks(
             config, self.fingerprint, least, lambda: blocks_left(config, loaded, self._runner, self._sampler)
         )
-
-    def _check(self, config: TandemConfig, loaded: LoadedModel) -> None:
-        """Raises ModelRefused. What is right without a short cut is served without it."""
-        try:
-            check_exactness(loaded, self._runner, self.pool)
-        except ModelRefused as refused:
-            self._runner.compute_all_rows()
-            if config.engine.device == "cpu":
-                _unfuse(loaded.model)
-            try:
-                check_exactness(loaded, self._runner, self.pool)
-            except ModelRefused:
-                raise refused from None
-            log.warning("served without the engine's own decoder layers, which are faster: with them, %s", refused)
 
     def _warn_of_a_small_pool(self) -> None:
         size = self.pool.block_size
@@ -353,12 +339,6 @@ def _fuse(model: nn.Module) -> None:
     from tandem.engine.cpu_fusion import fuse_for_cpu
 
     fuse_for_cpu(model)
-
-
-def _unfuse(model: nn.Module) -> None:
-    from tandem.engine.cpu_fusion import unfuse_layers
-
-    unfuse_layers(model)
 
 
 def finish_reason(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> FinishReason | None:

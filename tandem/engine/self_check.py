@@ -45,6 +45,24 @@ def tokens_checked(info: ModelInfo) -> int:
     return 2 * -(-_length(info) // size) * size
 
 
+def require_exactness(loaded: LoadedModel, runner: ModelRunner, pool: BlockPool) -> None:
+    """Raises ModelRefused. A model that is right without the engine's short cuts is served without them."""
+    try:
+        check_exactness(loaded, runner, pool)
+    except ModelRefused as refused:
+        runner.compute_all_rows()
+        if next(loaded.model.parameters()).device.type == "cpu":
+            # Imported late: a GPU worker never compiles the CPU's kernels.
+            from tandem.engine.cpu_fusion import unfuse_layers
+
+            unfuse_layers(loaded.model)
+        try:
+            check_exactness(loaded, runner, pool)
+        except ModelRefused:
+            raise refused from None
+        log.warning("served without the engine's own decoder layers, which are faster: with them, %s", refused)
+
+
 def check_exactness(loaded: LoadedModel, runner: ModelRunner, pool: BlockPool) -> None:
     """Raises ModelRefused when the paged forward and the model's own differ. Leaves the pool as it was."""
     if _length(loaded.info) < 3:

@@ -53,8 +53,10 @@ SAMPLINGS = [
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     # Numbers do not exist.
-    monkeypatch.setattr(engine_module, "check_exactness", lambda *_: None)
+    monkeypatch.setattr(engine_module, "require_exactness", lambda *_: None)
     monkeypatch.setattr("tandem.engine.model_loader._weights_hash", lambda model: "none")
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    monkeypatch.setattr("tandem.engine.masks._agrees", lambda function, mask: True)
     monkeypatch.setattr("tandem.engine.last_layer._is_rowwise", lambda model, module: "MLP" in type(module).__name__)
     monkeypatch.setattr(cuda_attention, "varlen_attn", checked(cuda_attention.varlen_attn))
     with fake_cuda(monkeypatch) as device:
