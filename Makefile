@@ -1,11 +1,11 @@
-# make demo | test | test-cluster | check: each sets itself up on a fresh machine (Python 3.11 or newer) and starts at once after that.
+# make demo | test | test-cluster | zoo | check: each sets itself up on a fresh machine (Python 3.11 or newer) and starts at once after that.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-cluster check cluster-node clean
+.PHONY: demo test test-cluster zoo check cluster-node clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/serve.stamp
@@ -20,6 +20,10 @@ test: $(VENV)/dev.stamp
 test-cluster: $(VENV)/dev.stamp
 	@tests/cluster/packages.sh
 	$(BIN)/python -m pytest -q tests/cluster
+
+# Every causal language model of the installed transformers, tiny: 25 minutes on two cores. Writes a table in docs/models.md.
+zoo: $(VENV)/dev.stamp
+	@$(BIN)/python tests/zoo/run_zoo.py
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check

@@ -21,6 +21,8 @@ from typing import Any
 
 from zoo_configs import ARCHITECTURES, text_fields, tiny
 from zoo_features import features
+from zoo_result import GOOD, Outcome, Result
+from zoo_table import write
 
 HERE = Path(__file__).resolve().parent
 # A trial takes a second or two; where numba's cache is cold, the first takes most of a minute.
@@ -34,14 +36,6 @@ class Trial:
     changes: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Result:
-    architecture: str
-    feature: str
-    outcome: str
-    words: str
-
-
 class Worker:
     """A process that tries one model after another; a new one follows where it died or hung."""
 
@@ -52,19 +46,20 @@ class Worker:
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
+        names = trial.architecture, trial.feature
         job = {"architecture": trial.architecture, "changes": trial.changes}
         process.stdin.write(json.dumps(job).encode() + b"\n")
         process.stdin.flush()
         if not select.select([process.stdout], [], [], TRIAL_S)[0]:
             self.end()
-            return self._result(trial, "hung", f"no verdict within {TRIAL_S:.0f} s")
+            return Result(*names, Outcome.HUNG, f"no verdict within {TRIAL_S:.0f} s")
         answer = process.stdout.readline()
         if not answer:
             code = process.wait()
             self._process = None
-            return self._result(trial, "crashed", f"the process ended with {code}")
+            return Result(*names, Outcome.CRASHED, f"the process ended with {code}")
         verdict = json.loads(answer)
-        return self._result(trial, verdict["outcome"], verdict["words"])
+        return Result(*names, verdict["outcome"], verdict["words"])
 
     def end(self) -> None:
         if self._process is not None:
@@ -73,7 +68,7 @@ class Worker:
             self._process = None
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
                 [sys.executable, HERE / "zoo_worker.py"],
                 stdin=subprocess.PIPE,
@@ -82,9 +77,6 @@ class Worker:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
             )
         return self._process
-
-    def _result(self, trial: Trial, outcome: str, words: str) -> Result:
-        return Result(trial.architecture, trial.feature, outcome, words)
 
 
 def trials(architectures: list[str]) -> list[Trial]:
@@ -130,17 +122,19 @@ def main() -> int:
     parser.add_argument("--feature", default="", help="only features whose name contains this")
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)
     arguments = parser.parse_args()
+    todo = [trial for trial in trials(arguments.architectures) if arguments.feature in trial.feature]
     sink = arguments.results.open("w") if arguments.results else None
 
     def note(result: Result) -> None:
         if sink is not None:
             print(json.dumps(asdict(result)), file=sink, flush=True)
-        if result.outcome not in ("exact", "refused", "no model"):
+        if result.outcome not in GOOD:
             print(f"{result.architecture}, {result.feature}: {result.outcome}: {result.words}", flush=True)
 
-    todo = [trial for trial in trials(arguments.architectures) if arguments.feature in trial.feature]
     results = run(todo, note)
-    bad = [result for result in results if result.outcome not in ("exact", "refused", "no model")]
+    if not arguments.no_table:
+        write(results)
+    bad = [result for result in results if result.outcome not in GOOD]
     print(f"{len(results)} trials, {len(bad)} neither exact nor refused")
     return 1 if bad else 0
 

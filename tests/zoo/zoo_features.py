@@ -26,14 +26,17 @@ LONGROPE_ORIGINAL = 256
 # What the base class has concerns outputs and training, but for these.
 _OF_BASE = set(PreTrainedConfig().to_dict()) - {"tie_word_embeddings"}
 _NOT_OF_THE_FUNCTION = re.compile(r"^use_cache$|^output_|aux_loss|dropout|jitter|initializer|init_|_init$|_std|^mtp_")
-_SCALES = re.compile(r"multipl|scal|soft_?cap|alpha|beta|clip|limit|cap$|pre_attn|depth$|scale")
+_SCALES = re.compile(r"multipl|scal|alpha|beta|pre_attn|depth$")
+# Bounds, set to where they are felt.
+_BOUNDS = re.compile(r"soft_?cap|clip|limit|cap$")
+_FELT = 1.5
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "local_attention", "window_size")
 _CHUNKS = ("attention_chunk_size", "local_attn_chunk_length", "lsh_attn_chunk_length", "chunk_size")
 _THRESHOLDS = ("floor_scale", "log_scaling_n_floor", "original_max_position_embeddings", "keep_window_size")
 _BUDGETS = ("index_topk", "index_topk_blocks", "indexer_budget", "rel_extent")
 # What a field that is off by default is set to.
 _OFF = {
-    "attn_logit_softcapping": 5.0,
+    "attn_logit_softcapping": _FELT,
     "final_logit_softcapping": 3.0,
     "logits_soft_cap": 3.0,
     "clip_qkv": 0.5,
@@ -78,7 +81,11 @@ def _scales(fields: Fields) -> Iterator[Feature]:
     for name, value in fields.items():
         if name in _OF_BASE or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if value and _SCALES.search(name) and not _NOT_OF_THE_FUNCTION.search(name) and name not in _THRESHOLDS:
+        if not value or _NOT_OF_THE_FUNCTION.search(name) or name in _THRESHOLDS:
+            continue
+        if _BOUNDS.search(name):
+            yield f"{name} {_FELT}", {name: _FELT}
+        elif _SCALES.search(name):
             yield name, {name: type(value)(value * 1.7) or 1}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from model_zoo import save_random
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 from zoo_configs import POSITIONS, VOCABULARY, tiny
+from zoo_result import Outcome
 
 from tandem.errors import TandemError
 from tandem.types import SamplingParams, Token
@@ -26,24 +26,8 @@ _TOLERANCE = 1e-3
 _BLOCK = 16
 # Fewer different tokens in all answers would be no evidence.
 _LEAST_VARIETY = 6
-# Of weights: larger ones where smaller ones make a model that repeats itself.
-_SIZES = (0.1, 0.2, 0.4, 0.8)
-
-
-class Outcome(StrEnum):
-    EXACT = "exact"
-    REFUSED = "refused"
-    # A fault of Tandem's.
-    WRONG = "wrong"
-    CRASHED = "crashed"
-    HUNG = "hung"
-    # transformers makes no such model, or does not generate with it.
-    NO_MODEL = "no model"
-    # The answers would be no evidence.
-    DULL = "dull"
-
-
-GOOD = (Outcome.EXACT, Outcome.REFUSED, Outcome.NO_MODEL)
+# Of weights, one after another until a model has something to say; attention scores are of 1 and more.
+_SIZES = (0.2, 0.1, 0.4, 0.8)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ A process of its own, for a model may end it.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ def main() -> None:
         job = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:
             verdict = tried(job["architecture"], job["changes"], Path(folder))
+        gc.collect()  # a model that was patched refers to itself
         print(json.dumps({"outcome": verdict.outcome, "words": verdict.words}), file=answers)
 
 
