@@ -21,6 +21,7 @@ Output = Callable[[str, str], None]
 
 # Longer lines are passed on in pieces, and so many last lines are kept for an error report.
 MAX_LINE_BYTES, TAIL_LINES = 1 << 14, 20
+STREAM_BYTES = 1 << 16
 READY = "ready "
 # How our processes begin the line that says why they cannot go on.
 ERROR = "error: "
@@ -54,6 +55,18 @@ class Backoff:
         return delay
 
 
+class _Protocol(asyncio.subprocess.SubprocessStreamProtocol):
+    """Says when the process is gone. asyncio's own wait also waits for its pipes, which a grandchild may hold open."""
+
+    def __init__(self) -> None:
+        super().__init__(STREAM_BYTES, asyncio.get_running_loop())
+        self.exited = asyncio.Event()
+
+    def process_exited(self) -> None:
+        super().process_exited()
+        self.exited.set()
+
+
 class ChildProcess:
     """A running child. It ends with this process, whatever happens to this process (tandem/launch/parent.py).
 
@@ -62,9 +75,13 @@ class ChildProcess:
     is lost, and counted.
     """
 
-    def __init__(self, spec: ProcessSpec, process: asyncio.subprocess.Process, output: Output | None) -> None:
+    def __init__(
+        self, spec: ProcessSpec, transport: asyncio.SubprocessTransport, protocol: _Protocol, output: Output | None
+    ) -> None:
         self.spec = spec
-        self._process = process
+        self._transport = transport
+        self._protocol = protocol
+        self._process = asyncio.subprocess.Process(transport, protocol, asyncio.get_running_loop())
         self._output = output
         self._started_s = time.monotonic()
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -89,7 +106,8 @@ class ChildProcess:
         with _nameless_file() as file:
             file.write((config or "").encode())
             file.seek(0)
-            process = await asyncio.create_subprocess_exec(
+            transport, protocol = await asyncio.get_running_loop().subprocess_exec(
+                _Protocol,
                 sys.executable,
                 "-u",  # its last words must not be lost in a buffer
                 *_path_flags(),
@@ -105,7 +123,7 @@ class ChildProcess:
                 env={**os.environ, **(environment or {}), **spec.environment},
                 start_new_session=True,  # Ctrl-C reaches the supervisor alone, which ends the children in order
             )
-        return cls(spec, process, output)
+        return cls(spec, transport, protocol, output)
 
     @property
     def pid(self) -> int:
@@ -121,9 +139,12 @@ class ChildProcess:
 
     async def wait(self) -> int:
         """The exit code, once the process is gone and its output is read."""
-        code = await self._process.wait()
-        await asyncio.wait({self._pump}, timeout=LAST_WORDS_S)  # a grandchild may hold the pipe for longer
+        await self._protocol.exited.wait()
+        await asyncio.wait({self._pump}, timeout=LAST_WORDS_S)
         self._pump.cancel()
+        self._transport.close()
+        code = self._process.returncode
+        assert code is not None
         return code
 
     def signal(self, number: signal.Signals) -> None:

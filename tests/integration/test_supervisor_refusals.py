@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tandem.config import load_config
 from tandem.errors import ConfigError, TandemError, Unavailable
 from tandem.launch.child_process import ChildProcess, ProcessSpec
 from tandem.launch.processes import Supervisor
+from tandem.standard_streams import say_lost
 
 
 async def test_a_start_that_the_system_refuses_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,3 +151,38 @@ async def test_long_lines_and_bad_bytes_pass(flood: int, tmp_path: Path) -> None
     assert "".join(lines) == "x" * flood + "\ufffdlast"
     assert lines[-1] == "last"
     assert await child.ready == ""
+
+
+async def test_a_child_is_gone_though_one_of_its_own_holds_its_pipes(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(
+        "import subprocess, time\n"
+        "print(subprocess.Popen(['sleep', '60']).pid, flush=True)\n"
+        "print('ready here', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    lines: list[str] = []
+    child = await ChildProcess.start(
+        ProcessSpec("parent", "parent", []),
+        lambda _, line: lines.append(line),
+        {"PYTHONPATH": f"{tmp_path}{os.pathsep}{SUPPORT.parents[1]}"},
+    )
+    assert await asyncio.wait_for(child.ready, BOUND_S) == "here"
+    child.signal(signal.SIGKILL)
+    assert await asyncio.wait_for(child.wait(), BOUND_S) == -signal.SIGKILL
+    os.kill(int(lines[0]), signal.SIGKILL)  # it was still there
+
+
+async def test_an_output_that_fails_is_no_reason_to_lose_sight_of_a_child(tmp_path: Path) -> None:
+    (tmp_path / "talker.py").write_text("for number in range(1000): print(number)\nprint('the end')")
+    lines: list[str] = []
+    space = itertools.count()
+
+    def output(_: str, line: str) -> None:
+        if next(space) < 900:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        lines.append(line)
+
+    spec = ProcessSpec("talker", "talker", [])
+    child = await ChildProcess.start(spec, output, {"PYTHONPATH": f"{tmp_path}{os.pathsep}{SUPPORT.parents[1]}"})
+    assert await asyncio.wait_for(child.wait(), BOUND_S) == 0
+    assert lines == [say_lost(900), *map(str, range(900, 1000)), "the end"]
