@@ -1,8 +1,6 @@
 """A decode worker: `python -m decode_worker --router HOST:PORT [--config FILE]`."""
 
-import sys
-
-from tandem.entry import starting
+from tandem.entry import end_process, starting
 from tandem.standard_streams import never_block
 
 if __name__ == "__main__":
@@ -12,4 +10,4 @@ if __name__ == "__main__":
     arguments = parse_arguments("python -m decode_worker", "A decode worker.")
     with starting():  # torch: seconds
         from decode_worker.run import run
-    sys.exit(run(*arguments))
+    end_process(run(*arguments))

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 # What a shell reports for a program that Ctrl-C ended.
 INTERRUPTED = 130
+
+
+def end_process(code: int) -> NoReturn:
+    """What is to be done at exit is done, and no more.
+
+    The interpreter's own end would take torch apart for most of a second, and abort where a thread is still amid it.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

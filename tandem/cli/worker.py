@@ -21,7 +21,7 @@ from tandem.cli.common import (
 from tandem.config import TandemConfig, load_config
 from tandem.engine.cores import usable_cores
 from tandem.engine.gpus import take_gpu
-from tandem.entry import starting
+from tandem.entry import end_process, starting
 from tandem.errors import ConfigError
 from tandem.launch.cores import pin
 from tandem.standard_streams import never_block
@@ -92,4 +92,4 @@ def worker(
             from tandem.launch.worker import worker_kind
             from tandem.worker.main import run_rooms
 
-        raise typer.Exit(run_rooms(worker_kind(role.roles), settings, router))
+        end_process(run_rooms(worker_kind(role.roles), settings, router))

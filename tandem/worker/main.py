@@ -49,7 +49,7 @@ class WorkerKind:
 
 
 def run_rooms(kind: WorkerKind, config: TandemConfig, router: str) -> int:
-    """The life of a process: a worker until SIGTERM or SIGINT; returns the exit code.
+    """The life of a process: a worker until SIGTERM or SIGINT; returns the exit code, for `end_process`.
 
     2 means that trying again would not help: bad configuration, a refused model, an unwelcome worker.
     """
@@ -65,7 +65,7 @@ def run_rooms(kind: WorkerKind, config: TandemConfig, router: str) -> int:
         logging.shutdown()
         os._exit(1)  # what CUDA would do at an orderly exit may abort it
     except KeyboardInterrupt:  # while the model loads; later SIGINT drains
-        os._exit(INTERRUPTED)  # the engine's thread is amid torch, which does not survive an orderly exit
+        return INTERRUPTED
     return 0
 
 
