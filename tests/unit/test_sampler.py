@@ -13,10 +13,11 @@ from tandem.types import EngineRequest, SamplingParams
 
 VOCAB = 50
 EOS = 2
+MOST = 100
 
 
 def _row(params: SamplingParams, outputs: tuple[int, ...] = (), prompt: tuple[int, ...] = (5, 6)) -> Sequence:
-    request = EngineRequest("r", prompt, replace(params, max_tokens=100))
+    request = EngineRequest("r", prompt, params if params.max_tokens == MOST else replace(params, max_tokens=MOST))
     return Sequence(request, lambda event: None, decode_here=True, output_ids=list(outputs))
 
 
@@ -30,7 +31,7 @@ def _sample(logits: Tensor, *rows: Sequence) -> list[int]:
 
 def _draws(logits: Tensor, params: SamplingParams, count: int) -> Tensor:
     """Relative frequencies of tokens over many seeds."""
-    rows = [_row(replace(params, seed=seed)) for seed in range(count)]
+    rows = [_row(replace(params, seed=seed, max_tokens=MOST)) for seed in range(count)]
     picked = torch.tensor(_sample(logits.expand(count, -1), *rows))
     return torch.bincount(picked, minlength=VOCAB) / count
 
