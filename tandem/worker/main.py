@@ -15,7 +15,7 @@ import grpc
 from tandem import descriptors, logs
 from tandem.addresses import ANY_ADDRESS, check_listening
 from tandem.config import TandemConfig, WorkerConfig
-from tandem.engine.cuda_device import DeviceLost, is_lost
+from tandem.engine.cuda_device import DeviceLost, first_line, is_lost
 from tandem.engine.kv_cache import Allocate
 from tandem.engine.process import tune_process
 from tandem.entry import INTERRUPTED, on_stop_signals
@@ -88,9 +88,9 @@ def serve_rooms(
     tune_process(config.engine)
     try:
         thread = EngineThread(config, kind.allocate)
-    except TandemError as error:
+    except Exception as error:
         if is_lost(error, config.engine.device):
-            raise DeviceLost(error.message) from error
+            raise DeviceLost(f"the device is lost: {first_line(error)}") from error
         raise
     # Torch, transformers and the model stay until the end. To look through them for garbage stops every thread for
     # 0.2 s, and takes a second when the process ends.

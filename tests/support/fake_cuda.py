@@ -30,6 +30,8 @@ _COMPOSED = {aten.to.device, aten.to.dtype_layout, aten.to.dtype, aten.to.other,
 _SIZED_BY_VALUES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default}
 # Those that torch itself sends to the GPU when they are given a number: a copy that no line of ours names.
 _NUMBER_IS_COPIED = {aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar}
+# What is read of the device: every check holds, every error is none.
+_NUMBERS = {torch.bool: True}
 FREE, TOTAL = 64 << 20, 80 << 20
 
 
@@ -63,7 +65,7 @@ class Device(TorchDispatchMode):
         real = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
         if func is aten._local_scalar_dense.default and fake:
             self.copied_out.append(_where())
-            return 0 if not fake[0].is_floating_point() else 0.0
+            return _NUMBERS.get(fake[0].dtype, 0.0 if fake[0].is_floating_point() else 0)
         if func in _SIZED_BY_VALUES and fake:
             raise Misuse(f"{func} waits for the device: {_where()}")
         if func in _NUMBER_IS_COPIED and fake:

@@ -22,13 +22,12 @@ from kv_transfer.int8 import Int8
 from kv_transfer.layout import KVLayout
 from tandem.config import parse_config
 from tandem.engine import cuda_attention, kv_sizing, model_runner, sending
-from tandem.engine import engine as engine_module
 from tandem.engine.cuda_attention import FLASH, FlashFeatures
 from tandem.engine.engine import Engine
 from tandem.engine.kv_cache import block_bytes
 from tandem.engine.sequence import Emission, Failed, NewToken
 from tandem.engine.sequence import Sequence as EngineSequence
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, TransferFailed
 from tandem.types import EmbedParams, EngineRequest, Pooling, SamplingParams
 
 # Tokens of each answer.
@@ -52,12 +51,6 @@ SAMPLINGS = [
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    # Numbers do not exist.
-    monkeypatch.setattr(engine_module, "require_exactness", lambda *_: None)
-    monkeypatch.setattr("tandem.engine.model_loader._weights_hash", lambda model: "none")
-    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
-    monkeypatch.setattr("tandem.engine.masks._agrees", lambda function, mask: True)
-    monkeypatch.setattr("tandem.engine.last_layer._is_rowwise", lambda model, module: "MLP" in type(module).__name__)
     monkeypatch.setattr(cuda_attention, "varlen_attn", checked(cuda_attention.varlen_attn))
     with fake_cuda(monkeypatch) as device:
         yield device
@@ -227,6 +220,23 @@ def test_kv_leaves_the_device_and_comes_to_it(dtype: str, device: Device) -> Non
     payload, checksum = wire.pieces(cells).gathered()
     assert len(payload) == wire.payload_bytes(2, cells.tokens)
     wire.write_on_device(cells, *wire.quantize_on_device(cells))
+
+
+def test_a_frame_without_room_fails_its_transfer_alone(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    cells = Cells(torch.zeros(3, 2, 8, 16, 2, 32, device="cuda"), [5, 2, 7], range(1, 3), range(3, 40))
+    payload, _ = cells.pieces().gathered()
+    wire = Int8(KVLayout(3, 2, 32, 16, "float32"))
+    monkeypatch.setattr(Cells, "_slot_view", no_room)
+    for call in (
+        cells.pieces,
+        lambda: cells.scatter(payload),
+        lambda: wire.pieces(cells),
+    ):
+        with pytest.raises(TransferFailed, match="no memory left for a KV frame"):
+            call()
 
 
 def _cpu_index(real: Any) -> Any:
