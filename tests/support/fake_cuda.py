@@ -25,7 +25,14 @@ OURS = tuple(str(ROOT / room) for room in ("tandem", "kv_transfer"))
 aten = torch.ops.aten
 # How a tensor comes to another device.
 _COPIES = {aten._to_copy.default, aten.copy_.default}
-_COMPOSED = {aten.to.device, aten.to.dtype_layout, aten.to.dtype, aten.to.other, aten.item.default}
+_COMPOSED = {
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.dtype,
+    aten.to.other,
+    aten.item.default,
+    aten.is_nonzero.default,
+}
 # What a GPU must be waited for: how many there are decides the result's shape.
 _SIZED_BY_VALUES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default}
 # Those that torch itself sends to the GPU when they are given a number: a copy that no line of ours names.
@@ -201,6 +208,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
         "current_stream": lambda device=None: _Stream(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer)
+    # transformers looks at no numbers of what it takes for a trace.
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: False)
     fakes = _Fakes()
     device = Device(fakes)
     with _lent_guard(), fakes, device:
