@@ -95,7 +95,7 @@ def test_it_is_drawn_whole_and_fits(browser: Browser, tmp_path: Path, width: int
             assert figure["problems"] == [], figure["id"]
             assert figure["width"] > 250, figure["id"]
             assert figure["height"] > 150, figure["id"]
-        assert marks["goodput"]["bars"] == len(FOUR)
+        assert (marks["draws"]["points"], marks["draws"]["lines"]) == (5 * len(FOUR), len(FOUR))
         assert marks["attainment"]["points"] == 7 * len(FOUR)
         assert marks["attainment"]["lines"] == 2 * len(FOUR)
         assert all(marks[name]["lines"] == len(FOUR) for name in ("ttft-0", "tpot-1", "itl-1"))
