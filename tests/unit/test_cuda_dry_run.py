@@ -40,7 +40,7 @@ SAMPLINGS = [
     SamplingParams(max_tokens=NEW, ignore_eos=True, temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, seed=3),
     SamplingParams(
         max_tokens=NEW,
-        min_tokens=3,
+        min_tokens=2,
         repetition_penalty=1.2,
         presence_penalty=0.1,
         frequency_penalty=0.1,
@@ -73,7 +73,7 @@ class Run:
     def __init__(self, model: Path, device: Device, dtype: str = "bfloat16", **engine: Any) -> None:
         settings = {
             "model": {"path": str(model), "load_format": "dummy", "dtype": dtype},
-            "engine": {"device": "cuda", "kv_memory_mib": 16, "max_step_tokens": 128, **engine},
+            "engine": {"device": "cuda", "kv_memory_mib": 16, "max_step_tokens": 96, **engine},
         }
         self.device = device
         self.emitted: list[Emission] = []
@@ -112,30 +112,31 @@ class Run:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "engine"),
+    ("architecture", "layers", "dtype", "engine"),
     [
-        ("llama", "float16", {}),
+        ("llama", 2, "float16", {}),
         # A window, experts, and pages that the kernel does not take.
-        ("mixtral", "bfloat16", {"block_size": 16}),
+        ("mixtral", 1, "bfloat16", {"block_size": 16}),
         # Soft caps and a window: torch alone.
-        ("gemma2", "bfloat16", {}),
-        ("gpt2", "float32", {"block_size": 16}),
+        ("gemma2", 1, "bfloat16", {}),
+        ("gpt2", 1, "float32", {"block_size": 16}),
     ],
 )
 def test_every_kind_of_step(
-    architecture: str, dtype: str, engine: dict[str, Any], tmp_path: Path, device: Device
+    architecture: str, layers: int, dtype: str, engine: dict[str, Any], tmp_path: Path, device: Device
 ) -> None:
     """Prompts in one chunk and in several, beside decodes, every kind of sampling, an embedding."""
-    run = Run(model_of(architecture, tmp_path, num_hidden_layers=2), device, dtype, **engine)
-    for number, sampling in enumerate(SAMPLINGS[:3]):
-        run.add(range(3, 10 + 60 * number), sampling)
+    run = Run(model_of(architecture, tmp_path, num_hidden_layers=layers), device, dtype, **engine)
+    run.add(range(3, 30), SAMPLINGS[0])
     run.step()
-    for number, sampling in enumerate(SAMPLINGS[3:]):
-        run.add([9] * (200 * number + 1), sampling)
-    run.embed(range(5, 100))
+    for sampling, prompt in zip(SAMPLINGS[1:], ([5, 6, 7], [9] * 5, [11], range(5, 85)), strict=True):
+        run.add(prompt, sampling)
+    run.embed(range(5, 40))
     decoded = run.all()
     assert run.new_tokens == NEW * len(SAMPLINGS)
+    # The first one has every kind of sampling in it.
     assert len(decoded) >= 2
+    assert decoded[0] == (2, 1)
     # What goes into a step, and what shapes its samples; the tokens.
     assert max(into for into, _ in decoded) <= 2, device.copied_in
     assert {out for _, out in decoded} == {1}, device.copied_out
@@ -209,7 +210,7 @@ def test_a_step_that_never_fits_is_said_before_anything_is_served(
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(kv_sizing, "_run", no_room)
-    with pytest.raises(ConfigError, match=r"engine\.max_step_tokens \(128\) and engine\.max_running \(256\)"):
+    with pytest.raises(ConfigError, match=r"engine\.max_step_tokens \(96\) and engine\.max_running \(256\)"):
         Run(model_of("llama", tmp_path, num_hidden_layers=1), device, kv_memory_mib=0)
 
 
