@@ -25,10 +25,11 @@ async def test_kv_counters_by_worker_end_and_transport() -> None:
     async with open_http_house(http_configuration()) as door:
         prefill, decode = await door.house.pair()
         prefill.load = registry_pb2.Load(kv_sent={"grpc": GRPC, "ray": RAY})
-        decode.load = registry_pb2.Load(kv_received={"grpc": GRPC}, quarantined_blocks=31)
+        decode.load = registry_pb2.Load(kv_received={"grpc": GRPC}, quarantined_blocks=31, out_of_memory=32)
         await eventually_line(door, 'tandem_worker_kv_blocks_quarantined{roles="decode",worker="d1"} 31.0')
         await eventually_line(door, 'tandem_worker_kv_bytes_total{direction="sent",transport="ray",worker="p1"} 23.0')
         lines = await lines_of(door)
+        assert 'tandem_worker_out_of_memory_total{roles="decode",worker="d1"} 32.0' in lines
         for worker, direction, transport, traffic in (
             ("p1", "sent", "grpc", GRPC),
             ("p1", "sent", "ray", RAY),
