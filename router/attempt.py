@@ -111,16 +111,14 @@ class Attempt:
                 return
             raise
         former.queued.drop(self._request.request_id)
-        former.prefill_pace.dropped(self._request.request_id)
         self._place_prefill(chosen)
         self.transport = self._pick(self._prefill_on)
         self._log.debug("moved from %s to %s before its prefill", former.id, chosen.worker_id)
 
     def _place_prefill(self, view: WorkerView) -> None:
         self._prefill_on, self.prefill_worker = self._registry[view.worker_id], view.worker_id
-        to_compute = view.to_compute(self._demand.prompt_tokens)
-        self._prefill_on.queued.place(self._request.request_id, to_compute)
-        self._prefill_on.prefill_pace.placed(self._request.request_id, to_compute)
+        self._to_compute = view.to_compute(self._demand.prompt_tokens)
+        self._prefill_on.queued.place(self._request.request_id, self._to_compute)
 
     def _pick(self, source: Worker) -> str:
         target = self._decode_on
@@ -184,10 +182,10 @@ class Attempt:
     async def prefill(self) -> None:
         """Runs until nothing is to be expected of the prefill worker."""
         self._place_prefill_again()
-        self._prefill_on.prefill_pace.check(self._request.request_id, self._remaining_s())
+        self._prefill_on.prefill_pace.check(self._to_compute, self._remaining_s())
         self._prefill_on.attach(self._request.request_id, Role.PREFILL, self._prefill_lost)
         call = self._prefill_on.prefill(self._request, self._target(), self._remaining_s())
-        self._prefill_on.prefill_pace.sent(self._request.request_id)
+        self._prefill_on.prefill_pace.sent(self._request.request_id, self._to_compute)
         try:
             with self._prefill_on.calling(Role.PREFILL):
                 self._prefill_on.queued.taken(self._request.request_id, await rpc.counted_from(call))
@@ -227,8 +225,7 @@ class Attempt:
                 self.first_ms = self._timeline.now_ms()
                 self._mark_first(self.first_ms, event.first_token.compute_ms)
                 self._prefill_on.prefixes.expect(self._brief.block_names)
-                computed = len(self._request.prompt_ids) - self.started.cached_tokens
-                self._prefill_on.prefill_pace.computed(self._request.request_id, computed)
+                self._prefill_on.prefill_pace.computed(self._request.request_id)
                 return self._note_first_token(event.first_token)
             case "sealed":
                 self.sealed = event.sealed

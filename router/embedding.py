@@ -71,8 +71,7 @@ class EmbedJob:
             self.prefill_worker, worker = view.worker_id, self._registry[view.worker_id]
             call = worker.embed(self._message(key, prompt, worker), self._remaining_s())
             worker.queued.place(key, view.to_compute(tokens))
-            worker.prefill_pace.placed(key, view.to_compute(tokens))
-            worker.prefill_pace.sent(key)
+            worker.prefill_pace.sent(key, view.to_compute(tokens))
             try:
                 # A cancelled call of a lost worker raises that loss: `calling` sees to it.
                 worker.attach(key, Role.PREFILL, lambda _loss: call.cancel())
@@ -80,7 +79,7 @@ class EmbedJob:
                     worker.queued.taken(key, await rpc.counted_from(call))
                     answer: worker_pb2.EmbedPromptResponse = await call
                 worker.prefixes.expect(prompt.block_names)
-                worker.prefill_pace.computed(key, tokens - answer.cached_tokens)
+                worker.prefill_pace.computed(key)
                 return answer
             finally:
                 call.cancel()

@@ -12,10 +12,10 @@ from tandem.errors import Overloaded
 # What is shorter says too little, and is counted in with what follows: prompts that end in one step, steps that come in
 # one packet.
 SHORTEST_S = 0.02
-# Of the time before them: first tokens that come so close to each other are taken to be of one step.
+# First tokens that come so close to each other, as a share of the time before them, are taken to be of one step.
 SAME_STEP = 0.02
-# A pace that nothing has been measured of for this long, and that nobody is measuring, is forgotten: whatever slowed
-# the worker down may be over, and a service that refuses must find out.
+# A pace that nothing has been measured of for this long is forgotten: whatever slowed the worker down may be over, and a
+# service that refuses must find out.
 STALE_S = 5.0
 # What stands before a request takes longer than it is said to: others are served in between, and the pace varies.
 MARGIN = 1.25
@@ -26,55 +26,60 @@ LEAST_VARIANCE = 0.02
 
 
 class PrefillPace:
-    """The prompts that a worker is to compute, and how many tokens a second it gets through while it has some.
+    """The prompts that a worker has, and how many tokens a second it gets through while it has some.
 
-    placed ──sent──▶ with the worker ──its first token: computed──▶ over
-       └───────────────────┴── anything else: dropped ──▶ over
+        sent ──its first token: computed──▶ over
+          └── anything else: dropped ──▶ over
+
+    What is measured lies between two first tokens, while there was work. The first one's own time holds all that is no
+    work, and that others may be computed beside it: it tells how slow the worker is at most.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
-        # Tokens to compute, by request; of those that are with the worker the oldest first.
-        self._placed: dict[str, int] = {}
+        # Tokens to compute, by request.
         self._sent: dict[str, int] = {}
-        # Since when, while it has some, busy time is not counted in; else when it had the last one.
-        self._at_s = -math.inf
-        # Of the latest, which others may have ended together with.
-        self._tokens, self._busy_s = 0, 0.0
-        # Logarithm of the seconds that a token took before; None while it is not known.
+        # When the worker got work, and when the last first token came of it, if one did.
+        self._busy_from_s = self._last_s = -math.inf
+        # Measured, of the latest step; and how long that took, measured or not.
+        self._tokens, self._busy_s, self._step_s = 0, 0.0, 0.0
+        # Logarithm of the seconds that a token took before, while it is known, and as of when.
         self._token_log_s: float | None = None
+        self._measured_s = -math.inf
 
-    def placed(self, key: str, tokens: int) -> None:
-        self._placed[key] = tokens
-
-    def sent(self, key: str) -> None:
-        now_s = self._clock()
+    def sent(self, key: str, tokens: int) -> None:
         if not self._sent:
-            if self._forgotten(now_s):
-                self._token_log_s, self._tokens, self._busy_s = None, 0, 0.0
-            self._at_s = now_s
-        self._sent[key] = self._placed[key]
+            self._busy_from_s, self._last_s = self._clock(), -math.inf
+            self._take_in()
+        self._sent[key] = tokens
 
-    def computed(self, key: str, tokens: int) -> None:
+    def computed(self, key: str) -> None:
+        """Its tokens count as they were sent, whatever the worker's cache saved: so do those of the queue."""
         if key in self._sent:
-            self._note(tokens)
-        self._forget(key)
+            self._note(self._sent[key])
+        self.dropped(key)
 
     def dropped(self, key: str) -> None:
         """Does nothing for what is over."""
-        self.computed(key, 0)
-
-    def _forget(self, key: str) -> None:
-        self._placed.pop(key, None)
         self._sent.pop(key, None)
 
     def _note(self, tokens: int) -> None:
         now_s = self._clock()
-        passed_s, self._at_s = now_s - self._at_s, now_s
-        if self._busy_s >= SHORTEST_S and passed_s >= min(SHORTEST_S, SAME_STEP * self._busy_s):
+        first, passed_s = self._last_s < self._busy_from_s, now_s - max(self._last_s, self._busy_from_s)
+        self._last_s = now_s
+        together = not first and passed_s < min(SHORTEST_S, SAME_STEP * self._step_s)
+        if not together:
+            self._step_s = passed_s
+            self._take_in()
+        if (first and passed_s >= self._seconds(tokens, now_s)) or (together and self._busy_s == 0):
+            return
+        self._tokens, self._busy_s, self._measured_s = self._tokens + tokens, self._busy_s + passed_s, now_s
+
+    def _take_in(self) -> None:
+        """What is too short goes on."""
+        if self._busy_s >= SHORTEST_S:
             self._token_log_s = self._with_latest()
             self._tokens, self._busy_s = 0, 0.0
-        self._tokens, self._busy_s = self._tokens + tokens, self._busy_s + passed_s
 
     def _with_latest(self) -> float | None:
         if self._busy_s < SHORTEST_S or not self._tokens:
@@ -85,33 +90,32 @@ class PrefillPace:
 
     @property
     def queued_tokens(self) -> int:
-        return sum(self._placed.values())
+        return sum(self._sent.values())
 
     def seconds(self, tokens: int) -> float:
         """That so many tokens take; 0 while nothing is known."""
-        now_s, token_log_s = self._clock(), self._with_latest()
-        if token_log_s is None or self._forgotten(now_s):
-            return 0.0
-        return tokens * max(math.exp(token_log_s), self._at_least(now_s))
+        now_s = self._clock()
+        expected_s = self._seconds(tokens, now_s)
+        if not self._sent:
+            return expected_s
+        # A worker that is stuck is slow now, not only when its prompts end: what it has may take as long again.
+        stuck_s = now_s - max(self._last_s, self._busy_from_s)
+        return max(expected_s, stuck_s * min(1.0, tokens / self.queued_tokens))
 
-    def check(self, key: str, remaining_s: float) -> None:
-        """Of one that is placed and about to be sent. Raises Overloaded when it would be computed too late."""
-        needed_s = self.seconds(self._placed[key]) if self._sent else 0.0
+    def _seconds(self, tokens: int, now_s: float) -> float:
+        if now_s - self._measured_s > STALE_S:
+            self._token_log_s, self._tokens, self._busy_s = None, 0, 0.0
+        token_log_s = self._with_latest()
+        return 0.0 if token_log_s is None else tokens * math.exp(token_log_s)
+
+    def check(self, tokens: int, remaining_s: float) -> None:
+        """Of a prompt that is about to be sent. Raises Overloaded when it would be computed too late."""
+        needed_s = self.seconds(tokens) if self._sent else 0.0
         if needed_s > remaining_s:
             words = (
-                f"it waited for KV blocks, its prompt takes about {needed_s:.2g} s, and {remaining_s:.2g} s are left"
+                f"it waited for KV blocks, and its prompt takes about {needed_s:.2g} s; {remaining_s:.2g} s are left"
             )
             raise Overloaded(words, retry_after_ms=_retry_ms(needed_s - remaining_s))
-
-    def _at_least(self, now_s: float) -> float:
-        """A worker that is stuck is slow from now on, not from the end of its prompt on."""
-        if not self._sent:
-            return 0.0
-        under_way = next(iter(self._sent.values()))
-        return (now_s - self._at_s) / under_way
-
-    def _forgotten(self, now_s: float) -> bool:
-        return not self._sent and now_s - self._at_s > STALE_S
 
 
 class DecodePace:

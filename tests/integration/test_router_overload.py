@@ -24,11 +24,16 @@ async def measured(house: House, prompt_s: float = PROMPT_S) -> None:
     """The router knows that this prefill worker is slow. It is held again in the end."""
     prefill, _ = await house.pair()
     prefill.hold("first")
-    call = house.call(2)
+    calls = [house.call(2)]
     await house.cluster.saw("first")
-    await asyncio.sleep(prompt_s)
+    prefill.hold("start")
+    calls.append(house.call(2))
+    await house.cluster.saw("start", 2)
     prefill.let("first")
-    assert len(ids_of(await collect(call))) == 2
+    await collect(calls[0])
+    await asyncio.sleep(prompt_s)
+    prefill.let("start")
+    await collect(calls[1])
     prefill.hold("first")
 
 
@@ -36,7 +41,7 @@ async def test_what_cannot_meet_its_deadline_reaches_no_worker(house: House) -> 
     await measured(house)
     prefill = house.cluster.workers["p1"]
     ahead = [house.call(2, timeout=60) for _ in range(3)]
-    await house.cluster.saw("first", 4)
+    await house.cluster.saw("first", 5)
     async with AsyncClient(house.cluster.router) as client:
         with pytest.raises(errors.Overloaded, match="its deadline is in") as caught:
             await client.complete([1, 2, 3], max_tokens=2, timeout_s=3 * PROMPT_S)
@@ -45,8 +50,8 @@ async def test_what_cannot_meet_its_deadline_reaches_no_worker(house: House) -> 
         with pytest.raises(errors.Overloaded):
             await client.complete([1, 2, 3], max_tokens=2, n=10, timeout_s=10 * PROMPT_S)
     patient = house.call(2, timeout=60)
-    await house.cluster.saw("first", 5)
-    assert len(prefill.prefill_requests) == 5
+    await house.cluster.saw("first", 6)
+    assert len(prefill.prefill_requests) == 6
     prefill.let("first")
     for call in (*ahead, patient):
         assert len(ids_of(await collect(call))) == 2
@@ -62,9 +67,9 @@ async def test_a_service_that_refuses_finds_out_that_it_is_fast_again(house: Hou
         assert len(ids_of(await collect(house.call(2, timeout=2.4)))) == 2, "less than the last one took"
     prefill.hold("first")
     ahead = house.call(2, timeout=60)
-    await house.cluster.saw("first", 12)
-    next_one = house.call(2, timeout=2.4)
     await house.cluster.saw("first", 13)
+    next_one = house.call(2, timeout=2.4)
+    await house.cluster.saw("first", 14)
     prefill.let("first")
     for call in (ahead, next_one):
         assert len(ids_of(await collect(call))) == 2

@@ -32,10 +32,18 @@ def decode(clock: Clock) -> DecodePace:
 
 
 def compute(pace: PrefillPace, clock: Clock, tokens: int, seconds: float) -> None:
-    pace.placed("r", tokens)
-    pace.sent("r")
+    """After another one, and before another one."""
+    if "next" not in pace._sent:
+        pace.sent("next", 1)
+        pace.sent("first", 1)
+        pace.computed("first")
+    pace.sent("r", tokens)
     clock.now_s += seconds
-    pace.computed("r", tokens)
+    pace.computed("r")
+
+
+def finish(pace: PrefillPace) -> None:
+    pace.dropped("next")
 
 
 def step(pace: DecodePace, clock: Clock, answers: int, seconds: float, times: int = 1) -> None:
@@ -51,25 +59,25 @@ def test_nothing_is_known_at_first(prefill: PrefillPace, decode: DecodePace) -> 
 def test_a_prompt_takes_what_prompts_took(prefill: PrefillPace, clock: Clock) -> None:
     for tokens in (100, 50, 200):
         compute(prefill, clock, tokens, tokens / 100)
+    finish(prefill)
     assert prefill.seconds(30) == pytest.approx(0.3)
 
 
 def test_time_without_prompts_does_not_count(prefill: PrefillPace, clock: Clock) -> None:
     for _ in range(5):
         compute(prefill, clock, 100, 1.0)
+        finish(prefill)
         clock.now_s += STALE_S / 2
-    assert prefill.seconds(100) == pytest.approx(1.0)
+    assert prefill.seconds(100) == pytest.approx(1.0, rel=0.02)
 
 
 def test_prompts_that_end_together_are_one_measurement(prefill: PrefillPace, clock: Clock) -> None:
-    for name in "abc":
-        prefill.placed(name, 100)
-        prefill.sent(name)
-    clock.now_s += 3
-    for name in "abc":
-        prefill.computed(name, 100)
-    clock.now_s += 1
-    compute(prefill, clock, 100, 1.0)
+    for name in "abcdefghi":
+        prefill.sent(name, 100)
+    for step in ("abc", "def", "ghi"):
+        clock.now_s += 3
+        for name in step:
+            prefill.computed(name)
     assert prefill.seconds(100) == pytest.approx(1.0)
 
 
@@ -77,6 +85,7 @@ def test_quick_prompts_are_followed_too(prefill: PrefillPace, clock: Clock) -> N
     for seconds in (0.001, 0.004):
         for _ in range(1000):
             compute(prefill, clock, 1, seconds)
+        finish(prefill)
         assert prefill.seconds(1) == pytest.approx(seconds, rel=0.05)
 
 
@@ -85,36 +94,57 @@ def test_a_slow_phase_is_forgotten_soon(prefill: PrefillPace, clock: Clock) -> N
         compute(prefill, clock, 100, 10.0)
     for _ in range(16):
         compute(prefill, clock, 100, 0.1)
+    finish(prefill)
+    assert prefill.seconds(100) < 0.11
+
+
+def test_one_prompt_alone_tells_only_that_the_worker_is_faster(prefill: PrefillPace, clock: Clock) -> None:
+    """Its time holds what is no work, and more of them may take no longer."""
+
+    def alone(seconds: float) -> None:
+        prefill.sent("alone", 100)
+        clock.now_s += seconds
+        prefill.computed("alone")
+
+    alone(1.0)
+    assert prefill.seconds(100) == 0
+    compute(prefill, clock, 100, 0.5)
+    finish(prefill)
+    alone(1.0)
+    assert prefill.seconds(100) == pytest.approx(0.5)
+    for _ in range(20):
+        alone(0.1)
     assert prefill.seconds(100) < 0.11
 
 
 def test_what_nobody_measures_any_more_is_not_known(prefill: PrefillPace, decode: DecodePace, clock: Clock) -> None:
     compute(prefill, clock, 100, 10.0)
+    finish(prefill)
     step(decode, clock, 4, 1.0, times=5)
     decode.stepped(4, 0)
     clock.now_s += STALE_S + 1
     assert (prefill.seconds(1000), decode.gap_s(10)) == (0, 0)
     compute(prefill, clock, 100, 0.1)
+    finish(prefill)
     assert prefill.seconds(100) == pytest.approx(0.1), "nor does it count after"
 
 
 def test_a_stuck_worker_is_slow_before_its_prompt_ends(prefill: PrefillPace, clock: Clock) -> None:
     compute(prefill, clock, 100, 1.0)
-    prefill.placed("long", 1000)
-    prefill.sent("long")
-    prefill.placed("short", 1)
-    prefill.sent("short")
-    clock.now_s += 10
-    assert prefill.seconds(100) == pytest.approx(1.0), "as long as 1000 tokens take"
-    clock.now_s += 30
-    assert prefill.seconds(100) == pytest.approx(4.0)
+    finish(prefill)
+    prefill.sent("long", 399)
+    prefill.sent("short", 1)
+    clock.now_s += 4
+    assert prefill.seconds(100) == pytest.approx(1.0), "as long as these take"
+    clock.now_s += 36
+    assert prefill.seconds(100) == pytest.approx(10.0)
+    assert prefill.seconds(4000) == pytest.approx(40.0), "no more than that is known of those who come later"
 
 
 def test_what_is_dropped_is_no_longer_ahead(prefill: PrefillPace) -> None:
     for name, tokens in (("a", 10), ("b", 20), ("c", 30)):
-        prefill.placed(name, tokens)
-    prefill.sent("a")
-    prefill.computed("a", 10)
+        prefill.sent(name, tokens)
+    prefill.computed("a")
     prefill.dropped("b")
     prefill.dropped("a")
     assert prefill.queued_tokens == 30
@@ -160,7 +190,8 @@ def test_what_comes_too_late_is_refused_and_told_by_how_much(
     prefill: PrefillPace, decode: DecodePace, clock: Clock
 ) -> None:
     compute(prefill, clock, 100, 1.0)
-    prefill.placed("before", 400)
+    finish(prefill)
+    prefill.sent("before", 400)
     check_deadline(ahead(prefill, decode), 100, 1, 1, remaining_s=7.0)
     with pytest.raises(Overloaded, match=r"take about 6 s; its deadline is in 4 s") as caught:
         check_deadline(ahead(prefill, decode), 100, 1, 1, remaining_s=4.0)
@@ -170,7 +201,8 @@ def test_what_comes_too_late_is_refused_and_told_by_how_much(
 
 def test_each_answer_costs(prefill: PrefillPace, decode: DecodePace, clock: Clock) -> None:
     compute(prefill, clock, 100, 1.0)
-    prefill.placed("before", 1)
+    finish(prefill)
+    prefill.sent("before", 1)
     check_deadline(ahead(prefill, decode), 100, 1, 1, remaining_s=4.0)
     with pytest.raises(Overloaded):
         check_deadline(ahead(prefill, decode), 100, 1, 8, remaining_s=4.0)
@@ -187,14 +219,14 @@ def test_output_and_blocks_count(prefill: PrefillPace, decode: DecodePace, clock
 
 def test_with_nothing_ahead_nothing_is_refused(prefill: PrefillPace, decode: DecodePace, clock: Clock) -> None:
     compute(prefill, clock, 100, 1000.0)
+    finish(prefill)
     check_deadline(ahead(prefill, decode, placed=0), 100, 1, 1, remaining_s=0.1)
 
 
 def test_one_that_waited_too_long_is_not_computed(prefill: PrefillPace, clock: Clock) -> None:
     compute(prefill, clock, 100, 1.0)
-    prefill.placed("other", 1)
-    prefill.sent("other")
-    prefill.placed("late", 100)
-    prefill.check("late", 1.5)
+    finish(prefill)
+    prefill.sent("other", 1)
+    prefill.check(100, 1.5)
     with pytest.raises(Overloaded):
-        prefill.check("late", 0.5)
+        prefill.check(100, 0.5)
