@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from router.admission import Admission, Admitted, Gate, answers_of, deadline_s
+from router.admission import Admission, Admitted, AdmittedEmbed, Gate, answers_of, deadline_s
 from router.aio import first_error, first_of
 from router.attempt import Brief
 from router.choice import Choice, Emit, OnRetry
@@ -149,6 +149,15 @@ class Orchestrator:
         remaining_s = deadline - asyncio.get_running_loop().time()
         check_deadline(ahead, to_compute, self._output.expected(demand.max_tokens), answers, remaining_s)
 
+    def _check_embed_deadline(self, admitted: AdmittedEmbed, deadline: float) -> None:
+        """The longest input must be computed in time. Raises Overloaded."""
+        tokens = max(len(prompt.prompt_ids) for prompt in admitted.prompts)
+        try:
+            pace = self._registry.prefill_pace(tokens)
+        except (errors.Unavailable, errors.InvalidRequest):
+            return  # placing it will say so
+        pace.check(pace.queued_tokens + tokens, deadline - asyncio.get_running_loop().time())
+
     async def embed(
         self, request: generation_pb2.EmbedRequest, remaining_s: float | None, entry: RequestLog
     ) -> generation_pb2.EmbedResponse:
@@ -163,6 +172,7 @@ class Orchestrator:
         admitted = await self._admission.admit_embed(request, entry.request_id)
         timeline.mark(Phase.ADMITTED)
         self.check_open()
+        self._check_embed_deadline(admitted, deadline)
         job = EmbedJob(admitted, deadline, timeline, self._registry)
         entry.model, entry.tag = self._registry.served().name, admitted.user_tag
         entry.prompt_tokens = admitted.prompt_tokens

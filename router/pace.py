@@ -14,7 +14,7 @@ from tandem.errors import Overloaded
 SHORTEST_S = 0.02
 # First tokens that come so close to each other, as a share of the time before them, are taken to be of one step.
 SAME_STEP = 0.02
-# A pace that nothing has been measured of for this long is forgotten: whatever slowed the worker down may be over, and a
+# A pace that nothing has been measured of for this long is forgotten: what slowed the worker down may be over, and a
 # service that refuses must find out.
 STALE_S = 5.0
 # What stands before a request takes longer than it is said to: others are served in between, and the pace varies.
@@ -71,9 +71,11 @@ class PrefillPace:
         if not together:
             self._step_s = passed_s
             self._take_in()
-        if (first and passed_s >= self._seconds(tokens, now_s)) or (together and self._busy_s == 0):
-            return
-        self._tokens, self._busy_s, self._measured_s = self._tokens + tokens, self._busy_s + passed_s, now_s
+        if first:
+            if passed_s < self._seconds(tokens, now_s):
+                self._token_log_s, self._measured_s = self._averaged(passed_s / tokens), now_s
+        elif self._busy_s or not together:
+            self._tokens, self._busy_s, self._measured_s = self._tokens + tokens, self._busy_s + passed_s, now_s
 
     def _take_in(self) -> None:
         """What is too short goes on."""
@@ -84,8 +86,11 @@ class PrefillPace:
     def _with_latest(self) -> float | None:
         if self._busy_s < SHORTEST_S or not self._tokens:
             return self._token_log_s
-        # In logarithms, a slow prompt is forgotten as soon as a quick one.
-        seen = math.log(self._busy_s / self._tokens)
+        return self._averaged(self._busy_s / self._tokens)
+
+    def _averaged(self, token_s: float) -> float:
+        """In logarithms, a slow prompt is forgotten as soon as a quick one."""
+        seen = math.log(max(token_s, 1e-9))
         return seen if self._token_log_s is None else self._token_log_s + (seen - self._token_log_s) / PROMPTS
 
     @property
@@ -109,12 +114,10 @@ class PrefillPace:
         return 0.0 if token_log_s is None else tokens * math.exp(token_log_s)
 
     def check(self, tokens: int, remaining_s: float) -> None:
-        """Of a prompt that is about to be sent. Raises Overloaded when it would be computed too late."""
+        """Of tokens that are to be computed now, with those before them. Raises Overloaded when that is too late."""
         needed_s = self.seconds(tokens) if self._sent else 0.0
         if needed_s > remaining_s:
-            words = (
-                f"it waited for KV blocks, and its prompt takes about {needed_s:.2g} s; {remaining_s:.2g} s are left"
-            )
+            words = f"its prompt would be computed in about {needed_s:.2g} s; its deadline is in {remaining_s:.2g} s"
             raise Overloaded(words, retry_after_ms=_retry_ms(needed_s - remaining_s))
 
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 
 import tandem
-from router.pace import Ahead
-from router.placement import NEVER_CAME, Demand, WorkerView, blocks_for, choose
+from router.pace import Ahead, PrefillPace
+from router.placement import NEVER_CAME, Demand, WorkerView, blocks_for, choose, choose_prefill
 from router.turns import Turns
 from router.worker import Worker
 from tandem.config import RouterConfig
@@ -91,6 +91,10 @@ class Registry:
             missing=max(0, missing) / view.total_blocks,
         )
         return ahead, views[placement.prefill].to_compute(demand.prompt_tokens)
+
+    def prefill_pace(self, prompt_tokens: int) -> PrefillPace:
+        """Of the worker that such a prompt would be computed by now. Raises as choose."""
+        return self[choose_prefill(self.snapshot(), prompt_tokens, self.absent()).worker_id].prefill_pace
 
     def admit(self, first: registry_pb2.Heartbeat) -> Worker:
         """Takes a worker in, in place of an older link to the same process. Raises Refused saying what does not fit."""

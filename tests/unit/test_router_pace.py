@@ -36,6 +36,7 @@ def compute(pace: PrefillPace, clock: Clock, tokens: int, seconds: float) -> Non
     if "next" not in pace._sent:
         pace.sent("next", 1)
         pace.sent("first", 1)
+        clock.now_s += seconds
         pace.computed("first")
     pace.sent("r", tokens)
     clock.now_s += seconds
