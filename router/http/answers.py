@@ -82,11 +82,11 @@ class CompletionShape:
             "text_offset": offsets,
         }
 
-    def _top(self, token: Token) -> dict[str, float]:
+    def _top(self, token: Token) -> dict[str, float | None]:
         """Best first; of two tokens that are spelled alike, the likelier one."""
-        found: dict[str, float] = {}
+        found: dict[str, float | None] = {}
         for token_id, logprob in token.top_logprobs:
-            found.setdefault(spelled(self._spell, token_id)[0], max(logprob, LEAST_LOGPROB))
+            found.setdefault(spelled(self._spell, token_id)[0], _finite(logprob))
         return found
 
 
@@ -120,7 +120,7 @@ class ChatShape:
 
 
 def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, LEAST_LOGPROB)
+    return logprob if logprob is None or logprob > LEAST_LOGPROB else LEAST_LOGPROB
 
 
 def spelled(spell: TokenText | None, token_id: int) -> tuple[str, bytes]:

@@ -164,7 +164,8 @@ class Request(Fields):
 
     @property
     def usage_in_chunks(self) -> bool:
-        return self.usage_in_stream and self.stream_options.continuous_usage_stats  # type: ignore[union-attr]
+        options = self.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
 
 
 class CompletionRequest(Request):
