@@ -18,7 +18,8 @@ MAX_MESSAGES = 2048
 # OpenAI's own default of /v1/completions.
 COMPLETION_TOKENS = 16
 
-# Fields of OpenAI's that mean something that this server lacks, and the values beside NOTHING that ask for nothing.
+# Fields of OpenAI's and vLLM's that mean something that this server lacks, and the values beside NOTHING that ask for
+# nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -43,6 +44,21 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": (),
     "verbosity": (),
     "web_search_options": (),
+    # vLLM's from here.
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "bad_words": (),
+    "chat_template": (),
+    "chat_template_kwargs": (),
+    "continue_final_message": (False,),
+    "documents": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "return_tokens_as_token_ids": (False,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
 }
 # Values of a field that ask for nothing whatever it means: clients send whole objects, with all that their types have.
 NOTHING: tuple[Any, ...] = (None, [], {})

@@ -31,9 +31,10 @@ _MAX_COMMAND_BYTES = 1 << 18
 # Where numba's cache is cold, the kernels take most of a minute.
 _START_S = 120.0
 
-_ROUTER = ("router.app", "router.http.door", "transformers.models.auto.tokenization_auto")
+_TOKENIZERS = ("transformers.models.auto.tokenization_auto",)
+_ROUTER = ("router.app", "router.http.door", *_TOKENIZERS)
 # The kernels' modules compile when they are imported, which is late in a worker's life.
-_WORKER = ("tandem.cli.app", "tandem.launch.worker", "prefill_worker.run", "decode_worker.run")
+_WORKER = ("tandem.cli.app", "tandem.launch.worker", "prefill_worker.run", "decode_worker.run", *_TOKENIZERS)
 _KERNELS = ("tandem.engine.cpu_fusion", "tandem.engine.cpu_kernels", "tandem.engine.cpu_prefill")
 
 
