@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tokenizer_zoo import edit
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from tandem.config import TINY_MODEL, ModelConfig
 from tandem.engine.end_tokens import end_token_ids
@@ -70,3 +70,15 @@ def test_a_model_without_a_tokenizer(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     assert ends(folder) == (2,)
+
+
+def test_a_configuration_inside_the_configuration(tmp_path: Path) -> None:
+    """As models have it that see pictures too."""
+    shape = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    text = {**shape, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32, "eos_token_id": [7, 9]}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    assert json.loads((tmp_path / "config.json").read_text()).get("eos_token_id") is None
+    assert ends(tmp_path) == (7, 9)
