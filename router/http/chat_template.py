@@ -39,45 +39,61 @@ class ChatTemplate:
 
     def _with_joined(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The parts of a message become lines, as with vLLM, where the template does not look at them one by one."""
-        noting = [{**each, "content": _noting(each["content"])} for each in messages]
+        lines: set[str] = set()
+        while True:
+            tried = [_joined(each) if each["role"] in lines else _noting(each) for each in messages]
+            done = self._takes(tried)
+            left = [each["role"] for each in tried if isinstance(each["content"], _Parts) and not each["content"].read]
+            if done or not left:
+                break
+            # A template that takes text only says so in its own way; for this role, it seems. There are four.
+            lines.add(left[0])
+        return [
+            each if isinstance(trial["content"], _Parts) and trial["content"].read else _joined(each)
+            for each, trial in zip(messages, tried, strict=True)
+        ]
+
+    def _takes(self, messages: list[dict[str, Any]]) -> bool:
+        """As apply_chat_template renders, which would make plain lists of the parts."""
+        given = self._tokenizer.special_tokens_map
         try:
-            self._compiled.render(
-                messages=noting,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._tokenizer.special_tokens_map,
-            )
-            taken = [not isinstance(each["content"], _Parts) or each["content"]._looked_at for each in noting]
-        except Exception:  # a template that takes text only says so in its own way
-            taken = [isinstance(each["content"], str) for each in messages]
-        return [each if fits else _joined(each) for each, fits in zip(messages, taken, strict=True)]
+            self._compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **given)
+        except Exception:
+            return False
+        return True
 
 
 class _Parts(list[Any]):
     """Notes that a template has looked at one of the parts; asking whether it could (`is iterable`) is not that."""
 
-    _looked_at = False
+    _read = False
+
+    @property
+    def read(self) -> bool:
+        return self._read
 
     def __iter__(self) -> Iterator[Any]:
         for part in super().__iter__():
-            self._looked_at = True
+            self._read = True
             yield part
 
     def __reversed__(self) -> Iterator[Any]:
         return iter(self[::-1])
 
     def __getitem__(self, place: Any) -> Any:
-        self._looked_at = True
+        """Jinja also asks so for names that are no attributes of a list."""
+        self._read = self._read or isinstance(place, int | slice)
         return super().__getitem__(place)
 
 
-def _noting(content: Any) -> Any:
-    return _Parts(content) if isinstance(content, list) else content
+def _noting(message: dict[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    return {**message, "content": _Parts(content)} if isinstance(content, list) else message
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:
-    return {**message, "content": "\n".join(part["text"] for part in message["content"])}
+    content = message["content"]
+    return message if isinstance(content, str) else {**message, "content": "\n".join(part["text"] for part in content)}
 
 
 def chat_template_of(tokenizer: Any) -> ChatTemplate | None:

@@ -51,10 +51,11 @@ def rendered(tokenizer: Any, messages: list[Any]) -> Any:
         return error
 
 
-SOME_PARTS = (
-    "{% for m in messages %}{% if m.role == 'user' %}{% for p in m.content %}<{{ p.text }}>{% endfor %}"
-    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
-)
+SOME_PARTS = {
+    printed: "{% for m in messages %}{% if m.role == 'user' %}{% for p in m.content %}<{{ p.text }}>{% endfor %}"
+    "{% else %}" + printed + "{% endif %}{% endfor %}"
+    for printed in ("{{ m.content }}", "{{ '' + m.content }}", "{{ m.content.strip('x') }}")
+}
 # Of chat templates: transformers reads chat_template.json for processors only.
 PLACES = ["none", "config", "config list, default", "config list", "file", "config, file", "folder", "file, folder"]
 PLACES += ["processor", "config list, default, folder, processor", "config, number"]
@@ -117,7 +118,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         cases[str(templated(root / f"template-{slug(name)}", template))] = ([], CONVERSATIONS)
     for name, (template, _) in PARTS.items():
         cases[str(templated(root / f"parts-{slug(name)}", template))] = ([], [IN_PARTS])
-    cases[str(templated(root / "some-parts", SOME_PARTS))] = ([], [[{**IN_PARTS[0], "role": "system"}, *IN_PARTS]])
+    for name, template in SOME_PARTS.items():
+        conversation = [{**IN_PARTS[0], "role": "system"}, *IN_PARTS, {**IN_PARTS[0], "role": "assistant"}]
+        cases[str(templated(root / f"some-parts-{slug(name)}", template))] = ([], [conversation])
     for place in PLACES:
         cases[str(put(make(TEMPLATED, root / f"place-{slug(place)}"), place))] = ([], CONVERSATIONS[:1])
     for name, (spoil, _) in SPOILED.items():
@@ -161,9 +164,10 @@ def test_parts_stay_parts_where_the_template_looks_at_them(answers: dict[str, An
     assert [each["text"] for each in found["chats"]] == [theirs]
 
 
-def test_parts_are_for_those_messages_whose_parts_are_looked_at(answers: dict[str, Any]) -> None:
-    (chat,) = answers["some-parts"]["chats"]
-    assert chat["text"] == "one \ntwo<one ><two>"
+@pytest.mark.parametrize("name", SOME_PARTS)
+def test_parts_are_for_those_messages_whose_parts_are_looked_at(answers: dict[str, Any], name: str) -> None:
+    (chat,) = answers[f"some-parts-{slug(name)}"]["chats"]
+    assert chat["text"] == "one \ntwo<one ><two>one \ntwo"
 
 
 @pytest.mark.parametrize("place", PLACES)
