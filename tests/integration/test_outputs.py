@@ -21,7 +21,7 @@ import psutil
 import pytest
 from service import wait_until
 from supervised import BOUND_S, ENVIRONMENT
-from wordy_worker import SLOW
+from wordy_worker import HELD
 
 import tandem
 from tandem.errors import TandemError
@@ -151,7 +151,7 @@ def test_a_stopped_terminal_and_a_reader_that_never_reads_stop_nothing() -> None
 
 
 def test_a_supervisor_that_is_stopped_stops_nobody_else() -> None:
-    """Ctrl-Z, and `bg`."""
+    """Ctrl-Z, and `bg`. And in the end two signals: the second one waits for no stream."""
     ours, theirs = os.pipe()
     with serving(theirs, theirs) as served:
         os.close(theirs)
@@ -162,7 +162,12 @@ def test_a_supervisor_that_is_stopped_stops_nobody_else() -> None:
         assert psutil.Process(served.process.pid).status() == psutil.STATUS_STOPPED
         served.process.send_signal(signal.SIGCONT)
         wait_until(reading.tells_of_loss, BOUND_S, "the loss told")
+        stream = iter(served.client.generate([HELD, 2], max_tokens=500))
+        next(event for event in stream if isinstance(event, tandem.Delta))
+        served.process.send_signal(signal.SIGTERM)
         assert served.stop() == 0
+        with pytest.raises(TandemError):
+            list(stream)
 
 
 def test_streams_end_before_a_service_that_is_told_to_stop() -> None:
@@ -171,7 +176,7 @@ def test_streams_end_before_a_service_that_is_told_to_stop() -> None:
     with serving(subprocess.DEVNULL, theirs, "--log-format", "json") as served:
         os.close(theirs)
         reading = Reading(ours)
-        stream = iter(served.client.generate([SLOW, 2], max_tokens=60))
+        stream = iter(served.client.generate([HELD, 2], max_tokens=60))
         next(event for event in stream if isinstance(event, tandem.Delta))
         served.process.send_signal(signal.SIGHUP)  # its terminal is closed
         served.process.send_signal(signal.SIGHUP)  # the shell says so too
@@ -182,6 +187,8 @@ def test_streams_end_before_a_service_that_is_told_to_stop() -> None:
         assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the router is stopping")
         with pytest.raises(tandem.errors.Unavailable, match="the router is stopping"):
             served.ask()
+        (worker,) = served.workers()
+        os.kill(worker, signal.SIGUSR1)
         *_, completed = stream
         assert isinstance(completed, tandem.Completed)
         assert completed.usage.output_tokens == 60
@@ -191,14 +198,3 @@ def test_streams_end_before_a_service_that_is_told_to_stop() -> None:
     refusal = ended[refused.headers["x-request-id"]]
     assert (refusal["process"], refusal["error"], refusal["status"]) == ("router", "unavailable", 503)
     assert [line["output_tokens"] for line in ended.values() if line.get("finish_reason")] == [60]
-
-
-def test_a_second_signal_ends_a_service_at_once() -> None:
-    with serving(subprocess.DEVNULL, subprocess.DEVNULL) as served:
-        stream = iter(served.client.generate([SLOW, 2], max_tokens=500))
-        next(event for event in stream if isinstance(event, tandem.Delta))
-        served.process.send_signal(signal.SIGTERM)
-        served.process.send_signal(signal.SIGINT)
-        with pytest.raises(TandemError):
-            list(stream)
-        assert served.process.wait(STOP_S) == 0

@@ -323,7 +323,7 @@ async def process(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 async def test_the_process_says_ready_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
     config = tmp_path / "tandem.yaml"
-    config.write_text("router: {port: 1, http_port: 0}")
+    config.write_text("router: {port: 1, http_port: 0}\nlog: {level: debug}")
     async with process("--config", str(config), "--port", "0") as child:
         assert child.stdout is not None
         ready = (await asyncio.wait_for(child.stdout.readline(), 20)).decode()
@@ -345,6 +345,8 @@ async def test_the_process_says_ready_serves_and_stops_on_a_signal(tmp_path: Pat
         assert b"[-] worker c1 is routable" in log
         request_id = house.cluster.happened("reserve")[0]
         assert f"[{request_id}] placed on c1 and c1 by local".encode() in log
+        ended = f"[{request_id}] ended finish_reason=length model=tiny prompt_tokens=3 output_tokens=4 "
+        assert log.count(ended.encode()) == 1
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class ScriptedWorker(
         self.prefill_requests: list[worker_pb2.PrefillRequest] = []
         self.embed_requests: list[worker_pb2.EmbedPromptRequest] = []
         self.renewed: list[list[str]] = []
-        self.steps_per_batch, self.pace_s = 1, 0.0
+        self.steps_per_batch = 1
         self.integrity = registry_pb2.Integrity(ok=True)
         self._queues: dict[str, asyncio.Queue[worker_pb2.TokenBatch | None]] = {}
         self._reservations: dict[str, worker_pb2.ReserveRequest] = {}
@@ -255,7 +255,7 @@ class ScriptedWorker(
                 reason = self.cluster.reason_at(position + len(ids) - 1, limit)
             self.send(request.subscriber_id, request_id, position, ids, reason, attempt=request.request.attempt)
             position += len(ids)
-            await asyncio.sleep(self.pace_s)
+            await asyncio.sleep(0)
             await self.gates["rest"].wait()
 
     def send(

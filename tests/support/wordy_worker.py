@@ -1,7 +1,7 @@
 """`python -m wordy_worker worker --role R --router HOST:PORT ...`: a scripted worker as a process, with much to say.
 
-For every request it prints more than a pipe holds, as Python and as a C library would. A prompt that begins with SLOW
-gets its tokens one by one, in a while.
+For every request it prints more than a pipe holds, as Python and as a C library would. From a prompt that begins with
+HELD on, nobody gets more than two tokens until SIGUSR1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scripted_worker import Cluster, ScriptedWorker
 from tandem.types import Role
 from tandem.v1 import registry_pb2, worker_pb2
 
-SLOW, PACE_S = 99, 0.03
+HELD = 99
 WORDS = "words " * 30
 LINES = 400
 
@@ -32,7 +32,8 @@ class WordyWorker(ScriptedWorker):
         print("\n".join(f"{request.request.request_id} {number} {WORDS}" for number in range(LINES)), flush=True)
         with suppress(BlockingIOError):  # a C library ignores it
             os.write(2, (f"a library's {WORDS}\n" * LINES).encode())
-        self.pace_s = PACE_S if request.request.prompt_ids[0] == SLOW else 0.0
+        if request.request.prompt_ids[0] == HELD:
+            self.hold("rest")
         return await super().Reserve(request, context)
 
 
@@ -43,6 +44,7 @@ async def main() -> None:
     await worker.start()
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, worker.let, "rest")
     await stopped.wait()
     await worker.kill()
 
