@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -347,6 +348,27 @@ async def test_the_process_says_ready_serves_and_stops_on_a_signal(tmp_path: Pat
         assert f"[{request_id}] placed on c1 and c1 by local".encode() in log
         ended = f"[{request_id}] ended finish_reason=length model=tiny prompt_tokens=3 output_tokens=4 "
         assert log.count(ended.encode()) == 1
+
+
+async def test_a_second_signal_ends_the_process_at_once() -> None:
+    async with process("--port", "0", "--http-port", "-1") as child:
+        assert child.stdout is not None
+        _, address = (await asyncio.wait_for(child.stdout.readline(), 20)).decode().split()
+        async with rpc.make_channel(address) as channel, AsyncExitStack() as stack:
+            house = House(address, channel, stack)
+            worker = await house.start("c1")
+            await eventually(lambda: worker.subscribed)
+            worker.hold("first")
+            call = house.call()
+            await house.cluster.saw("first")
+            child.terminate()
+            await refused(house)
+            assert child.returncode is None
+            child.send_signal(signal.SIGINT)
+            with pytest.raises(errors.Unavailable, match="the router stopped before the request had ended"):
+                await collect(call)
+            await asyncio.wait_for(child.communicate(), 10)  # and not after router.drain_timeout_s, 30 s
+        assert child.returncode == 0
 
 
 @pytest.mark.parametrize(
