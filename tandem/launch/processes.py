@@ -213,7 +213,7 @@ class Supervisor:
         """The service goes on while each role is played, be it by somebody else's worker."""
         router = child.spec.name == "router"
         lost = frozenset() if router else self._leave(child.spec.name)
-        if router or not lost <= await self._played():
+        if router or (lost and not lost <= await self._played()):
             self._fail(_early_exit(child))
         else:
             log.error(WITHOUT, child.report())
