@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 BACKLOG_BYTES = 1 << 20
 # Exit of a process waits so long for what its readers have not taken.
 LAST_WORDS_S = 2.0
-# Pause where a terminal says that it takes more, and takes nothing: a line's end needs room for two characters there.
-RETRY_S = 0.05
+# Pause, doubling, where a terminal says that it takes more and takes nothing: a line's end needs room for two there.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.1
 
 
 class _Chunk(NamedTuple):
@@ -137,13 +137,16 @@ class StandardStream(io.RawIOBase):
         """Whether all of it could be written."""
         ready = select.poll()
         ready.register(self._fd, select.POLLOUT)
+        pause_s = FIRST_PAUSE_S
         try:
             while data:
                 ready.poll()
                 try:
                     data = data[os.write(self._fd, data) :]
+                    pause_s = FIRST_PAUSE_S
                 except BlockingIOError:
-                    time.sleep(RETRY_S)
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         except OSError:
             return False
         return True

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from service import wait_until
 from supervised import BOUND_S, ENVIRONMENT
-from wordy_worker import HELD
+from wordy_worker import HELD, WORDS
 
 import tandem
 from tandem.errors import TandemError
@@ -100,6 +100,9 @@ class Reading(threading.Thread):
             while data := file.read(1 << 16):
                 self._got += data
 
+    def has_words(self) -> bool:
+        return WORDS.encode() in self._got
+
     def tells_of_loss(self) -> bool:
         return b"lost here: this output could not be written" in self._got
 
@@ -142,7 +145,7 @@ def test_a_stopped_terminal_and_a_reader_that_never_reads_stop_nothing() -> None
         assert not select.select([], [stdout, stderr], [], 0)[1]
         termios.tcflow(stderr, termios.TCOON)  # Ctrl-Q
         reading = Reading(terminal)
-        wait_until(reading.tells_of_loss, BOUND_S, "the loss told")
+        wait_until(reading.has_words, BOUND_S, "words of the worker")
         os.close(stderr)
         assert served.stop() == 0
     reading.join(BOUND_S)
