@@ -56,10 +56,7 @@ def require_exactness(loaded: LoadedModel, runner: ModelRunner, pool: BlockPool)
             from tandem.engine.cpu_fusion import unfuse_layers
 
             unfuse_layers(loaded.model)
-        try:
-            check_exactness(loaded, runner, pool)
-        except ModelRefused:
-            raise refused from None
+        check_exactness(loaded, runner, pool)
         log.warning("served without the engine's own decoder layers, which are faster: with them, %s", refused)
 
 
@@ -230,20 +227,22 @@ class _Check:
         """Of the lengths that the configuration names, those that matter to prompts longer than SHORT alone."""
         if not self._lengths:
             return {}
-        prompts = self._ids[: self._length], self._ids[: SHORT - 1]
-        wanted = [self._own(prompt, None) for prompt in prompts]
+
+        def logits() -> tuple[Tensor, Tensor]:
+            """Of a long prompt with a token more, whose keys come from transformers' cache, and of a short prompt."""
+            long = self._generated(self._ids[: self._length - 1], 2)
+            return long.wanted, self._own(self._ids[: SHORT - 1], None)
+
+        wanted = logits()
 
         def matter(lengths: dict[str, int]) -> bool | None:
             """None: some are something else than lengths."""
             try:
                 with shortened(self._model, lengths):
-                    same = [
-                        _relative_error(self._own(prompt, None), logits) <= _SAME
-                        for prompt, logits in zip(prompts, wanted, strict=True)
-                    ]
+                    long, short = (_relative_error(*pair) <= _SAME for pair in zip(logits(), wanted, strict=True))
             except ModelRefused:
                 return None
-            return None if not same[1] else not same[0]
+            return None if not short else not long
 
         together = matter(self._lengths)
         if together is None:

@@ -1,0 +1,283 @@
+"""A model is served exactly as transformers does it, or refused for its true reason (law 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_driver import EngineDriver
+from model_zoo import ARCHITECTURES
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+
+from tandem.config import parse_config
+from tandem.engine.attention import NAME, PROBE
+from tandem.engine.batch import AttentionOptions
+from tandem.engine.engine import Engine
+from tandem.engine.model_loader import load_model
+from tandem.errors import ModelRefused
+from tandem.types import SamplingParams
+
+TINY = ARCHITECTURES["llama"]
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+OUTPUT = 8
+
+
+class StrangeConfig(LlamaConfig):
+    model_type = "strange"
+    strangeness: str = ""
+    stride: int = 1000
+
+
+def _positions(attention: Any, rows: int, told: Tensor | None, past: Any) -> Tensor:
+    """Whose floor by the stride scales what goes into attention."""
+    strangeness = attention.config.strangeness
+    if strangeness == "rows":
+        return torch.arange(rows) + (0 if past is None else past.get_seq_length(attention.layer_idx))
+    assert told is not None
+    return told.max().expand(rows) if strangeness == "longest" else told[0]
+
+
+class StrangeAttention(LlamaAttention):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        positions = _positions(self, hidden_states.shape[1], kwargs.get("position_ids"), kwargs.get("past_key_values"))
+        factor = 1 + torch.log1p((positions + 1) // self.config.stride)
+        return super().forward(hidden_states * (1 - 2 * (factor[:, None] > 1)), *args, **kwargs)
+
+
+class StrangeMLP(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        """As if the busiest tokens of a step left the others no room."""
+        return super().forward(x) * (x.norm(dim=-1, keepdim=True) >= x.norm(dim=-1, keepdim=True).median())
+
+
+class Strange(LlamaForCausalLM):
+    config_class = StrangeConfig
+
+    def __init__(self, config: StrangeConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            if config.strangeness in ("rows", "longest", "positions"):
+                layer.self_attn.__class__ = StrangeAttention
+            if config.strangeness == "mixed":
+                layer.mlp.__class__ = StrangeMLP
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.config.strangeness == "broken":
+            raise KeyError("a part")
+        if self.config.strangeness == "large":
+            raise MemoryError
+        return super().forward(*args, **kwargs)
+
+
+AutoConfig.register("strange", StrangeConfig)
+AutoModelForCausalLM.register(StrangeConfig, Strange)
+
+
+def save(folder: Path, architecture: str, **settings: Any) -> Path:
+    config = AutoConfig.for_model(architecture, **settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "norm" not in name:
+                parameter.normal_(0.0, 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def strange(folder: Path, strangeness: str, **settings: Any) -> Path:
+    return save(folder, "strange", **{**TINY, **settings}, strangeness=strangeness)
+
+
+def refusal(folder: Path, **model: Any) -> str:
+    settings = {"model": {"path": str(folder), **model}, "engine": {"kv_memory_mib": 8}}
+    with pytest.raises(ModelRefused) as caught:
+        Engine(parse_config(settings), print)
+    assert caught.value.field == "model.path"
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def require_exact(folder: Path, lengths: tuple[int, ...] = (1, 7, 33, 90)) -> EngineDriver:
+    """Prompts in one batch, in chunks, computed and from the prefix cache."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, 128, (length,), generator=generator).tolist() for length in lengths]
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=OUTPUT, do_sample=False)
+        wanted.append(out[0, len(prompt) :].tolist())
+    driver = EngineDriver(folder, max_step_tokens=24)
+    for _ in ("computed", "prefix hit"):
+        assert driver.generate(prompts, SamplingParams(max_tokens=OUTPUT)) == wanted
+    return driver
+
+
+def options_of(folder: Path) -> list[AttentionOptions]:
+    return list(load_model(parse_config({"model": {"path": str(folder)}})).options.values())
+
+
+# The mask of the first slides, and its attention is told nothing of it; the second's attention is told alone.
+@pytest.mark.parametrize(
+    ("architecture", "settings", "masks"),
+    [
+        ("phimoe", {**MOE, "sliding_window": 20}, [(20, 0)]),
+        ("llama4_text", {**MOE, "attention_chunk_size": 20, "intermediate_size_mlp": 128}, [(0, 20), (0, 0)]),
+        ("cohere2", {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"] * 2}, [(20, 0)]),
+        ("ministral3", {"sliding_window": None}, [(0, 0)]),
+    ],
+)
+def test_masks_are_heard_and_honoured(
+    architecture: str, settings: dict[str, Any], masks: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    folder = save(tmp_path, architecture, **{**TINY, "num_hidden_layers": 4, **settings})
+    assert {(options.window, options.chunk) for options in options_of(folder)} >= set(masks)
+    require_exact(folder)
+
+
+def test_a_cache_that_forgets_what_the_mask_shows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own cache keeps a window of keys, by the configuration; the mask knows none."""
+    folder = save(tmp_path, "mistral", **{**TINY, "sliding_window": 20})
+    monkeypatch.setattr(
+        "transformers.models.mistral.modeling_mistral.create_sliding_window_causal_mask", create_causal_mask
+    )
+    assert {options.window for options in options_of(folder)} == {0}
+    assert "sliding_window = 20" in refusal(folder)
+
+
+def test_the_mask_decides_where_a_keyword_says_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(tmp_path, "llama", **TINY)
+    forward = LlamaAttention.forward
+    monkeypatch.setattr(LlamaAttention, "forward", partialmethod(forward, sliding_window=8))
+    require_exact(folder)
+
+
+def _every_second(_batch: Any, _head: Any, query: Any, key: Any) -> Any:
+    return (query - key) % 2 == 0
+
+
+def _own_tensor(inputs_embeds: Tensor, **_: Any) -> Tensor:
+    rows = inputs_embeds.shape[1]
+    return torch.full((1, 1, rows, rows), -1e9).triu(1)
+
+
+def _computed_with(**given: Any) -> Any:
+    return create_causal_mask(**given)[:, :, :, :]
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (partial(create_causal_mask, and_mask_function=_every_second), "does not know: _every_second"),
+        (partial(create_causal_mask, or_mask_function=_every_second), "does not know: or_masks"),
+        (partial(create_causal_mask, block_sequence_ids=torch.zeros(1, 64, dtype=torch.long)), "or_masks"),
+        (
+            lambda config, inputs_embeds, attention_mask, **_: create_bidirectional_mask(
+                config, inputs_embeds, attention_mask
+            ),
+            "layer 0 wants bidirectional attention",
+        ),
+        (lambda **_: None, "layer 0 wants bidirectional attention"),
+        (_own_tensor, "a mask that is not made through transformers' AttentionMaskInterface"),
+        (_computed_with, "it computes with the attention masks"),
+    ],
+    ids=["and", "or", "blocks", "bidirectional", "none", "tensor", "computed"],
+)
+def test_other_masks_are_refused_by_name(
+    mask: Callable[..., Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path, "llama", **TINY)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", mask)
+    assert reason in refusal(folder)
+
+
+def test_windows_and_chunks_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(tmp_path, "llama", **TINY, attention_chunk_size=30, sliding_window=20)
+
+    def both(config: Any, **given: Any) -> Any:
+        slides = create_sliding_window_causal_mask(config=config, **given)
+        if config._attn_implementation == PROBE:
+            return slides.joined(create_chunked_causal_mask(config=config, **given))
+        if config._attn_implementation == NAME:
+            return None
+        return torch.minimum(slides, create_chunked_causal_mask(config=config, **given))
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", both)
+    assert {(options.window, options.chunk) for options in options_of(folder)} == {(20, 30)}
+    require_exact(folder)
+
+
+def test_positions_from_rows_are_refused_though_they_matter_late(tmp_path: Path) -> None:
+    message = refusal(strange(tmp_path, "rows", stride=400))
+    assert "stride = 400" in message
+    assert "positions from the rows of a step" in message
+    assert "model.max_model_len: 399 keeps every sequence below" in message
+    limited = {"model": {"path": str(tmp_path), "max_model_len": 399}, "engine": {"kv_memory_mib": 8}}
+    assert Engine(parse_config(limited), print).info.max_model_len == 399
+
+
+def test_positions_from_rows_that_never_matter_are_served(tmp_path: Path) -> None:
+    require_exact(strange(tmp_path, "rows", stride=100_000))
+
+
+def test_llama4_is_refused_where_its_scale_takes_positions_from_rows(tmp_path: Path) -> None:
+    settings = {**TINY, **MOE, "num_hidden_layers": 4, "intermediate_size_mlp": 128, "attention_chunk_size": 64}
+    assert "floor_scale = 100" in refusal(save(tmp_path, "llama4_text", **settings, floor_scale=100))
+
+
+def test_scales_by_position_are_served_without_the_fused_layer(tmp_path: Path) -> None:
+    """The fused layer knows nothing of positions; 400 is beyond what a short prompt reaches, 20 is not."""
+    for stride in (20, 400):
+        require_exact(strange(tmp_path / str(stride), "positions", stride=stride))
+    beta = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.5}
+    settings = {**TINY, "rope_parameters": {**beta, "rope_theta": 1e4}, "sliding_window": None}
+    require_exact(save(tmp_path / "ministral3", "ministral3", **settings))
+
+
+@pytest.mark.parametrize("strangeness", ["longest", "mixed"])
+def test_what_a_token_owes_to_other_sequences_is_refused(strangeness: str, tmp_path: Path) -> None:
+    """A switch by the longest position of a step, far beyond what a prompt at load reaches; capacity of a step."""
+    assert "differ from transformers'" in refusal(strange(tmp_path, strangeness, stride=300))
+
+
+def test_a_model_that_raises_is_refused_in_words(tmp_path: Path) -> None:
+    assert refusal(strange(tmp_path, "broken")).endswith("transformers' own forward pass fails: KeyError: 'a part'")
+
+
+def test_out_of_memory_is_no_refusal(tmp_path: Path) -> None:
+    with pytest.raises(MemoryError):
+        load_model(parse_config({"model": {"path": str(strange(tmp_path, "large"))}}))
+
+
+RECURRENT = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
+GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8, "vocab_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "reason"),
+    [
+        ("gptj", GPTJ, "its attention does not go through AttentionInterface"),
+        ("falcon", RECURRENT | {"num_attention_heads": 4}, "its attention does not go through AttentionInterface"),
+        ("lfm2", {**TINY, "layer_types": ["full_attention", "conv", "conv"]}, "layer 1 keeps state"),
+        ("mamba", RECURRENT, "layer 0 keeps state that is not keys and values"),
+        ("rwkv", RECURRENT, "layer 0 keeps state that is not keys and values"),
+        ("recurrent_gemma", {**TINY, "lru_width": 64}, "layer 0 keeps state that is not keys and values"),
+    ],
+)
+def test_the_true_reason_is_told(architecture: str, settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    assert reason in refusal(save(tmp_path, architecture, **{**settings, **special}))
