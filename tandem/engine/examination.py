@@ -48,8 +48,10 @@ def examine(model: Any) -> Examined:
             positions = torch.arange(4, device=model.device).unsqueeze(0)
             model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, paged=probe)
         _require_every_layer(model, probe)
-    except ModelRefused as refused:
-        raise _better_reason(model) or refused from refused
+    except ModelRefused:
+        if (reason := _better_reason(model)) is not None:
+            raise reason from None
+        raise
     shapes = set(probe.shapes.values())
     if len(shapes) != 1:
         raise ModelRefused("its layers differ in the shape of their keys and values")
