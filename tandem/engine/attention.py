@@ -30,7 +30,7 @@ PagedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PagedBatch, A
 # libraries: in transformers' own attention the mask alone hides keys.
 _HARMLESS = {
     *("dropout", "position_ids", "cache_position", "is_causal", "use_cache", "layer_idx", "position_embeddings"),
-    "sliding_window",
+    *("sliding_window", "logits_to_keep"),
 }
 _HONOURED = {"scaling", "softcap"}
 
