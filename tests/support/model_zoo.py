@@ -68,12 +68,14 @@ def save_model(architecture: str, folder: Path, seed: int = 0) -> Path:
     return save_random(AutoConfig.for_model(architecture, **ARCHITECTURES[architecture]), folder, seed)
 
 
-def save_random(config: PreTrainedConfig, folder: Path, seed: int = 0, size: float = 0.1) -> Path:
-    """The same of any configuration.
+def save_random(
+    config: PreTrainedConfig, folder: Path, seed: int = 0, size: float = 0.1, embeddings: float = 0.1
+) -> Path:
+    """The same of any configuration; size and embeddings: standard deviations of weights.
 
-    Weights are larger than usual (size is 0.1, not 0.02), so that random models have clear favourites and attention
-    matters. Embeddings are of 0.1 always: where they are scaled and tied, layers must be heard beside them.
-    What begins as zeros or ones (biases, norms, a router's correction) is moved a little, so that it matters too.
+    They are larger than usual (0.1, not 0.02), so that random models have clear favourites and attention matters. Where
+    embeddings are scaled and tied, only smaller ones let a model say anything but its last token again. What begins as
+    zeros or ones (biases, norms, a router's correction) is moved a little, so that it matters too.
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -82,7 +84,7 @@ def save_random(config: PreTrainedConfig, folder: Path, seed: int = 0, size: flo
             if not weight.is_floating_point():
                 continue
             if weight.ndim > 1 and "norm" not in name:
-                weight.normal_(0.0, 0.1 if "embed" in name or "wte" in name else size)
+                weight.normal_(0.0, embeddings if "embed" in name or "wte" in name else size)
             else:
                 weight.add_(torch.randn_like(weight) * 0.1)
     model.save_pretrained(folder)

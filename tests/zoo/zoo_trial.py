@@ -26,8 +26,8 @@ _TOLERANCE = 1e-3
 _BLOCK = 16
 # Fewer different tokens in all answers would be no evidence.
 _LEAST_VARIETY = 6
-# Of weights, one after another until a model has something to say; attention scores are of 1 and more.
-_SIZES = (0.2, 0.1, 0.4, 0.8)
+# Of weights and embeddings, one after another until a model has something to say; attention scores are of 1 and more.
+_SIZES = ((0.2, 0.1), (0.1, 0.1), (0.4, 0.02), (0.8, 0.005))
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,18 @@ class Answer:
 
 def tried(architecture: str, changes: dict[str, Any], folder: Path) -> Verdict:
     """Makes models in `folder`, which is empty, until one has something to say."""
-    for seed, size in enumerate(_SIZES):
-        verdict = _tried_once(architecture, changes, folder / str(seed), seed, size)
+    for seed, sizes in enumerate(_SIZES):
+        verdict = _tried_once(architecture, changes, folder / str(seed), seed, *sizes)
         if verdict.outcome is not Outcome.DULL:
             break
     return verdict
 
 
-def _tried_once(architecture: str, changes: dict[str, Any], folder: Path, seed: int, size: float) -> Verdict:
+def _tried_once(
+    architecture: str, changes: dict[str, Any], folder: Path, seed: int, size: float, embeddings: float
+) -> Verdict:
     try:
-        save_random(tiny(architecture, **changes), folder, seed, size)
+        save_random(tiny(architecture, **changes), folder, seed, size, embeddings)
     except Exception as error:  # whatever transformers says of a configuration that makes no model
         return Verdict(Outcome.NO_MODEL, _line(error))
     try:
