@@ -25,8 +25,8 @@ from zoo_result import GOOD, Outcome, Result
 from zoo_table import write
 
 HERE = Path(__file__).resolve().parent
-# A trial takes a second or two; where numba's cache is cold, the first takes most of a minute.
-TRIAL_S = 180.0
+# A trial takes a second or two; where numba's cache is cold, the first takes most of a minute, on a busy machine ten.
+TRIAL_S = 600.0
 
 
 @dataclass(frozen=True)
