@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tandem import descriptors
 from tandem.cli.bench_common import Bar, check_writable, need_extra, stopping
 from tandem.cli.bench_options import ArrivalOptions, ObjectiveOptions, WorkloadOptions
 from tandem.cli.common import RouterOption, make_console, reported
@@ -62,6 +63,7 @@ def run(
             check_writable(output)
         elif save_detailed:
             raise ConfigError("--save-detailed belongs to --output FILE", field="save_detailed")
+        descriptors.raise_limit()  # an HTTP request under way is a connection
         try:
             result = asyncio.run(_measured(router, openai, api_key, options, plan, measuring))
         except KeyboardInterrupt:  # the second one
