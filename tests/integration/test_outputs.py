@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 from collections.abc import Iterator
@@ -45,9 +46,13 @@ class Served:
 
     def __init__(self, stdout: int, stderr: int, *arguments: str) -> None:
         self.port, self.http = free_ports(2)
+        # Of a machine that has much else to do a late heartbeat says nothing.
+        self.config = tempfile.NamedTemporaryFile("w", suffix=".json")  # noqa: SIM115
+        self.config.write(json.dumps({"router": {"heartbeat_timeout_s": BOUND_S}}))
+        self.config.flush()
         command = [sys.executable, str(SUPPORT / "serve_wordy.py"), "serve", "--colocated", "1", *arguments]
         self.process = subprocess.Popen(
-            [*command, "--port", str(self.port), "--http-port", str(self.http)],
+            [*command, "--config", self.config.name, "--port", str(self.port), "--http-port", str(self.http)],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
@@ -80,6 +85,7 @@ def serving(stdout: int, stderr: int, *arguments: str) -> Iterator[Served]:
         yield served
     finally:
         served.client.close()
+        served.config.close()
         family += psutil.Process(served.process.pid).children(recursive=True) if served.process.poll() is None else []
         served.process.kill()
         served.process.wait()
