@@ -92,13 +92,7 @@ def paged_attention_cuda(
     return out
 
 
-def why_not_flash(
-    dtype: torch.dtype,
-    head_dim: int,
-    options: AttentionOptions,
-    capability: tuple[int, int],
-    flash: FlashFeatures = FLASH,
-) -> str:
+def why_not_flash(dtype: torch.dtype, head_dim: int, options: AttentionOptions, capability: tuple[int, int]) -> str:
     """Why flash attention cannot compute this layer; empty if it can."""
     if not FLASH.window:
         return f"torch {torch.__version__} has no flash attention with windows; 2.11 has"
