@@ -124,3 +124,8 @@ def require_keys_and_values(output: Any) -> None:
     for index, layer in enumerate(getattr(cache, "layers", ())):
         if type(layer) not in _KEYS_AND_VALUES:
             raise ModelRefused(_STATE.format(index))
+    # What a cache of the model's own class keeps beside its layers, one entry a layer.
+    for beside in vars(cache).values():
+        for index, held in enumerate(beside if isinstance(beside, list) else ()):
+            if isinstance(held, Tensor):
+                raise ModelRefused(_STATE.format(index))

@@ -147,7 +147,7 @@ def _max_model_len(config: TandemConfig, model_config: Any) -> int:
 def _length_limit(config: Any) -> int:
     """0 where the configuration names none: what else speaks against the model comes first."""
     text = config.get_text_config()
-    limit = int(getattr(text, "max_position_embeddings", 0) or 0)
+    limit = max(0, int(getattr(text, "max_position_embeddings", 0) or 0))
     rope = getattr(text, "rope_parameters", None) or {}
     # Per layer type in some models.
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
