@@ -79,9 +79,11 @@ def save_random(
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    saved = model.state_dict()
     with torch.no_grad():
-        for name, weight in model.state_dict().items():
-            if not weight.is_floating_point():
+        # Tied weights once, as embeddings.
+        for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+            if name not in saved or not weight.is_floating_point():
                 continue
             if weight.ndim > 1 and "norm" not in name:
                 weight.normal_(0.0, embeddings if "embed" in name or "wte" in name else size)

@@ -24,10 +24,10 @@ ONE_CHUNK, MANY_CHUNKS = 512, 24
 # Of log probabilities: float32 in another order gives 1e-5, another computation 1e-2 and more.
 _TOLERANCE = 1e-3
 _BLOCK = 16
-# Fewer different tokens in all answers would be no evidence.
-_LEAST_VARIETY = 6
-# Of weights and embeddings, one after another until a model has something to say; attention scores are of 1 and more.
-_SIZES = ((0.2, 0.1), (0.1, 0.1), (0.4, 0.02), (0.8, 0.005))
+# Between log probabilities in all answers: a model that is always or never sure shows nothing.
+_LEAST_SPREAD = 0.1
+# Of weights and embeddings, one pair after another until a model is of use; attention scores are of 1 and more.
+_SIZES = ((0.2, 0.1), (0.1, 0.1), (0.4, 0.1), (0.2, 0.5))
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ def _tried_once(
         wanted = _generated(folder, prompts)
     except Exception as error:
         return Verdict(Outcome.NO_MODEL, f"served, but transformers generates nothing: {_line(error)}")
-    if len({token for answer in wanted for token in answer.ids}) < _LEAST_VARIETY:
-        return Verdict(Outcome.DULL, "the model says the same whatever it is asked")
+    logprobs = [logprob for answer in wanted for logprob in answer.logprobs]
+    if not max(logprobs) - min(logprobs) > _LEAST_SPREAD:
+        return Verdict(Outcome.DULL, "the model is as sure of one answer as of any other")
     return _compared({"one chunk": whole, "many chunks": chunked}, prompts, wanted)
 
 
