@@ -46,7 +46,7 @@ def examine(model: Any) -> Examined:
         with refusing("its forward pass with Tandem's attention"), _probed(model):
             ids = torch.arange(4, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
             positions = torch.arange(4, device=model.device).unsqueeze(0)
-            model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, paged=probe)
+            model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=positions[0, -1:], paged=probe)
         _require_every_layer(model, probe)
     except ModelRefused:
         if (reason := _better_reason(model)) is not None:
