@@ -69,13 +69,17 @@ def save_model(architecture: str, folder: Path, seed: int = 0) -> Path:
 
 
 def save_random(
-    config: PreTrainedConfig, folder: Path, seed: int = 0, size: float = 0.1, embeddings: float = 0.1
+    config: PreTrainedConfig,
+    folder: Path,
+    seed: int = 0,
+    size: float = 0.1,
+    embeddings: float = 0.1,
+    vectors: float = 0.0,
 ) -> Path:
     """The same of any configuration; size and embeddings: standard deviations of weights.
 
-    They are larger than usual (0.1, not 0.02), so that random models have clear favourites and attention matters. Where
-    embeddings are scaled and tied, only smaller ones let a model say anything but its last token again. What begins as
-    zeros or ones (biases, norms, a router's correction) is moved a little, so that it matters too.
+    They are larger than usual (0.1, not 0.02), so that random models have clear favourites and attention matters. By
+    `vectors` is moved what begins as zeros or ones (biases, norms, a router's correction), so that it matters too.
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -87,8 +91,8 @@ def save_random(
                 continue
             if weight.ndim > 1 and "norm" not in name:
                 weight.normal_(0.0, embeddings if "embed" in name or "wte" in name else size)
-            else:
-                weight.add_(torch.randn_like(weight) * 0.1)
+            elif vectors:
+                weight.add_(torch.randn_like(weight) * vectors)
     model.save_pretrained(folder)
     # Where the model is a part, it saves the part's.
     config.save_pretrained(folder)

@@ -58,7 +58,7 @@ def _tried_once(
     architecture: str, changes: dict[str, Any], folder: Path, seed: int, size: float, embeddings: float
 ) -> Verdict:
     try:
-        save_random(tiny(architecture, **changes), folder, seed, size, embeddings)
+        save_random(tiny(architecture, **changes), folder, seed, size, embeddings, vectors=0.1)
     except Exception as error:  # whatever transformers says of a configuration that makes no model
         return Verdict(Outcome.NO_MODEL, _line(error))
     try:
