@@ -72,5 +72,5 @@ def test_another_computation_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The zoo can fail: a softcap that is forgotten, and not noticed when the model is loaded."""
     options = attention._options
     monkeypatch.setattr(attention, "_options", lambda *given: replace(options(*given), softcap=0.0))
-    monkeypatch.setattr("tandem.engine.engine.check_exactness", lambda *arguments: logging.info("not checked"))
+    monkeypatch.setattr("tandem.engine.engine.require_exactness", lambda *arguments: logging.info("not checked"))
     assert verdict("gemma2", "attn_logit_softcapping 1.5", tmp_path).outcome is Outcome.WRONG

@@ -63,16 +63,18 @@ def _tried_once(
         return Verdict(Outcome.NO_MODEL, _line(error))
     try:
         whole, chunked = (EngineDriver(folder, max_step_tokens=chunk, threads=1) for chunk in (ONE_CHUNK, MANY_CHUNKS))
-    except Exception as error:
+    except TandemError as error:
         # What is refused should be a model that would work, at least as it is.
         verdict = _refusal(error)
         broken = _breaks(folder) if verdict.outcome is Outcome.CRASHED or not changes else ""
         return Verdict(Outcome.NO_MODEL, broken) if broken else verdict
+    except Exception as error:
+        return Verdict(Outcome.CRASHED, f"{type(error).__name__}: {_line(error)}")
     prompts = _prompts(whole.engine.info.max_model_len, min(VOCABULARY, whole.engine.info.vocab_size))
     try:
         wanted = _generated(folder, prompts)
     except Exception as error:
-        return Verdict(Outcome.NO_MODEL, f"served, but transformers generates nothing: {_line(error)}")
+        return Verdict(Outcome.WRONG, f"served, but transformers generates nothing: {_line(error)}")
     logprobs = [logprob for answer in wanted for logprob in answer.logprobs]
     if not max(logprobs) - min(logprobs) > _LEAST_SPREAD:
         return Verdict(Outcome.DULL, "the model is as sure of one answer as of any other")
@@ -103,10 +105,8 @@ def _difference(got: Answer, want: Answer) -> str:
     return ""
 
 
-def _refusal(error: Exception) -> Verdict:
+def _refusal(error: TandemError) -> Verdict:
     """Refused in Tandem's words; another exception's words are no reason but a crash in disguise."""
-    if not isinstance(error, TandemError):
-        return Verdict(Outcome.CRASHED, f"{type(error).__name__}: {_line(error)}")
     cause: BaseException | None = error
     while isinstance(cause, TandemError):
         cause = cause.__cause__
