@@ -119,6 +119,11 @@ class Measured(_Value):
         return next((run for run in self.probes if run.rate_rps == self.best_rate_rps), None)
 
 
+# Of splitting: it pays if the ratio was above 1 in every draw, it costs if it was below in every one; unknown: too few
+# draws, or none that says anything.
+Outcome = Literal["pays", "costs", "too close", "unknown"]
+
+
 class Pair(_Value):
     """One draw of arrivals that both finalists got: how many answers met every objective."""
 
@@ -137,8 +142,7 @@ class Pair(_Value):
 class Verdict(_Value):
     """Good answers of the best split shape against those of the best colocated one, to the same requests."""
 
-    # It pays if the ratio was above 1 in every draw, it costs if it was below in every one.
-    outcome: Literal["pays", "costs", "unknown"]
+    outcome: Outcome
     best_split: str
     best_colocated: str
     # At which the draws were offered; None without any.

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 from loadtest.compare.judge import FAILED, QUIET, is_disturbed, keeps
-from loadtest.compare.model import Measured, Pair, Pool, Run, Verdict, WorkerUse
+from loadtest.compare.model import Measured, Outcome, Pair, Pool, Run, Verdict, WorkerUse
 
 # Fewer draws of arrivals that all fall on one side of 1 are no verdict: of as many, equal shapes give that in 1 of 16
 # comparisons.
@@ -85,7 +84,7 @@ class _Texts:
         self.ratios = [pair.ratio for pair in self.pairs]
         self.outcome = self._outcome()
 
-    def _outcome(self) -> Literal["pays", "costs", "unknown"]:
+    def _outcome(self) -> Outcome:
         kept = self.split.best_rate_rps or self.colocated.best_rate_rps
         if not kept or len(self.pairs) < LEAST_DRAWS:
             return "unknown"
@@ -93,7 +92,7 @@ class _Texts:
             return "pays"
         if max(self.ratios) < 1 and not self._unseen(self.split):
             return "costs"
-        return "unknown"
+        return "too close" if min(self.ratios) <= 1 <= max(self.ratios) else "unknown"
 
     def _unseen(self, loser: Measured) -> list[str]:
         """Shapes of its kind that may be better: the search was cut before they missed the rate of the draws."""
@@ -132,7 +131,7 @@ class _Texts:
             head = f"Splitting does not pay here, it gives {times}"
         elif len(self.pairs) < LEAST_DRAWS:
             head = f"Whether splitting pays cannot be told from so few draws, {times}"
-        elif min(self.ratios) <= 1 <= max(self.ratios):
+        elif self.outcome == "too close":
             head = f"Whether splitting pays cannot be told, it is too close, {times}"
         else:
             head = f"Whether splitting pays cannot be told from what was found until then, {times}"

@@ -177,7 +177,7 @@ async def test_equal_shapes_are_too_close_to_tell() -> None:
     found, _ = await compared(
         Scripted(0.001, 0.001), question(plan=Plan(num_prompts=10, lengths=Lengths(8, OUTPUT)), min_seconds=0, draws=5)
     )
-    assert found.verdict.outcome == "unknown"
+    assert found.verdict.outcome == "too close"
     assert "too close, 1.00 to 1.00 times" in found.verdict.text[0]
 
 

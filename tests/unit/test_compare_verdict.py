@@ -75,7 +75,7 @@ def test_it_costs_when_every_draw_says_so() -> None:
 def test_one_draw_that_says_otherwise_is_too_close_to_tell(other: int) -> None:
     """Whatever the search found: it kept twice the rate with the split."""
     verdict = compared([40, 40, 40, 40, other], [20, 20, 20, 20, 40])
-    assert verdict.outcome == "unknown"
+    assert verdict.outcome == "too close"
     assert verdict.text[0].startswith(
         f"Whether splitting pays cannot be told, it is too close, {other / 40:.2f} to 2.00"
     )
@@ -96,7 +96,7 @@ def test_a_draw_that_only_one_of_them_got_is_no_pair() -> None:
 
 def test_without_a_good_answer_there_is_no_bound() -> None:
     verdict = compared([40, 40, 40, 40, 0], [20, 0, 0, 0, 0])
-    assert (verdict.outcome, verdict.lowest, verdict.median, verdict.highest) == ("unknown", 1.0, None, None)
+    assert (verdict.outcome, verdict.lowest, verdict.median, verdict.highest) == ("too close", 1.0, None, None)
     assert "1.00 to ∞ times" in verdict.text[0]
     assert compared([1] * 5, [0] * 5).outcome == "pays"
 
