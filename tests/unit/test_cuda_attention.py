@@ -144,7 +144,8 @@ def test_numbers(
 @pytest.mark.parametrize(
     ("dim", "options", "dtype", "capability", "why"),
     [
-        (64, AttentionOptions(0.3, 0, 5.0), torch.bfloat16, (9, 0), "more than causal attention with a window"),
+        (64, AttentionOptions(0.3, softcap=5.0), torch.bfloat16, (9, 0), "more than causal attention with a window"),
+        (64, AttentionOptions(0.3, chunk=24), torch.bfloat16, (9, 0), "more than causal attention with a window"),
         (36, AttentionOptions(0.3), torch.float16, (9, 0), "head_dim must be a multiple of 8 up to 256, not 36"),
         (512, AttentionOptions(0.3), torch.float16, (9, 0), "head_dim must be a multiple of 8 up to 256, not 512"),
         (64, AttentionOptions(0.3, 40), torch.float32, (9, 0), "float16 and bfloat16, not in float32"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tandem.engine.sampler import Sampler, uniform
+from tandem.engine.sending import Parcel
 from tandem.engine.sequence import Sequence
 from tandem.types import EngineRequest, SamplingParams
 
@@ -225,7 +226,10 @@ def test_biases_come_before_penalties_as_in_transformers() -> None:
     wanted = order(torch.tensor([[5, 6, 9]]), logits.clone())
     params = SamplingParams(logit_bias=biases, repetition_penalty=1.7)
     row = _row(params, outputs=(9,))
-    assert torch.equal(Sampler((EOS,))._shape(logits, [row]), wanted)
+    sampler, parcel = Sampler((EOS,)), Parcel(logits.device)
+    shapings = {0: sampler._shaping(row, parcel)}
+    parcel.send()
+    assert torch.equal(sampler._shape(logits, [row], shapings), wanted)
     # Where the order decides: 2 + 2 = 4, halved 2; halved first it would be 1 + 2.
     flat = torch.zeros(1, VOCAB)
     flat[0, 5], flat[0, 7] = 2.0, 2.5
