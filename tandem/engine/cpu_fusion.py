@@ -191,7 +191,12 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     children = dict(module.named_children())
     linear = {name for name, child in children.items() if type(child) is nn.Linear}
     known = linear in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
-    return known and len(children) == len(linear) + 1 and len(inspect.signature(module.forward).parameters) == 1
+    return known and len(children) == len(linear) + 1 and _takes_rows_alone(module)
+
+
+def _takes_rows_alone(module: nn.Module) -> bool:
+    """Not a gate beside them, for one."""
+    return len(inspect.signature(module.forward).parameters) == 1
 
 
 def _gated_mlp(module: Any) -> PackedGatedMLP:
@@ -216,7 +221,8 @@ def _activation_name(activation: nn.Module) -> tuple[str, str]:
 
 def _is_rms_norm(module: nn.Module) -> bool:
     parameters = dict(module.named_parameters())
-    return list(parameters) == ["weight"] and parameters["weight"].dim() == 1 and "RMSNorm" in type(module).__name__
+    known = list(parameters) == ["weight"] and parameters["weight"].dim() == 1 and "RMSNorm" in type(module).__name__
+    return known and _takes_rows_alone(module)
 
 
 def _rms_norm(module: Any) -> FusedRMSNorm:

@@ -134,17 +134,18 @@ def test_a_killed_client_frees_both_pools(service: Service) -> None:
 @pytest.mark.parametrize("phase", ["prefilling", "decoding", "waiting"])
 def test_a_deadline_frees_both_pools(service: Service, phase: str) -> None:
     prompt_tokens, max_tokens = SIZES.get(phase, (10, 20))
+    timeout_s = 0.1 if phase == "prefilling" else 0.3
     with ExitStack() as stack:
         if phase == "waiting":
             next(stack.enter_context(asking(service, **EVERYTHING)))
         started = time.monotonic()
         answer = service.client.generate(
-            prompt_of(prompt_tokens), max_tokens=max_tokens, ignore_eos=True, timeout_s=0.3
+            prompt_of(prompt_tokens), max_tokens=max_tokens, ignore_eos=True, timeout_s=timeout_s
         )
         seen: set[type[Event]] = set()
         with pytest.raises(DeadlineExceeded):
             seen.update(type(event) for event in answer)
-        assert 0.25 < time.monotonic() - started < 1.3
+        assert timeout_s - 0.05 < time.monotonic() - started < timeout_s + 1
         assert (Delta in seen) == (phase == "decoding")
         assert phase != "waiting" or held(service, Role.DECODE) == BLOCKS
     wait_until(service.idle, AT_ONCE_S, "both pools free")

@@ -255,3 +255,15 @@ def test_huge_pages_keep_what_memory_holds() -> None:
     tensor = torch.arange(4 << 20, dtype=torch.int64)
     assert use_huge_pages() % (2 << 20) == 0
     assert torch.equal(tensor, torch.arange(4 << 20, dtype=torch.int64))
+
+
+class GatedRMSNorm(LlamaRMSNorm):  # type: ignore[misc]
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        normed: Tensor = super().forward(hidden_states)
+        return normed if gate is None else normed * gate
+
+
+def test_a_norm_that_takes_a_gate_too_stays_what_it_is() -> None:
+    model = nn.Sequential(GatedRMSNorm(64), LlamaRMSNorm(64)).eval()
+    assert fuse_for_cpu(model).fused == {"rms_norm": 1}
+    assert type(model[0]) is GatedRMSNorm
