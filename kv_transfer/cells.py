@@ -21,6 +21,7 @@ from kv_transfer.checksum import crc32
 from kv_transfer.layout import blocks_of
 from kv_transfer.runs import Planes, Runs
 from tandem.errors import TransferFailed
+from tandem.out_of_memory import is_out_of_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,9 @@ def device_memory() -> Iterator[None]:
     """Around what needs memory on the pool's device beside the pool. Raises TransferFailed when there is none."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         torch.cuda.empty_cache()
         raise TransferFailed("the device of the KV pool has no memory left for a KV frame") from None
 

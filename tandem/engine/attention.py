@@ -96,11 +96,14 @@ class Step:
     layer_written: Callable[[int], None]
     # None where every row is read.
     tail: Tail | None
+    # So many layers' K and V are in the pool already, and may be on their way to others: they stay as they are.
+    written: int = 0
 
     def run(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         k_pool, v_pool = self.pools(module.layer_idx)
         query_TxHxD, key_TxKxD, value_TxKxD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        self.write(key_TxKxD, value_TxKxD, k_pool, v_pool, self.batch)
+        if module.layer_idx >= self.written:
+            self.write(key_TxKxD, value_TxKxD, k_pool, v_pool, self.batch)
         self.layer_written(module.layer_idx)
         tail = self.tail if self.tail is not None and self.tail.last_attention is module else None
         out = self.attention(

@@ -44,6 +44,8 @@ class FusedLayer:
         step, turns = kwargs.get("paged"), kwargs.get("position_embeddings")
         if not isinstance(step, Step) or turns is None or not self._takes(hidden_states, *turns):
             return self._own(hidden_states, *args, **kwargs)
+        if self._attention.layer_idx < step.written:  # _attend would write
+            return self._own(hidden_states, *args, **kwargs)
         cos, sin = turns
         return self._run(hidden_states[0], cos[0], sin[0], step).unsqueeze(0)
 

@@ -7,6 +7,7 @@ import torch
 from tandem.config import EngineConfig
 from tandem.engine.gpus import seen
 from tandem.errors import ConfigError
+from tandem.out_of_memory import is_out_of_memory
 
 
 class DeviceLost(RuntimeError):
@@ -26,9 +27,11 @@ def require_device(config: EngineConfig) -> None:
     try:
         torch.zeros(1, device="cuda").add_(1)
         torch.cuda.synchronize()
-    except torch.OutOfMemoryError:
-        raise ConfigError(f"{name} has no memory left: another process has all of it", field="engine.device") from None
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise ConfigError(
+                f"{name} has no memory left: another process has all of it", field="engine.device"
+            ) from None
         if "no kernel image" not in str(error):
             raise DeviceLost(f"{name} does not compute: {first_line(error)}") from error
         major, minor = torch.cuda.get_device_capability()
@@ -37,13 +40,6 @@ def require_device(config: EngineConfig) -> None:
             f"this torch ({torch.__version__}) is built for {built}, and {name} is sm_{major}{minor}",
             field="engine.device",
         ) from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device or the host; what was asked for did not come to be, and all else is as it was."""
-    if isinstance(error, torch.AcceleratorError):  # what the driver itself allocates
-        return "out of memory" in str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def is_lost(error: BaseException, device: str) -> bool:

@@ -13,15 +13,7 @@ from torch import nn
 from tandem.config import EngineConfig, TandemConfig
 from tandem.engine.block_pool import BlockPool, BlockTable
 from tandem.engine.cpu_memory import use_huge_pages
-from tandem.engine.cuda_device import (
-    DeviceLost,
-    first_line,
-    free_memory,
-    is_lost,
-    is_out_of_memory,
-    require_device,
-    why_lost,
-)
+from tandem.engine.cuda_device import DeviceLost, first_line, is_lost, require_device, why_lost
 from tandem.engine.kv_cache import Allocate, KVCache, count_blocks
 from tandem.engine.kv_progress import KVProgress
 from tandem.engine.model_loader import LoadedModel, load_model
@@ -40,7 +32,9 @@ from tandem.engine.sequence import (
     Started,
     prompt_hashes,
 )
+from tandem.engine.step_room import StepRoom
 from tandem.errors import InternalError, InvalidRequest, OutOfMemory, TandemError
+from tandem.out_of_memory import is_out_of_memory
 from tandem.types import EngineRequest, FinishReason, Token
 
 log = logging.getLogger(__name__)
@@ -91,11 +85,12 @@ class Engine:
         self.cache = self._runner.cache = KVCache(self.fingerprint, num_blocks, self._device, allocate)
         self.pool = BlockPool(num_blocks, self.fingerprint.block_size, config.engine.prefix_cache)
         self.load = EngineLoad()
-        self._steps = self._hit_tokens = self._query_tokens = self._out_of_memory = 0
+        self._steps = self._hit_tokens = self._query_tokens = 0
         self._publish = publish
         self._tell_bytes = config.worker.frame_bytes
         self._pooler = Pooler()
         self._scheduler = Scheduler(config.engine, self.pool)
+        self._room = StepRoom(self._scheduler, self._device, self._attempt, self._give_up)
         self._live: dict[Sequence, None] = {}
         require_exactness(loaded, self._runner, self.pool)
         self._warn_of_a_small_pool()
@@ -230,25 +225,23 @@ class Engine:
         if not plan:
             return False
         self._announce(plan)
-        self._process(plan)
+        self._room.process(plan)
         self._steps += 1
         self._take_snapshot()
         return True
 
-    def _process(self, plan: StepPlan, told: int = 0) -> None:
-        """told: see KVProgress."""
+    def _attempt(self, plan: StepPlan, told: int) -> int | None:
+        """See StepRoom."""
         progress = KVProgress(plan.chunks, self.fingerprint, self._tell_bytes, self._publish, told)
         try:
             tokens, embedded = self._run(plan, progress)
         except Exception as error:
-            if not is_out_of_memory(error):
-                self._end(plan, error)
-                return
-            # Not here: the error holds what the failed step had allocated.
+            if is_out_of_memory(error):
+                return progress.told
+            self._end(plan, error)
         else:
             self._emit(plan, progress, tokens, embedded)
-            return
-        self._retry_smaller(plan, progress.told)
+        return None
 
     def _end(self, plan: StepPlan, error: Exception) -> None:
         ids = ",".join(sequence.request.request_id for sequence in plan.sequences)
@@ -257,26 +250,8 @@ class Engine:
             raise DeviceLost(f"the device is lost: {first_line(error)}") from error
         self._fail(plan, InternalError("the engine failed on this step; the worker's log has the details"))
 
-    def _retry_smaller(self, plan: StepPlan, told: int) -> None:
-        """The plan in two halves, and no larger steps from now on."""
-        free_memory(self._device)
-        self._out_of_memory += 1
-        tokens = plan.num_tokens
-        if tokens == 1:
-            log.error("out of memory in a step of one token: its request fails")
-            self._fail(
-                plan, OutOfMemory("the worker's device has no memory left for this request", retry_after_ms=1000)
-            )
-            return
-        self._scheduler.max_step_tokens = min(self._scheduler.max_step_tokens, -(-tokens // 2))
-        log.warning(
-            "out of memory in a step of %d tokens, which is tried again in two; steps have at most %d from now on: "
-            "engine.max_step_tokens or engine.kv_memory_mib may be lower",
-            *(tokens, self._scheduler.max_step_tokens),
-        )
-        for half in plan.halves():
-            if rest := half.without_finished():
-                self._process(rest, told)
+    def _give_up(self, plan: StepPlan) -> None:
+        self._fail(plan, OutOfMemory("the worker's device has no memory left for this request", retry_after_ms=1000))
 
     def _announce(self, plan: StepPlan) -> None:
         now = time.monotonic()
@@ -286,7 +261,7 @@ class Engine:
             self._query_tokens += sum(sequence.prompt_len for sequence in started if not sequence.averages)
 
     def _run(self, plan: StepPlan, progress: KVProgress) -> tuple[list[Token], list[tuple[Sequence, Embedded]]]:
-        output = self._runner.run(plan, progress.layer_written)
+        output = self._runner.run(plan, progress.layer_written, progress.told)
         with torch.inference_mode():
             tokens = self._sampler.sample(output.logits_RxV, plan.sampled) if plan.sampled else []
             embedded = self._pooler.pool(output.hidden_ExD, plan.pooled) if plan.pooled else []
@@ -330,7 +305,7 @@ class Engine:
             steps=self._steps,
             prefix_hit_tokens=self._hit_tokens,
             prefix_query_tokens=self._query_tokens,
-            out_of_memory=self._out_of_memory,
+            out_of_memory=self._room.out_of_memory,
         )
 
 

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import torch
 
 from tandem.errors import ModelRefused, TandemError
+from tandem.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-_OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 # torch has no class of its own for these.
-_WORDS_OF_THE_MACHINE = ("can't allocate memory", "not enough memory", "CUDA error", "CUBLAS_STATUS", "cuDNN error")
+_WORDS_OF_THE_MACHINE = ("CUDA error", "CUBLAS_STATUS", "cuDNN error")
 _CODES_OF_THE_MACHINE = {errno.ENOMEM, errno.ENOSPC, errno.EIO, errno.EMFILE, errno.ENFILE}
 
 
@@ -30,7 +30,7 @@ def of_the_machine(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _CODES_OF_THE_MACHINE
     told = isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS_OF_THE_MACHINE)
-    return told or isinstance(error, _OF_THE_MACHINE)
+    return told or is_out_of_memory(error) or isinstance(error, torch.AcceleratorError)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from tandem.engine.sampler import Sampler
 from tandem.engine.scheduler import Chunk, StepPlan
 from tandem.engine.sequence import Sequence
 from tandem.errors import ConfigError, ModelRefused
+from tandem.out_of_memory import is_out_of_memory
 from tandem.types import EngineRequest, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,9 @@ def blocks_left(config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, 
     try:
         runner.cache = KVCache(fingerprint, pool.num_blocks, config.device)
         peak = _peak_of(lambda: _run(plan, runner, sampler))
-    except (torch.OutOfMemoryError, ModelRefused):  # the second says it of a pool
+    except Exception as error:
+        if not (is_out_of_memory(error) or isinstance(error, ModelRefused)):  # the second says it of a pool
+            raise
         raise ConfigError(
             f"the GPU has no room for a step of engine.max_step_tokens ({config.max_step_tokens}) and "
             f"engine.max_running ({config.max_running}) beside the model: lower them",

@@ -43,15 +43,16 @@ class ModelRunner:
         self._block_size = loaded.info.fingerprint.block_size
         self._attention, self._write = _functions(device)
 
-    def run(self, plan: StepPlan, layer_written: Callable[[int], None] = lambda layer: None) -> StepOutput:
-        """layer_written: told of each layer as soon as its K and V are in the pool."""
+    def run(
+        self, plan: StepPlan, layer_written: Callable[[int], None] = lambda layer: None, written: int = 0
+    ) -> StepOutput:
+        """layer_written: told of each layer as soon as its K and V are in the pool. written: see Step."""
         inputs = self._inputs(plan)
         sampled, pooled = inputs.sampled, inputs.pooled
         with torch.inference_mode():
             tail = self._last_layer.tail(sorted({*sampled, *pooled}), inputs.batch)
-            step = Step(
-                inputs.batch, self.cache.layer, self._options, self._attention, self._write, layer_written, tail
-            )
+            pools, options = self.cache.layer, self._options
+            step = Step(inputs.batch, pools, options, self._attention, self._write, layer_written, tail, written)
             with self._last_layer.only(tail):
                 if not pooled:
                     logits = self._forward(inputs, step)

@@ -142,7 +142,8 @@ def test_a_lost_device_is_told_from_a_bug() -> None:
     """In a process of its own, whose GPU context does not outlive it."""
     script = """
 import torch
-from tandem.engine.cuda_device import is_lost, is_out_of_memory
+from tandem.engine.cuda_device import is_lost
+from tandem.out_of_memory import is_out_of_memory
 try:
     torch.empty(1 << 60, dtype=torch.uint8, device="cuda")
 except RuntimeError as error:

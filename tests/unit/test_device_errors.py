@@ -12,11 +12,14 @@ import torch
 from engine_driver import EngineDriver
 
 from tandem.config import TINY_MODEL, parse_config
-from tandem.engine.cuda_device import DeviceLost, is_lost, is_out_of_memory
+from tandem.engine.cpu_fusion import unfuse_layers
+from tandem.engine.cuda_device import DeviceLost, is_lost
 from tandem.engine.engine import Engine
 from tandem.engine.scheduler import Chunk, StepPlan
 from tandem.engine.sequence import Failed, KVWritten, NewToken, Sequence, Started
+from tandem.engine.step_room import GOOD_STEPS, LEAST_TOKENS
 from tandem.errors import InternalError, OutOfMemory
+from tandem.out_of_memory import is_out_of_memory
 from tandem.types import EmbedParams, EngineRequest, Pooling, SamplingParams
 from tandem.worker import main
 from tandem.worker.engine_thread import EngineThread
@@ -34,13 +37,13 @@ def plant(engine: Engine, fails: Callable[[StepPlan, int], Exception | None]) ->
     """fails: what goes wrong in a layer of a step, once its KV is written."""
     run = engine._runner.run
 
-    def planted(plan: StepPlan, layer_written: Callable[[int], None]) -> Any:
+    def planted(plan: StepPlan, layer_written: Callable[[int], None], told: int) -> Any:
         def written(layer: int) -> None:
             layer_written(layer)
             if (error := fails(plan, layer)) is not None:
                 raise error
 
-        return run(plan, written)
+        return run(plan, written, told)
 
     engine._runner.run = planted  # type: ignore[method-assign,assignment]
 
@@ -56,7 +59,7 @@ def test_a_step_without_room_is_done_in_parts(room: int, layer: int) -> None:
     plant(driver.engine, no_room_for(room, layer))
     assert driver.generate(PROMPTS, PARAMS) == wanted
     assert driver.engine.load.out_of_memory > 0
-    assert driver.engine._scheduler.max_step_tokens <= room
+    assert driver.engine._scheduler.max_step_tokens == LEAST_TOKENS
     assert driver.engine.pool.check_integrity().referenced == driver.engine.num_live == 0
     # Every prompt is begun once, and each layer of its KV told once.
     layers = driver.engine.fingerprint.num_layers
@@ -66,6 +69,67 @@ def test_a_step_without_room_is_done_in_parts(room: int, layer: int) -> None:
         told = [event for event in events if isinstance(event, KVWritten)]
         cells = [(at, token) for event in told for at in event.layers for token in range(event.start, event.end)]
         assert sorted(cells) == [(at, token) for at in range(layers) for token in range(len(prompt))]
+
+
+def test_want_of_memory_that_passes_is_forgotten() -> None:
+    driver = EngineDriver(TINY_MODEL, kv_memory_mib=4, max_step_tokens=256)
+    scheduler = driver.engine._scheduler
+    short = [True]
+    plant(driver.engine, lambda plan, layer: torch.OutOfMemoryError() if short and plan.num_tokens > 50 else None)
+    driver.add("long", [5] * 200, SamplingParams(max_tokens=1))
+    driver.run()
+    assert scheduler.max_step_tokens == LEAST_TOKENS
+    failed = driver.engine.load.out_of_memory
+    short.clear()
+    endless = SamplingParams(max_tokens=2 * GOOD_STEPS, ignore_eos=True)
+    driver.add("decodes", [5], endless)
+    limits = []
+    while driver.engine.has_work:
+        driver.engine.step()
+        limits.append(scheduler.max_step_tokens)
+    assert limits == [64] * (GOOD_STEPS - 1) + [128] * GOOD_STEPS + [256]
+    assert driver.engine.load.out_of_memory == failed > 0
+    # As large as configured, never larger.
+    driver.add("more", [6], endless)
+    driver.run()
+    assert scheduler.max_step_tokens == 256
+
+
+def test_a_small_step_without_room_makes_no_smaller_ones() -> None:
+    """Something else took the memory for a moment: a step of two decodes is no reason for steps of one."""
+    driver = EngineDriver(TINY_MODEL, kv_memory_mib=4)
+    errors: list[Exception] = [torch.OutOfMemoryError()]
+    plant(driver.engine, lambda plan, layer: errors.pop() if errors and len(plan.decodes) == 2 else None)
+    driver.generate([[5, 6], [7, 8]], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert driver.engine.load.out_of_memory == 1
+    assert driver.engine._scheduler.max_step_tokens == LEAST_TOKENS
+    steps = driver.engine.load.steps
+    driver.generate([[5, 6], [7, 8]], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert driver.engine.load.steps == steps + 4
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_others_were_told_of_is_not_written_again(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender may be reading it; computed in another batch, its bits could differ."""
+    driver = EngineDriver(TINY_MODEL, frame_bytes=4096, kv_memory_mib=4)
+    if not fused:
+        unfuse_layers(driver.engine._runner._model)
+    pool = driver.engine.cache.pool
+    mark = 0.5
+    errors: list[Exception] = [torch.OutOfMemoryError()]
+
+    def fails(plan: StepPlan, layer: int) -> Exception | None:
+        if layer == 0 or not errors:
+            return None
+        pool[0].fill_(mark)  # no second write is mistaken for the first
+        return errors.pop()
+
+    plant(driver.engine, fails)
+    driver.add("a", PROMPTS[0], SamplingParams(max_tokens=1))
+    driver.run()
+    assert driver.engine.load.out_of_memory == 1
+    assert bool((pool[0] == mark).all())
+    assert not bool((pool[1] == mark).any())
 
 
 def test_embeddings_come_whole_out_of_parts() -> None:
@@ -141,6 +205,10 @@ def test_which_errors_are_which() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
     assert not is_out_of_memory(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    with pytest.raises(RuntimeError) as of_the_host:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(of_the_host.value)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_lost(torch.AcceleratorError("CUDA error: out of memory"), "cpu")
     assert not is_lost(RuntimeError("shapes do not match"), "cpu")
