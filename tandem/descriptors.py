@@ -14,12 +14,12 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-# Of a process: more would be of no use, and where the limit is larger by far some libraries walk through all of it.
+# More would be of no use to a process, and where the limit is larger by far some libraries walk through all of it.
 MOST_DESCRIPTORS = 1 << 20
 # One wake-up of the event loop takes them all.
 MOST_BACKLOG = 128
-# A gRPC connection that asks nothing takes about 20 KiB.
-MOST_CONNECTIONS = 4096
+# A gRPC connection carries many requests; one that asks nothing takes about 20 KiB.
+GRPC_CONNECTIONS = 4096
 WATCH_S = 1.0
 WARN_EVERY_S = 60.0
 
@@ -41,21 +41,21 @@ def _limit() -> int:
     return MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
-def most_connections() -> int:
-    """That a port may have at once: three eighths of the descriptors.
+def most_connections(wanted: int = GRPC_CONNECTIONS) -> int:
+    """Connections that a port may have at once: as many as wanted, or three eighths of the descriptors.
 
     So a router's two ports leave a quarter to files, to links with workers, and to connections that are being taken in
     or turned away; a worker may have as many connections to its peers as they have to it.
     """
-    return min(MOST_CONNECTIONS, _limit() * 3 // 8)
+    return min(wanted, _limit() * 3 // 8)
 
 
 def backlog() -> int:
-    """Of a listening socket: connections that the kernel takes before we do. There are descriptors for all of them."""
+    """Connections that the kernel takes before a listening socket's owner does. There are descriptors for all of them."""
     return max(8, min(MOST_BACKLOG, _limit() // 16))
 
 
-class Rarely:
+class RateLimitedWarning:
     """A warning that comes once a minute, however often there is a reason."""
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -78,30 +78,29 @@ async def watch_connections(port: int, whose: str) -> None:
 
     whose: of the port, for the warning. Runs until it is cancelled.
     """
-    rarely, limit = Rarely(log), most_connections()
+    warning, limit = RateLimitedWarning(log), most_connections()
     while True:
         await asyncio.sleep(WATCH_S)
-        # The lowest free descriptor is hardly above the number of those in use: to see it costs nothing.
-        if _lowest_free() < limit:
+        try:
+            # The lowest free descriptor is hardly above the number of those in use: to see it costs nothing.
+            if _lowest_free() < limit:
+                continue
+            count = await asyncio.to_thread(_count_connections, port)
+        except OSError as error:  # to count them takes a descriptor
+            warning.warn("%s: its connections cannot be counted: %s", whose, error.strerror)
             continue
-        count = await asyncio.to_thread(_count_connections, port)
         if count >= limit:
-            rarely.warn("%s has %d connections, the most it takes: further ones are closed at once", whose, count)
+            warning.warn("%s has %d connections, the most it takes: further ones are closed at once", whose, count)
 
 
 def _lowest_free() -> int:
-    try:
-        descriptor = os.open(os.devnull, os.O_RDONLY)
-    except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        return _limit()
+    descriptor = os.open(os.devnull, os.O_RDONLY)
     os.close(descriptor)
     return descriptor
 
 
 def _count_connections(port: int) -> int:
-    """Of this process, with this port at our end."""
+    """This process's connections with this port at our end."""
     return sum(_is_connection(int(name), port) for name in os.listdir("/proc/self/fd"))
 
 
@@ -121,12 +120,12 @@ def _is_connection(descriptor: int, port: int) -> bool:
 
 def tell_exhaustion_rarely(loop: asyncio.AbstractEventLoop) -> None:
     """asyncio tells of each accept() that finds no descriptor, with a traceback; from now on one warning a minute."""
-    rarely, usual = Rarely(log), loop.get_exception_handler()
+    warning, usual = RateLimitedWarning(log), loop.get_exception_handler()
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            rarely.warn("no file descriptor is free for a connection that waits: %s", error.strerror)
+            warning.warn("no file descriptor is free for a connection that waits: %s", error.strerror)
         else:
             tell(loop, context)
 

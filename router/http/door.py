@@ -31,7 +31,7 @@ from tandem.config import TandemConfig
 from tandem.errors import ConfigError
 
 log = logging.getLogger(__name__)
-_full = descriptors.Rarely(log)
+_full = descriptors.RateLimitedWarning(log)
 
 # A request line and its headers must have arrived after this long, and be no larger.
 HEADERS_S = 10.0
@@ -63,7 +63,7 @@ async def open_door(
     sockets = _listen(hosts, config.router.http_port)
     door = OpenAIDoor(config.router, orchestrator, registry, tokenizer, template)
     app = RequestIds(HostCheck(door.app(), config.router.http_names))
-    connections = min(config.router.max_live_requests + SPARE_CONNECTIONS, descriptors.most_connections())
+    connections = descriptors.most_connections(config.router.max_live_requests + SPARE_CONNECTIONS)
     async with _serving(app, sockets, connections):
         yield sockets[0].getsockname()[1]
 
@@ -195,8 +195,7 @@ class Patience(H11Protocol):
     """
 
     max_connections: int
-    # Of all of a door's connections those whose headers are awaited, longest first: strangers that only connect do not
-    # keep clients out.
+    # A door's connections whose headers are awaited, longest first: strangers that only connect keep no client out.
     awaiting: ClassVar[dict[Patience, None]]
     conn: _Parser
 
