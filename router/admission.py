@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from router.prefix_index import name_blocks
 from router.tokenizer import Tokenizer
 from tandem.config import RouterConfig
-from tandem.errors import InvalidRequest, ModelNotFound, Overloaded
+from tandem.errors import RETRY_AFTER_MS, InvalidRequest, ModelNotFound, Overloaded
 from tandem.types import (
     MAX_CHOICES,
     MAX_EMBED_INPUTS,
@@ -27,8 +27,6 @@ from tandem.v1 import generation_pb2
 from tandem.wire import embed_params_from_wire, embed_response_bytes, sampling_from_wire
 
 MAX_LABEL_CHARS = 256
-# A house that is full empties at the pace of whole requests: sooner makes no sense.
-RETRY_AFTER_MS = 1000
 
 
 @dataclass(frozen=True)

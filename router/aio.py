@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
+
+from tandem.errors import DeadlineExceeded
 
 
 async def first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
@@ -28,3 +30,16 @@ def first_error() -> Iterator[None]:
         yield
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
+
+
+@asynccontextmanager
+async def ends_after(seconds: float) -> AsyncIterator[float]:
+    """Yields the deadline on the event loop's clock. Raises DeadlineExceeded when it passes inside."""
+    scope = asyncio.timeout(seconds)
+    try:
+        async with scope:
+            yield asyncio.get_running_loop().time() + seconds
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        raise DeadlineExceeded(f"the request's deadline of {seconds:.3g} s passed") from None

@@ -182,7 +182,8 @@ class Attempt:
     async def prefill(self) -> None:
         """Runs until nothing is to be expected of the prefill worker."""
         self._place_prefill_again()
-        self._prefill_on.prefill_pace.check(self._to_compute, self._remaining_s())
+        if self._request.attempt == 0:  # a client that has its first token is not told that it comes too late
+            self._prefill_on.prefill_pace.check(self._to_compute, self._remaining_s())
         self._prefill_on.attach(self._request.request_id, Role.PREFILL, self._prefill_lost)
         call = self._prefill_on.prefill(self._request, self._target(), self._remaining_s())
         self._prefill_on.prefill_pace.sent(self._request.request_id, self._to_compute)

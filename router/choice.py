@@ -69,6 +69,11 @@ class Choice:
         return self._output.tokens
 
     @property
+    def whole(self) -> bool:
+        """It has ended by stop or length."""
+        return self._output.reason is not None
+
+    @property
     def cached_prompt_tokens(self) -> int:
         return self._attempt.started.cached_tokens
 

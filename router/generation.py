@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 import tandem
-from router.orchestrator import Live, Orchestrator
+from router.orchestrator import STALL_S, Live, Orchestrator
 from router.registry import Registry
 from router.request_log import ID_HEADER, RequestLog, new_id
 from router.worker import Worker
@@ -21,8 +21,6 @@ from tandem.wire import event_to_wire, model_to_wire
 # Entries in one Status answer.
 MAX_LISTED_REQUESTS = 100
 INTEGRITY_TIMEOUT_S = 5.0
-# A client that has taken nothing for this long is gone, as far as we are concerned; at the HTTP door too.
-STALL_S = 30.0
 
 
 class GenerationService(generation_pb2_grpc.GenerationServicer):

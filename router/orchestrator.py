@@ -10,18 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from router.admission import Admission, Admitted, AdmittedEmbed, Gate, answers_of, deadline_s
-from router.aio import first_error, first_of
+from router.aio import ends_after, first_error, first_of
 from router.attempt import Brief
 from router.choice import Choice, Emit, OnRetry
-from router.cleanup import CleanUp
-from router.detokenizer import Detokenizer
 from router.embedding import EmbedJob
-from router.output import ChoiceOutput
+from router.output import output_of
 from router.pace import OutputShare, check_deadline
 from router.placement import Demand
 from router.registry import Registry
 from router.request_log import RequestLog
-from router.tokenizer import Tokenizer
 from tandem import errors, logs
 from tandem.config import RouterConfig
 from tandem.timeline import Phase, Timeline
@@ -32,7 +29,10 @@ log = logging.getLogger(__name__)
 
 # Requests that a closing router has failed have this long to tell their clients.
 END_S = 2.0
-# Of a request that has not been looked at: no request needs less.
+# A client for which something has waited in the process for this long is gone, as far as every door is concerned. What
+# waits is bounded: one event of a stream or one whole answer, and the tokens that its request may have.
+STALL_S = 30.0
+# No request needs less.
 _LEAST = Demand(1, 1)
 
 
@@ -130,8 +130,7 @@ class Orchestrator:
         request_id = entry.request_id if part is None else f"{entry.request_id}-{part}"
         timeline, observers = Timeline(), tuple(self.observers) if counted else ()
         with _observed(observers):
-            async with self._let_in(remaining_s, answers_of(request)) as deadline:
-                self._check_deadline(_LEAST, 1, (), deadline)  # most of those that are refused cost no more than this
+            async with self._room(remaining_s, answers_of(request)) as deadline:
                 admitted = await self._admission.admit(request, request_id)
                 timeline.mark(Phase.ADMITTED)
                 self.check_open()
@@ -139,6 +138,25 @@ class Orchestrator:
                 self._check_deadline(demand, admitted.n, admitted.block_names, deadline)
                 hand_over = _one_at_a_time(emit, entry, observers)
                 await self._run(admitted, timeline, deadline, hand_over, _each_told(observers), entry)
+
+    async def check_room(self) -> None:
+        """For doors, before they look at a request without a deadline. Raises Unavailable or Overloaded when `generate`
+        would refuse it now whatever it is; observers hear of it.
+        """
+        try:
+            async with self._room(None):
+                pass
+        except errors.TandemError as error:
+            for observer in self.observers:
+                observer.ended(error.code)
+            raise
+
+    @asynccontextmanager
+    async def _room(self, remaining_s: float | None, answers: int = 1) -> AsyncIterator[float]:
+        """As _let_in. Most of those that are refused cost no more than this."""
+        async with self._let_in(remaining_s, answers) as deadline:
+            self._check_deadline(_LEAST, 1, (), deadline)
+            yield deadline
 
     def _check_deadline(self, demand: Demand, answers: int, block_names: Sequence[bytes], deadline: float) -> None:
         """Raises Overloaded when the answers would come too late, by what has been measured of the workers."""
@@ -184,7 +202,7 @@ class Orchestrator:
         """Yields the deadline on the event loop's clock. Raises as Gate.enter, Unavailable or DeadlineExceeded."""
         self.check_open()
         with self._gate.enter(answers):
-            async with _deadline(deadline_s(remaining_s, self._config)) as deadline:
+            async with ends_after(deadline_s(remaining_s, self._config)) as deadline:
                 yield deadline
 
     async def close(self, grace_s: float, hurry: asyncio.Event) -> None:
@@ -224,12 +242,14 @@ class Orchestrator:
         entry.model, entry.tag = admitted.model.name, admitted.user_tag
         async with self._counted(Live(admitted.request_id, timeline, choices), entry):
             await emit(Accepted(admitted.request_id, len(admitted.prompt_ids)))
-            with first_error():
-                async with asyncio.TaskGroup() as tasks:
-                    for choice in choices:
-                        tasks.create_task(choice.run())
-            for choice in choices:
-                self._output.ended(choice.output_tokens, admitted.sampling.max_tokens)
+            try:
+                with first_error():
+                    async with asyncio.TaskGroup() as tasks:
+                        for choice in choices:
+                            tasks.create_task(choice.run())
+            finally:
+                for choice in choices:
+                    self._output.ended(choice.output_tokens, admitted.sampling.max_tokens if choice.whole else 0)
             await emit(Completed(_usage(admitted, choices)))
 
     def _choice(
@@ -238,7 +258,7 @@ class Orchestrator:
         request = admitted.choice(index)
         marks = replace(timeline, marks=dict(timeline.marks))
         brief = Brief(index, request, admitted.block_names, deadline, marks, self._config.transport)
-        output = _output(admitted, self._admission.tokenizer)
+        output = output_of(admitted, self._admission.tokenizer)
         return Choice(brief, output, self._registry, emit, on_retry)
 
     @asynccontextmanager
@@ -268,36 +288,8 @@ class Orchestrator:
                 self._idle.set()
 
 
-def _output(admitted: Admitted, tokenizer: Tokenizer | None) -> ChoiceOutput:
-    stop, min_tokens = admitted.stop, admitted.sampling.min_tokens
-    if tokenizer is None:
-        return ChoiceOutput(None, stop, min_tokens)
-    keep = admitted.keep_special_tokens
-    return ChoiceOutput(
-        Detokenizer(tokenizer, admitted.prompt_ids, keep),
-        stop,
-        min_tokens,
-        spelled_stop_ids=frozenset(admitted.model.eos_token_ids) if keep else frozenset(),
-        unspelled={} if keep or not stop else tokenizer.special_tokens,
-        clean_up=CleanUp(tokenizer.loaded.clean_up_tokenization) if tokenizer.cleans_up else None,
-    )
-
-
 async def _until(event: asyncio.Event) -> None:
     await event.wait()
-
-
-@asynccontextmanager
-async def _deadline(seconds: float) -> AsyncIterator[float]:
-    """Yields the deadline on the event loop's clock. Raises DeadlineExceeded when it passes inside."""
-    scope = asyncio.timeout(seconds)
-    try:
-        async with scope:
-            yield asyncio.get_running_loop().time() + seconds
-    except TimeoutError:
-        if not scope.expired():
-            raise
-        raise errors.DeadlineExceeded(f"the request's deadline of {seconds:.3g} s passed") from None
 
 
 @contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from router.admission import Admitted
 from router.cleanup import CleanUp
 from router.detokenizer import Detokenizer
 from router.stop_strings import StopStrings
+from router.tokenizer import Tokenizer
 from tandem.types import FinishReason, Token
 
 
@@ -83,3 +85,18 @@ class ChoiceOutput:
 
     def _stopped(self, piece: str) -> str:
         return self._stops.push(piece, armed=self.tokens > self._min_tokens)
+
+
+def output_of(admitted: Admitted, tokenizer: Tokenizer | None) -> ChoiceOutput:
+    stop, min_tokens = admitted.stop, admitted.sampling.min_tokens
+    if tokenizer is None:
+        return ChoiceOutput(None, stop, min_tokens)
+    keep = admitted.keep_special_tokens
+    return ChoiceOutput(
+        Detokenizer(tokenizer, admitted.prompt_ids, keep),
+        stop,
+        min_tokens,
+        spelled_stop_ids=frozenset(admitted.model.eos_token_ids) if keep else frozenset(),
+        unspelled={} if keep or not stop else tokenizer.special_tokens,
+        clean_up=CleanUp(tokenizer.loaded.clean_up_tokenization) if tokenizer.cleans_up else None,
+    )

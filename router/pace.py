@@ -1,4 +1,4 @@
-"""How fast workers are, as measured: by which a request is refused that cannot meet its deadline."""
+"""How fast workers are, as measured: a request that cannot meet its deadline is refused by it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STALE_S = 5.0
 MARGIN = 1.25
 # How many of the latest ones have most of the weight.
 PROMPTS, STEPS, ANSWERS = 4, 64, 64
-# Of log n: where n hardly varied, its influence is not known, and is taken for none.
+# Variance of log n: where n hardly varied, its influence is not known, and is taken for none.
 LEAST_VARIANCE = 0.02
 
 
@@ -89,7 +89,7 @@ class PrefillPace:
         return self._averaged(self._busy_s / self._tokens)
 
     def _averaged(self, token_s: float) -> float:
-        """In logarithms, a slow prompt is forgotten as soon as a quick one."""
+        """A slow prompt is forgotten as soon as a quick one: the mean is of logarithms."""
         seen = math.log(max(token_s, 1e-9))
         return seen if self._token_log_s is None else self._token_log_s + (seen - self._token_log_s) / PROMPTS
 
@@ -98,7 +98,7 @@ class PrefillPace:
         return sum(self._sent.values())
 
     def seconds(self, tokens: int) -> float:
-        """That so many tokens take; 0 while nothing is known."""
+        """Seconds that so many tokens take; 0 while nothing is known."""
         now_s = self._clock()
         expected_s = self._seconds(tokens, now_s)
         if not self._sent:
@@ -114,7 +114,7 @@ class PrefillPace:
         return 0.0 if token_log_s is None else tokens * math.exp(token_log_s)
 
     def check(self, tokens: int, remaining_s: float) -> None:
-        """Of tokens that are to be computed now, with those before them. Raises Overloaded when that is too late."""
+        """tokens: to compute now, those before them included. Raises Overloaded when that is too late."""
         needed_s = self.seconds(tokens) if self._sent else 0.0
         if needed_s > remaining_s:
             words = f"its prompt would be computed in about {needed_s:.2g} s; its deadline is in {remaining_s:.2g} s"
@@ -171,17 +171,27 @@ class DecodePace:
 
 
 class OutputShare:
-    """How much of the output that they may have answers turned out to have, lately."""
+    """How much of the output that they may have answers turned out to have, lately.
+
+    Long answers are those that their deadline or their client cuts: without them the share would be too small, and
+    with what they had by then as if it were all, too. So the share is tokens over what was allowed to answers that
+    ended by themselves, as time in service over failures is a mean life: of a cut answer the tokens count alone. That
+    is unbiased where how much is still to come does not depend on how much there was.
+    """
 
     def __init__(self) -> None:
         self._had = self._allowed = 0.0
 
     def ended(self, tokens: int, max_tokens: int) -> None:
+        """max_tokens: 0 for an answer that was cut."""
+        if not tokens:
+            return
         self._had = self._had * (1 - 1 / ANSWERS) + tokens
         self._allowed = self._allowed * (1 - 1 / ANSWERS) + max_tokens
 
     def expected(self, max_tokens: int) -> float:
-        return max_tokens * self._had / self._allowed if self._allowed else 0.0
+        """0 while nothing is known. While none has ended by itself: all."""
+        return min(1.0, self._had / max(self._allowed, 1e-9)) * max_tokens
 
 
 @dataclass(frozen=True)

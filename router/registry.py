@@ -93,7 +93,7 @@ class Registry:
         return ahead, views[placement.prefill].to_compute(demand.prompt_tokens)
 
     def prefill_pace(self, prompt_tokens: int) -> PrefillPace:
-        """Of the worker that such a prompt would be computed by now. Raises as choose."""
+        """The pace of the worker that such a prompt would be computed by now. Raises as choose."""
         return self[choose_prefill(self.snapshot(), prompt_tokens, self.absent()).worker_id].prefill_pace
 
     def admit(self, first: registry_pb2.Heartbeat) -> Worker:

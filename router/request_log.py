@@ -17,7 +17,7 @@ from tandem.types import Accepted, ChoiceFinished, Delta, Event
 
 log = logging.getLogger(__name__)
 
-# Of an answer: the client's own id of the request if it has given one by this name, or ours. In gRPC it is metadata.
+# An answer's header: the client's own id of the request if it has given one by this name, or ours. In gRPC metadata.
 ID_HEADER = "x-request-id"
 MAX_ID_CHARS = 128
 # Visible ASCII: nothing that ends a header or a line, or reads as two words of one.
@@ -49,7 +49,7 @@ class RequestLog:
         self.model = self.tag = ""
         self.prompt_tokens = 0
         self.level = level
-        # Of the HTTP answer; 0 at the other door.
+        # The HTTP answer's; 0 at the other door.
         self.status = 0
         self._output_tokens = 0
         self._reasons: list[str] = []

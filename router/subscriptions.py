@@ -136,7 +136,7 @@ class Subscription:
         # Fresh for every connection and not guessable: tokens of a former one can never arrive here.
         self.id = secrets.token_hex(16)
         self._boxes: dict[tuple[str, int], Mailbox] = {}
-        # Of those, whose answers have begun to be decoded and go on.
+        # Those whose answers have begun to be decoded and go on.
         self._decoding: set[tuple[str, int]] = set()
         self.pace = DecodePace()
         self._call: Any = None

@@ -51,7 +51,7 @@ def most_connections(wanted: int = GRPC_CONNECTIONS) -> int:
 
 
 def backlog() -> int:
-    """Connections that the kernel takes before a listening socket's owner does. There are descriptors for all of them."""
+    """Connections that the kernel takes in before we do, of a listening socket: there are descriptors for them all."""
     return max(8, min(MOST_BACKLOG, _limit() // 16))
 
 

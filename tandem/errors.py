@@ -21,6 +21,10 @@ and HTTP statuses is in tandem/rpc.py.
 
 from __future__ import annotations
 
+# Milliseconds after which what is full may have room again, where nothing better is known: it empties at the pace of
+# whole requests.
+RETRY_AFTER_MS = 1000
+
 
 class TandemError(Exception):
     """Base of all errors that Tandem raises on purpose. str(error) is one sentence for a person."""

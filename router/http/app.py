@@ -74,7 +74,7 @@ class OpenAIDoor:
         return app
 
     async def completions(self, request: Request) -> Response:
-        body = parse(CompletionRequest, await read_body(request, self._limit))
+        body = parse(CompletionRequest, await self._body(request))
         shape = CompletionShape(self._spell, body.logprobs is not None)
         with named_as_sent(body.names):
             prompts, limit = prompts_of(body), 0
@@ -84,7 +84,7 @@ class OpenAIDoor:
             return self._exchange(request, body, shape, completion_requests(body, prompts, limit))
 
     async def chat(self, request: Request) -> Response:
-        body = parse(ChatRequest, await read_body(request, self._limit))
+        body = parse(ChatRequest, await self._body(request))
         model = self._model(body.model)
         if self._template is None or self._tokenizer is None:
             lacks = "tokenizer" if self._tokenizer is None else "chat template"
@@ -96,6 +96,12 @@ class OpenAIDoor:
         with named_as_sent(body.names):
             prompt_ids = await self._tokenizer.encode(text, model.max_model_len, add_special_tokens=False)
             return self._exchange(request, body, shape, [chat_request(body, list(prompt_ids), model.max_model_len)])
+
+    async def _body(self, request: Request) -> bytes:
+        """Not looked at while no request would be taken in, whatever it is. Raises Impolite, and as check_room."""
+        data = await read_body(request, self._limit)
+        await self._orchestrator.check_room()
+        return data
 
     async def _token_ids(self, prompt: Prompt, limit: int) -> Prompt:
         """Of a text; what is wrong with it is admission's to say."""

@@ -21,7 +21,7 @@ from router.http.chat_template import chat_template_of
 from router.http.failures import refusal
 from router.http.host_check import HostCheck
 from router.http.request_ids import RequestIds
-from router.orchestrator import Orchestrator
+from router.orchestrator import STALL_S, Orchestrator
 from router.registry import Registry
 from router.request_log import ID_HEADER, new_id
 from router.tokenizer import Tokenizer
@@ -36,9 +36,6 @@ _full = descriptors.RateLimitedWarning(log)
 # A request line and its headers must have arrived after this long, and be no larger.
 HEADERS_S = 10.0
 HEADERS_BYTES = 64 << 10
-# A client for which something has waited in the process for this long is gone, as far as we are concerned. What waits
-# is bounded: one event of a stream or one whole answer, and the tokens that its request may have.
-STALL_S = 30.0
 # The kernel's buffer for a connection (it takes twice that): left alone it grows to megabytes for a client that does
 # not read, and tokens are few.
 SEND_BUFFER_BYTES = 128 << 10

@@ -12,8 +12,6 @@ from tandem import errors, rpc
 _OTHER_PROTOCOL = re.compile("got frame type|trying to connect an http1", re.IGNORECASE)
 # In gRPC's words for a call that this very process ended.
 _ENDED_HERE = re.compile("locally cancelled|channel closed", re.IGNORECASE)
-# A router so full that its gRPC takes no more calls empties within about this time.
-RETRY_AFTER_MS = 1000
 
 
 def explain(error: grpc.RpcError, address: str) -> errors.TandemError:
@@ -33,7 +31,7 @@ def explain(error: grpc.RpcError, address: str) -> errors.TandemError:
         return errors.InvalidRequest(f"the request is too large for the router: {known.message}", field="prompt")
     if isinstance(known, errors.Overloaded) or _turned_away(known):
         words = f"the router has more calls waiting than it takes, and its gRPC turned this one away: {known.message}"
-        return errors.Overloaded(words, retry_after_ms=RETRY_AFTER_MS)
+        return errors.Overloaded(words, retry_after_ms=errors.RETRY_AFTER_MS)
     if isinstance(known, errors.DeadlineExceeded):
         return errors.DeadlineExceeded("the deadline (timeout_s) passed before the answer was complete")
     return known

@@ -33,7 +33,7 @@ from tandem.engine.sequence import (
     prompt_hashes,
 )
 from tandem.engine.step_room import StepRoom
-from tandem.errors import InternalError, InvalidRequest, OutOfMemory, TandemError
+from tandem.errors import RETRY_AFTER_MS, InternalError, InvalidRequest, OutOfMemory, TandemError
 from tandem.out_of_memory import is_out_of_memory
 from tandem.types import EngineRequest, FinishReason, Token
 
@@ -251,7 +251,8 @@ class Engine:
         self._fail(plan, InternalError("the engine failed on this step; the worker's log has the details"))
 
     def _give_up(self, plan: StepPlan) -> None:
-        self._fail(plan, OutOfMemory("the worker's device has no memory left for this request", retry_after_ms=1000))
+        words = "the worker's device has no memory left for this request"
+        self._fail(plan, OutOfMemory(words, retry_after_ms=RETRY_AFTER_MS))
 
     def _announce(self, plan: StepPlan) -> None:
         now = time.monotonic()

@@ -14,7 +14,7 @@ from itertools import islice
 from tandem.config import EngineConfig
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.sequence import Sequence
-from tandem.errors import Overloaded
+from tandem.errors import RETRY_AFTER_MS, Overloaded
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queues a prompt. Raises Overloaded when the queue is full."""
         if len(self.waiting) >= self._config.max_waiting:
-            raise Overloaded(
-                f"the prefill queue is full: engine.max_waiting is {self._config.max_waiting}", retry_after_ms=1000
-            )
+            words = f"the prefill queue is full: engine.max_waiting is {self._config.max_waiting}"
+            raise Overloaded(words, retry_after_ms=RETRY_AFTER_MS)
         sequence.name_prompt(self._pool.block_size)
         self.waiting.append(sequence)
 

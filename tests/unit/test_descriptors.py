@@ -8,7 +8,7 @@ import os
 import resource
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 from scripted_worker import eventually
@@ -34,9 +34,10 @@ def few_descriptors() -> Iterator[None]:
 def all_taken() -> Iterator[None]:
     taken: list[int] = []
     try:
-        with pytest.raises(OSError, match="Too many open files"):
+        with suppress(OSError):
             while True:
                 taken.append(os.open(os.devnull, os.O_RDONLY))
+        assert len(taken) == LEFT
         yield
     finally:
         for descriptor in taken:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from statistics import fmean
+
 import pytest
 
 from router.pace import STALE_S, Ahead, DecodePace, OutputShare, PrefillPace, check_deadline
@@ -181,6 +184,26 @@ def test_answers_are_expected_to_be_as_long_as_lately() -> None:
     for _ in range(500):
         output.ended(10, 10)
     assert output.expected(20) == pytest.approx(20, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_that_are_cut_make_the_share_neither_smaller_nor_larger(seed: int) -> None:
+    """Lengths without memory, with a mean of 100 tokens, of which most are cut at 50."""
+    chance, output, seen = random.Random(seed), OutputShare(), []
+    for _ in range(20_000):
+        length, cut_at = 1 + int(chance.expovariate(1 / 99.5)), chance.choice([50, 50, 50, 5000])
+        output.ended(min(length, cut_at), 1000 if length <= cut_at else 0)
+        seen.append(output.expected(1000))
+    assert fmean(seen) == pytest.approx(100, rel=0.1)
+
+
+def test_answers_of_which_none_ended_by_itself_are_expected_to_be_as_long_as_they_may() -> None:
+    output = OutputShare()
+    output.ended(0, 0)
+    assert output.expected(500) == 0, "one that had no token says nothing"
+    for _ in range(500):
+        output.ended(10, 0)
+    assert output.expected(500) == 500
 
 
 def ahead(prefill: PrefillPace, decode: DecodePace, placed: int = 1, missing: float = 0.0) -> Ahead:
