@@ -310,12 +310,10 @@ async def test_a_time_limit_too_short_for_any_load_is_said_so() -> None:
 
 @alone
 async def test_a_time_limit_ends_the_search_and_leaves_time_for_what_is_shown() -> None:
-    loop = asyncio.get_running_loop()
-    started_s = loop.time()
     found, notes = await compared(Scripted(0.02, 0.04), question(resolution=0.01, min_seconds=1.0, time_limit_s=5))
-    assert loop.time() - started_s < 12
     assert found.interrupted
-    assert Ending.CUT in [ending for _, _, ending in notes.loads]
+    cut_at = [ending for _, _, ending in notes.loads].index(Ending.CUT)
+    assert len({run.rate_rps for _, run, _ in notes.loads[cut_at + 1 :]}) == 1, "the search goes no further"
     assert any(each.draws for each in found.measured)
 
 

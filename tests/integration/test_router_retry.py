@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from http_house import http_configuration, open_http_house
+from manual_clock import ManualClock
 from router_house import (
     DECODE,
     PREFILL,
@@ -22,6 +23,7 @@ from router_house import (
 from scripted_member import GRPC
 from scripted_worker import ScriptedWorker
 
+from router.pace import PrefillPace
 from tandem import errors
 from tandem.types import Accepted, Completed, Delta, FinishReason
 from tandem.v1 import registry_pb2
@@ -91,6 +93,27 @@ async def test_the_first_token_is_given_once(house: House) -> None:
     prefill.faults["seal"] = LOST
     prefill.let("seal")
     assert ids_of(await collect(call)) == [8, 9, 10]
+
+
+async def test_a_client_with_its_first_token_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the second attempt's prompt would wait by what was measured."""
+    clock = ManualClock()
+    pace = PrefillPace(clock)
+    monkeypatch.setattr("router.worker.PrefillPace", lambda: pace)
+    async with open_house(configuration(transport="ray")) as house:
+        prefill, decode = await house.pair(transports=TWO_WAYS)
+        prefill.hold("seal")
+        call = house.call(4)
+        await house.cluster.saw("seal")
+        assert [type(await next_event(call)) for _ in range(2)] == [Accepted, Delta]
+        pace.sent("another", 3)
+        clock.now_s += 1000
+        with pytest.raises(errors.Overloaded):
+            pace.check(6, remaining_s=20)
+        prefill.faults["seal"] = LOST
+        prefill.let("seal")
+        assert len(ids_of(await collect(call))) == 3
+        assert attempts(prefill, decode) == [(0, "ray"), (1, "grpc")]
 
 
 @pytest.mark.parametrize("answers", [1, 2])

@@ -6,35 +6,28 @@ import random
 from statistics import fmean
 
 import pytest
+from manual_clock import ManualClock
 
 from router.pace import STALE_S, Ahead, DecodePace, OutputShare, PrefillPace, check_deadline
 from tandem.errors import Overloaded
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def prefill(clock: Clock) -> PrefillPace:
+def prefill(clock: ManualClock) -> PrefillPace:
     return PrefillPace(clock)
 
 
 @pytest.fixture
-def decode(clock: Clock) -> DecodePace:
+def decode(clock: ManualClock) -> DecodePace:
     return DecodePace(clock)
 
 
-def compute(pace: PrefillPace, clock: Clock, tokens: int, seconds: float) -> None:
+def compute(pace: PrefillPace, clock: ManualClock, tokens: int, seconds: float) -> None:
     """After another one, and before another one."""
     if "next" not in pace._sent:
         pace.sent("next", 1)
@@ -50,7 +43,7 @@ def finish(pace: PrefillPace) -> None:
     pace.dropped("next")
 
 
-def step(pace: DecodePace, clock: Clock, answers: int, seconds: float, times: int = 1) -> None:
+def step(pace: DecodePace, clock: ManualClock, answers: int, seconds: float, times: int = 1) -> None:
     for _ in range(times):
         clock.now_s += seconds
         pace.stepped(answers, answers)
@@ -60,14 +53,14 @@ def test_nothing_is_known_at_first(prefill: PrefillPace, decode: DecodePace) -> 
     assert (prefill.seconds(1000), decode.gap_s(10)) == (0, 0)
 
 
-def test_a_prompt_takes_what_prompts_took(prefill: PrefillPace, clock: Clock) -> None:
+def test_a_prompt_takes_what_prompts_took(prefill: PrefillPace, clock: ManualClock) -> None:
     for tokens in (100, 50, 200):
         compute(prefill, clock, tokens, tokens / 100)
     finish(prefill)
     assert prefill.seconds(30) == pytest.approx(0.3)
 
 
-def test_time_without_prompts_does_not_count(prefill: PrefillPace, clock: Clock) -> None:
+def test_time_without_prompts_does_not_count(prefill: PrefillPace, clock: ManualClock) -> None:
     for _ in range(5):
         compute(prefill, clock, 100, 1.0)
         finish(prefill)
@@ -75,7 +68,7 @@ def test_time_without_prompts_does_not_count(prefill: PrefillPace, clock: Clock)
     assert prefill.seconds(100) == pytest.approx(1.0, rel=0.02)
 
 
-def test_prompts_that_end_together_are_one_measurement(prefill: PrefillPace, clock: Clock) -> None:
+def test_prompts_that_end_together_are_one_measurement(prefill: PrefillPace, clock: ManualClock) -> None:
     for name in "abcdefghi":
         prefill.sent(name, 100)
     for step in ("abc", "def", "ghi"):
@@ -85,7 +78,7 @@ def test_prompts_that_end_together_are_one_measurement(prefill: PrefillPace, clo
     assert prefill.seconds(100) == pytest.approx(1.0)
 
 
-def test_quick_prompts_are_followed_too(prefill: PrefillPace, clock: Clock) -> None:
+def test_quick_prompts_are_followed_too(prefill: PrefillPace, clock: ManualClock) -> None:
     for seconds in (0.001, 0.004):
         for _ in range(1000):
             compute(prefill, clock, 1, seconds)
@@ -93,7 +86,7 @@ def test_quick_prompts_are_followed_too(prefill: PrefillPace, clock: Clock) -> N
         assert prefill.seconds(1) == pytest.approx(seconds, rel=0.05)
 
 
-def test_a_slow_phase_is_forgotten_soon(prefill: PrefillPace, clock: Clock) -> None:
+def test_a_slow_phase_is_forgotten_soon(prefill: PrefillPace, clock: ManualClock) -> None:
     for _ in range(10):
         compute(prefill, clock, 100, 10.0)
     for _ in range(16):
@@ -102,7 +95,7 @@ def test_a_slow_phase_is_forgotten_soon(prefill: PrefillPace, clock: Clock) -> N
     assert prefill.seconds(100) < 0.11
 
 
-def test_one_prompt_alone_tells_only_that_the_worker_is_faster(prefill: PrefillPace, clock: Clock) -> None:
+def test_one_prompt_alone_tells_only_that_the_worker_is_faster(prefill: PrefillPace, clock: ManualClock) -> None:
     """Its time holds what is no work, and more of them may take no longer."""
 
     def alone(seconds: float) -> None:
@@ -121,7 +114,7 @@ def test_one_prompt_alone_tells_only_that_the_worker_is_faster(prefill: PrefillP
     assert prefill.seconds(100) < 0.11
 
 
-def test_what_nobody_measures_any_more_is_not_known(prefill: PrefillPace, decode: DecodePace, clock: Clock) -> None:
+def test_what_nobody_measures_is_not_known(prefill: PrefillPace, decode: DecodePace, clock: ManualClock) -> None:
     compute(prefill, clock, 100, 10.0)
     finish(prefill)
     step(decode, clock, 4, 1.0, times=5)
@@ -133,7 +126,7 @@ def test_what_nobody_measures_any_more_is_not_known(prefill: PrefillPace, decode
     assert prefill.seconds(100) == pytest.approx(0.1), "nor does it count after"
 
 
-def test_a_stuck_worker_is_slow_before_its_prompt_ends(prefill: PrefillPace, clock: Clock) -> None:
+def test_a_stuck_worker_is_slow_before_its_prompt_ends(prefill: PrefillPace, clock: ManualClock) -> None:
     compute(prefill, clock, 100, 1.0)
     finish(prefill)
     prefill.sent("long", 399)
@@ -155,7 +148,7 @@ def test_what_is_dropped_is_no_longer_ahead(prefill: PrefillPace) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_gap_follows_the_number_of_answers(decode: DecodePace, clock: Clock, share: float) -> None:
+def test_the_gap_follows_the_number_of_answers(decode: DecodePace, clock: ManualClock, share: float) -> None:
     """share: of a gap that comes with each answer: none, or all of it."""
     for answers in (1, 2, 4, 8) * 20:
         decode.stepped(0, answers)  # their number changes
@@ -164,12 +157,12 @@ def test_the_gap_follows_the_number_of_answers(decode: DecodePace, clock: Clock,
     assert decode.gap_s(16) == pytest.approx(0.1 * 16**share, rel=0.15)
 
 
-def test_a_gap_whose_cause_is_not_known_stays(decode: DecodePace, clock: Clock) -> None:
+def test_a_gap_whose_cause_is_not_known_stays(decode: DecodePace, clock: ManualClock) -> None:
     step(decode, clock, 8, 0.1, times=50)
     assert decode.gap_s(8) == decode.gap_s(16) == pytest.approx(0.1)
 
 
-def test_a_slow_phase_of_decoding_is_forgotten_soon(decode: DecodePace, clock: Clock) -> None:
+def test_a_slow_phase_of_decoding_is_forgotten_soon(decode: DecodePace, clock: ManualClock) -> None:
     step(decode, clock, 8, 5.0, times=100)
     step(decode, clock, 8, 0.05, times=300)
     assert decode.gap_s(8) < 0.06
@@ -211,7 +204,7 @@ def ahead(prefill: PrefillPace, decode: DecodePace, placed: int = 1, missing: fl
 
 
 def test_what_comes_too_late_is_refused_and_told_by_how_much(
-    prefill: PrefillPace, decode: DecodePace, clock: Clock
+    prefill: PrefillPace, decode: DecodePace, clock: ManualClock
 ) -> None:
     compute(prefill, clock, 100, 1.0)
     finish(prefill)
@@ -223,7 +216,7 @@ def test_what_comes_too_late_is_refused_and_told_by_how_much(
     check_deadline(ahead(prefill, decode), 1, 1, 1, remaining_s=5.5)  # a short one may still come in time
 
 
-def test_each_answer_costs(prefill: PrefillPace, decode: DecodePace, clock: Clock) -> None:
+def test_each_answer_costs(prefill: PrefillPace, decode: DecodePace, clock: ManualClock) -> None:
     compute(prefill, clock, 100, 1.0)
     finish(prefill)
     prefill.sent("before", 1)
@@ -232,7 +225,7 @@ def test_each_answer_costs(prefill: PrefillPace, decode: DecodePace, clock: Cloc
         check_deadline(ahead(prefill, decode), 100, 1, 8, remaining_s=4.0)
 
 
-def test_output_and_blocks_count(prefill: PrefillPace, decode: DecodePace, clock: Clock) -> None:
+def test_output_and_blocks_count(prefill: PrefillPace, decode: DecodePace, clock: ManualClock) -> None:
     step(decode, clock, 8, 0.1, times=50)
     check_deadline(ahead(prefill, decode), 1, 21, 1, remaining_s=2.5)
     with pytest.raises(Overloaded):
@@ -241,13 +234,13 @@ def test_output_and_blocks_count(prefill: PrefillPace, decode: DecodePace, clock
         check_deadline(ahead(prefill, decode, missing=0.5), 1, 21, 1, remaining_s=2.5)
 
 
-def test_with_nothing_ahead_nothing_is_refused(prefill: PrefillPace, decode: DecodePace, clock: Clock) -> None:
+def test_with_nothing_ahead_nothing_is_refused(prefill: PrefillPace, decode: DecodePace, clock: ManualClock) -> None:
     compute(prefill, clock, 100, 1000.0)
     finish(prefill)
     check_deadline(ahead(prefill, decode, placed=0), 100, 1, 1, remaining_s=0.1)
 
 
-def test_one_that_waited_too_long_is_not_computed(prefill: PrefillPace, clock: Clock) -> None:
+def test_one_that_waited_too_long_is_not_computed(prefill: PrefillPace, clock: ManualClock) -> None:
     compute(prefill, clock, 100, 1.0)
     finish(prefill)
     prefill.sent("other", 1)
