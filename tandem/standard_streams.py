@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -159,7 +159,6 @@ def never_block() -> None:
     _open_closed()
     with suppress(ValueError):  # a thread may not
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # `stty tostop` stops whoever writes in the background
-    replaced: list[TextIO] = []
     for name, fd in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__") or below(stream) is not None:
@@ -172,8 +171,8 @@ def never_block() -> None:
         )
         setattr(sys, name, ours)
         setattr(sys, f"__{name}__", ours)
-        replaced.append(ours)
-    atexit.register(_say_last_words, replaced)
+    atexit.unregister(say_last_words)
+    atexit.register(say_last_words)
 
 
 def below(stream: object) -> StandardStream | None:
@@ -182,11 +181,12 @@ def below(stream: object) -> StandardStream | None:
     return buffer if isinstance(buffer, StandardStream) else None
 
 
-def _say_last_words(streams: list[TextIO]) -> None:
+def say_last_words() -> None:
+    """Gives what has been printed a moment to reach its readers; done at exit. For ends that skip what is."""
     until_s = time.monotonic() + LAST_WORDS_S
-    for stream in streams:
-        stream.flush()
-        if (ours := below(stream)) is not None:
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None and (ours := below(stream)) is not None:
+            stream.flush()
             ours.wait_written(until_s)
 
 

@@ -20,6 +20,7 @@ from tandem.engine.kv_cache import Allocate
 from tandem.engine.process import tune_process
 from tandem.entry import INTERRUPTED, on_stop_signals
 from tandem.errors import ConfigError, TandemError
+from tandem.standard_streams import say_last_words
 from tandem.types import Role
 from tandem.worker.engine_thread import EngineThread
 from tandem.worker.host import Room, WorkerHost, make_worker_server
@@ -62,7 +63,7 @@ def run_rooms(kind: WorkerKind, config: TandemConfig, router: str) -> int:
     except DeviceLost as error:
         log.exception("the worker ends: a new one may find its device in order")
         print(f"error: {error}", file=sys.stderr, flush=True)
-        logging.shutdown()
+        say_last_words()
         os._exit(1)  # what CUDA would do at an orderly exit may abort it
     except KeyboardInterrupt:  # while the model loads; later SIGINT drains
         return INTERRUPTED

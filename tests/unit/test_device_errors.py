@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -235,6 +241,32 @@ def test_any_error_is_the_devices_end_when_it_answers_no_more(
     engine._device = "cuda"
     with pytest.raises(DeviceLost):
         engine.require_device()
+
+
+def test_the_reason_is_heard_by_a_reader_that_is_late() -> None:
+    code = """
+from tandem.standard_streams import never_block; never_block()
+import sys
+from tandem.config import parse_config
+from tandem.worker import main
+def lose(*_):
+    print("x" * 300_000, file=sys.stderr)
+    raise main.DeviceLost("CUDA error: gone")
+main.serve_rooms = lose
+main.run_rooms(None, parse_config({}), "")
+"""
+    ours, theirs = os.pipe()
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2], stderr=theirs) as process:
+        os.close(theirs)
+        assert select.select([ours], [], [], 60)[0]
+        got: list[bytes] = []
+        with open(ours, "rb") as rest:
+            late = threading.Timer(0.2, lambda: got.append(rest.read()))
+            late.start()
+            assert process.wait(30) == 1
+            late.join()
+    assert got[0].count(b"x") >= 300_000
+    assert got[0].endswith(b"\nerror: CUDA error: gone\n")
 
 
 async def test_an_idle_worker_looks_after_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
