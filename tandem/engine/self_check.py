@@ -51,13 +51,15 @@ def require_exactness(loaded: LoadedModel, runner: ModelRunner, pool: BlockPool)
         check_exactness(loaded, runner, pool)
     except ModelRefused as refused:
         runner.compute_all_rows()
+        without = "cutting the last layer to the rows that are read"
         if next(loaded.model.parameters()).device.type == "cpu":
             # Imported late: a GPU worker never compiles the CPU's kernels.
             from tandem.engine.cpu_fusion import unfuse_layers
 
-            unfuse_layers(loaded.model)
+            if unfuse_layers(loaded.model):
+                without += " and the engine's own decoder layers"
         check_exactness(loaded, runner, pool)
-        log.warning("served without the engine's own decoder layers, which are faster: with them, %s", refused)
+        log.warning("served more slowly, without %s: otherwise %s", without, refused)
 
 
 def check_exactness(loaded: LoadedModel, runner: ModelRunner, pool: BlockPool) -> None:

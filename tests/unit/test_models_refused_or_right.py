@@ -23,8 +23,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from tandem.config import parse_config
-from tandem.engine.attention import NAME, PROBE
+from tandem.engine.attention import NAME, PROBE, Step
 from tandem.engine.batch import AttentionOptions
+from tandem.engine.cpu_layer import FusedLayer
 from tandem.engine.engine import Engine
 from tandem.engine.model_loader import load_model
 from tandem.errors import ModelRefused
@@ -125,6 +126,29 @@ def require_exact(folder: Path, lengths: tuple[int, ...] = (1, 7, 33, 90)) -> En
     for _ in ("computed", "prefix hit"):
         assert driver.generate(prompts, SamplingParams(max_tokens=OUTPUT)) == wanted
     return driver
+
+
+def test_a_short_cut_that_is_wrong_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fused layer that passed its trial, and is wrong in a step of several sequences."""
+    folder = save(tmp_path, "llama", **TINY)
+    run, wrong = FusedLayer._run, []
+
+    def planted(self: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
+        out = run(self, x, cos, sin, step)
+        if len(step.batch.context_lens) == 1:
+            return out
+        wrong.append(step)
+        return out.roll(1, dims=-1)
+
+    monkeypatch.setattr(FusedLayer, "_run", planted)
+    require_exact(folder)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "without cutting the last layer" in warning
+    assert "and the engine's own decoder layers" in warning
+    assert "its paged logits differ from transformers'" in warning
+    assert len(wrong) == 2 * TINY["num_hidden_layers"], "in the check at load, and never again"
 
 
 def options_of(folder: Path) -> list[AttentionOptions]:
