@@ -49,7 +49,8 @@ def compare(
     """Find the highest rate that keeps the objectives: of colocated workers, and of each split into prefill and decode.
 
     Every shape runs as a service of its own, with as many workers, pinned to the same cores; loads take turns. All of
-    them stay in memory: shapes x workers copies of the model. Ctrl-C gives the report so far.
+    them stay in memory: shapes x workers copies of the model, on CUDA as many on a GPU as there are shapes. Ctrl-C
+    gives the report so far.
     """
     with reported():
         need_extra("plotly", "jinja2")
@@ -78,6 +79,12 @@ def _settings(
     settings = load_config(config, {"model": {"path": model, "load_format": load_format}, "engine": {"device": device}})
     if settings.engine.threads:
         raise ConfigError("engine.threads: a comparison gives every worker its own cores", field="engine.threads")
+    if settings.engine.device == "cuda" and not (settings.engine.kv_memory_mib or settings.engine.num_blocks):
+        raise ConfigError(
+            "the services of a comparison share the GPUs, so each worker must be told how much of one it may take: "
+            "engine.kv_memory_mib or engine.num_blocks (in --config)",
+            field="engine.kv_memory_mib",
+        )
     return settings.model_copy(
         update={
             "router": settings.router.model_copy(update={"port": 0, "http_port": -1, "drain_timeout_s": DRAIN_S}),

@@ -68,7 +68,12 @@ def worker(
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one.")] = None,
     advertise: AdvertiseOption = None,
     cpus: Annotated[str | None, typer.Option(metavar="0,1", help="Keep to these cores.")] = None,
-    gpu: Annotated[str | None, typer.Option(metavar="0", help="Its GPU, as in engine.devices.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0", help="Its GPU, as in engine.devices; else the first, which others that say none take too."
+        ),
+    ] = None,
     log_level: LogLevelOption = None,
     log_format: LogFormatOption = None,
 ) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import one_line, tandem
 
 from tandem.config import EngineConfig, parse_config
 from tandem.engine import gpus
@@ -75,6 +77,18 @@ def test_too_few(
         monkeypatch.setenv(VARIABLE, visible)
     with pytest.raises(ConfigError, match=words):
         share_gpus(engine(**settings), workers)
+
+
+def test_services_that_are_compared_share_gpus(tmp_path: Path) -> None:
+    goodput = ("--input-len", "8", "--output-len", "8", "--goodput", "ttft:1000")
+    result = tandem("bench", "compare", "--device", "cuda", *goodput)
+    assert result.exit_code == 2
+    assert "share the GPUs" in one_line(result)
+    said = tmp_path / "tandem.yaml"
+    said.write_text("engine: {kv_memory_mib: 64}")
+    # The next thing that is wrong.
+    more = tandem("bench", "compare", "--device", "cuda", "--workers", "10000", "--config", str(said), *goodput)
+    assert "--workers" in one_line(more)
 
 
 def test_a_worker_that_is_started_alone(monkeypatch: pytest.MonkeyPatch) -> None:
