@@ -173,10 +173,10 @@ class DecodePace:
 class OutputShare:
     """How much of the output that they may have answers turned out to have, lately.
 
-    Long answers are those that their deadline or their client cuts: without them the share would be too small, and
-    with what they had by then as if it were all, too. So the share is tokens over what was allowed to answers that
-    ended by themselves, as time in service over failures is a mean life: of a cut answer the tokens count alone. That
-    is unbiased where how much is still to come does not depend on how much there was.
+    Long answers are those that are cut, mostly by their deadline. Without them the share is too small; so it is if what
+    they had counts as all that they would have had. They are censored lives: as a mean life is the time in service of
+    all over the number that ended, so is this the tokens of all answers over what those might have that ended by
+    themselves. No bias is left where the rest of an answer does not depend on how long it is already.
     """
 
     def __init__(self) -> None:
