@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator
 import pytest
 from http_house import error_of, http_configuration, open_http_house
 from manual_clock import ManualClock
-from router_house import House, collect, configuration, ids_of, open_house
+from router_house import House, collect, configuration, ids_of, next_event, open_house
 
 from router.http.chat_template import ChatTemplate
-from router.pace import PrefillPace
+from router.pace import OutputShare, PrefillPace
 from tandem import AsyncClient, errors
+from tandem.types import Accepted, Delta, FinishReason
 
 # What one prompt of the warm-up takes.
 PROMPT_S = 100.0
@@ -86,6 +87,24 @@ async def test_a_service_that_refuses_finds_out_that_it_is_fast_again(house: Hou
     prefill.let("first")
     for call in (ahead, next_one):
         assert len(ids_of(await collect(call))) == 2
+
+
+async def test_an_answer_that_is_cut_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = OutputShare()
+    monkeypatch.setattr("router.orchestrator.OutputShare", lambda: share)
+    async with open_house(configuration()) as house:
+        prefill, _ = await house.pair()
+        prefill.hold("seal")
+        call = house.call(8)
+        assert [type(await next_event(call)) for _ in range(2)] == [Accepted, Delta]
+        assert share.expected(8) == 0
+        call.cancel()
+        await house.check_empty()
+        assert share.expected(8) == 8
+        prefill.let("seal")
+        house.cluster.reason, house.cluster.output = FinishReason.STOP, [7, 8]
+        await collect(house.call(8))
+        assert 2 < share.expected(8) < 8
 
 
 async def test_no_template_is_rendered_while_nothing_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
