@@ -107,9 +107,9 @@ def _relay_json(name: str, line: str) -> None:
 
 
 async def run_until_signal(supervisor: Supervisor, ready: Callable[[ServiceStatus], None]) -> None:
-    """Runs the service until SIGINT or SIGTERM; a second signal does not wait for the children. Raises TandemError."""
+    """Runs the service until SIGINT or SIGTERM; a second signal does not wait for live requests. Raises TandemError."""
     stop = asyncio.Event()
-    on_stop_signals(stop.set, supervisor.kill)
+    on_stop_signals(stop.set, supervisor.hurry)
     running, stopping = asyncio.create_task(_run(supervisor, ready)), asyncio.create_task(stop.wait())
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

@@ -80,6 +80,8 @@ def as_transformers(model: Any) -> Iterator[None]:
 
 
 def _require_every_layer(model: Any, probe: attention.Probe) -> None:
+    if not model.config.get_text_config().num_hidden_layers:
+        raise ModelRefused("its configuration gives it no layers (num_hidden_layers)")
     if not probe.options:
         raise ModelRefused("its attention does not go through AttentionInterface")
     layers = range(model.config.get_text_config().num_hidden_layers)

@@ -49,5 +49,6 @@ def refusing(what: str) -> Iterator[None]:
 
 def in_words(error: Exception) -> str:
     """One line. The class of an error that is not meant for people says more than a bare key or index."""
-    line = str(error).strip().split("\n")[0]
+    first, *others = [line.strip() for line in str(error).strip().split("\n")]
+    line = f"{first} {others[0]}" if others and first.endswith(":") else first
     return line if line and isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {line}"

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ def load_model(config: TandemConfig) -> LoadedModel:
     disable_progress_bar()
     try:
         source = source_of(config.model.path)
+        if Path(source).is_dir() and not Path(source, "config.json").is_file():
+            raise ModelRefused(f"cannot load the model {config.model.path}: it has no config.json", field="model.path")
         model_config = AutoConfig.from_pretrained(source)
         max_model_len = _max_model_len(config, model_config)  # before weights are loaded, which takes minutes
         model = _instantiate(config, source, model_config)

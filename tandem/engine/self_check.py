@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 _TOLERANCE = {"float32": 1e-3, "float16": 0.2, "bfloat16": 0.2}
 # The same computation, twice.
 _SAME = 1e-5
+# Logits so far below the best one have no probability in any arithmetic.
+_OUT_OF_REACH = 1000.0
+# Of logits that are all alike, rounding is no relative error.
+_LEAST_SPREAD = 1e-6
 # Tokens of the longest sequence, with the one that it decodes.
 _TOKENS = 16
 
@@ -253,5 +257,22 @@ class _Check:
 
 
 def _relative_error(got: Tensor, wanted: Tensor) -> float:
-    difference = (got.double() - wanted.double()).norm(dim=-1) / wanted.double().norm(dim=-1)
-    return float(difference.max())
+    """The largest of any row, of what sampling sees: a number that is added to all logits changes nothing, and a token
+    that is out of reach, such as a banned one, need only be so in both. Raises ModelRefused for a row of no numbers.
+    """
+    got, wanted = got.double(), wanted.double()
+    best = wanted.amax(dim=-1, keepdim=True)
+    if not bool(best.isfinite().all()):
+        raise ModelRefused("transformers' own logits are not numbers (NaN or infinite), as some of its weights may be")
+    reachable = wanted > best - _OUT_OF_REACH
+    if not torch.equal(got > got.amax(dim=-1, keepdim=True) - _OUT_OF_REACH, reachable):
+        return float("inf")
+    got, wanted = (_centred(logits, reachable) for logits in (got, wanted))
+    return float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(_LEAST_SPREAD)).max())
+
+
+def _centred(logits: Tensor, reachable: Tensor) -> Tensor:
+    """Zero on average, and where they are out of reach."""
+    kept = logits.masked_fill(~reachable, 0.0)
+    mean = kept.sum(dim=-1, keepdim=True) / reachable.sum(dim=-1, keepdim=True)
+    return (kept - mean).masked_fill(~reachable, 0.0)

@@ -19,8 +19,8 @@ SHORT = 5
 # Numbers in a configuration that have nothing to do with length, by a word of their name: left out to save time, as
 # changing them breaks a model or changes all of its output, which shows that they are no thresholds.
 _OTHER = re.compile(
-    r"(^|_)(vocab|hidden|intermediate|num|head|heads|dim|rank|theta|softcapping|token|scalar|layer|layers|experts"
-    r"|embd|inner|kernel|hash|group|groups|multiplier)(_|$)"
+    r"(^|_)(vocab|hidden|intermediate|num|head|heads|dim|rank|theta|softcapping|scalar|layer|layers|experts"
+    r"|embd|inner|kernel|hash|group|groups|multiplier)(_|$)|token_(id|ids|index)$"
 )
 
 

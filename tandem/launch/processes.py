@@ -27,6 +27,8 @@ CONFIG_EXIT = 2
 POLL_S = 0.1
 # Added to the children's own drain time before what is left is killed.
 STOP_MARGIN_S = 5.0
+# Bound of a stop in a hurry: a router takes 2 s at most to tell the clients.
+HURRY_S = 3.0
 STATUS_S = 5.0
 # Of a worker's report.
 WITHOUT = "%s. Starting it again would not help: the service goes on without it"
@@ -284,8 +286,16 @@ class Supervisor:
         if self._failure is not None and not self._failure.cancel() and not self._failure.cancelled():
             self._failure.exception()  # seen, whether or not anybody waited
 
+    def hurry(self) -> None:
+        """For somebody who cannot wait for stop(): the router ends what is live, with an error for each request; what
+        has not ended after HURRY_S is killed.
+        """
+        if "router" in self._children:
+            self._children["router"].signal(signal.SIGTERM)  # a second one, or stop() sends that
+        asyncio.get_running_loop().call_later(HURRY_S, self.kill)
+
     def kill(self) -> None:
-        """SIGKILL to every child, for somebody who cannot wait for stop()."""
+        """SIGKILL to every child."""
         for child in self._children.values():
             child.signal(signal.SIGKILL)
 

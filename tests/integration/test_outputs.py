@@ -175,7 +175,7 @@ def test_a_supervisor_that_is_stopped_stops_nobody_else() -> None:
         next(event for event in stream if isinstance(event, tandem.Delta))
         served.process.send_signal(signal.SIGTERM)
         assert served.stop() == 0
-        with pytest.raises(TandemError):
+        with pytest.raises(tandem.errors.Unavailable, match="the router stopped before the request had ended"):
             list(stream)
 
 

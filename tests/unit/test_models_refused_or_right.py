@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial, partialmethod
 from pathlib import Path
@@ -41,6 +42,9 @@ class StrangeConfig(LlamaConfig):
     model_type = "strange"
     strangeness: str = ""
     stride: int = 1000
+    token_stride: int = 0
+    # Taken from the logit of one token.
+    banned: float = 0.0
 
 
 def _positions(attention: Any, rows: int, told: Tensor | None, past: Any) -> Tensor:
@@ -55,7 +59,8 @@ def _positions(attention: Any, rows: int, told: Tensor | None, past: Any) -> Ten
 class StrangeAttention(LlamaAttention):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         positions = _positions(self, hidden_states.shape[1], kwargs.get("position_ids"), kwargs.get("past_key_values"))
-        factor = 1 + torch.log1p((positions + 1) // self.config.stride)
+        stride = self.config.token_stride or self.config.stride
+        factor = 1 + torch.log1p((positions + 1) // stride)
         return super().forward(hidden_states * (1 - 2 * (factor[:, None] > 1)), *args, **kwargs)
 
 
@@ -81,7 +86,9 @@ class Strange(LlamaForCausalLM):
             raise KeyError("a part")
         if self.config.strangeness == "large":
             raise MemoryError
-        return super().forward(*args, **kwargs)
+        output = super().forward(*args, **kwargs)
+        output.logits[..., 5] -= self.config.banned
+        return output
 
 
 AutoConfig.register("strange", StrangeConfig)
@@ -278,6 +285,48 @@ def test_scales_by_position_are_served_without_the_fused_layer(tmp_path: Path) -
 def test_what_a_token_owes_to_other_sequences_is_refused(strangeness: str, tmp_path: Path) -> None:
     """A switch by the longest position of a step, far beyond what a prompt at load reaches; capacity of a step."""
     assert "differ from transformers'" in refusal(strange(tmp_path, strangeness, stride=300))
+
+
+@pytest.mark.parametrize("banned", [1e5, 3e38, float("inf")])
+def test_a_banned_token_hides_nothing_and_is_no_reason(banned: float, tmp_path: Path) -> None:
+    assert "differ from transformers'" in refusal(strange(tmp_path / "mixed", "mixed", banned=banned))
+    require_exact(strange(tmp_path / "right", "", banned=banned))
+
+
+def test_lengths_are_known_by_more_than_their_names(tmp_path: Path) -> None:
+    """A word that others have for something else."""
+    assert "token_stride = 400" in refusal(strange(tmp_path, "rows", token_stride=400))
+
+
+def test_weights_that_are_no_numbers_are_the_reason(tmp_path: Path) -> None:
+    save(tmp_path, "llama", **TINY)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+    assert "transformers' own logits are not numbers" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"num_hidden_layers": 0}, "no layers"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers"),
+        ({"max_position_embeddings": None}, "max_position_embeddings"),
+        (None, "it has no config.json"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused_by_name(
+    settings: dict[str, Any] | None, reason: str, tmp_path: Path
+) -> None:
+    path = save(tmp_path, "llama", **TINY) / "config.json"
+    if settings is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    message = refusal(tmp_path)
+    assert reason in message
+    assert not message.endswith(":")
 
 
 def test_a_model_that_raises_is_refused_in_words(tmp_path: Path) -> None:
