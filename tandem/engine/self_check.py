@@ -265,7 +265,7 @@ def _relative_error(got: Tensor, wanted: Tensor) -> float:
     if not bool(best.isfinite().all()):
         raise ModelRefused("transformers' own logits are not numbers (NaN or infinite), as some of its weights may be")
     reachable = wanted > best - _OUT_OF_REACH
-    if not torch.equal(got > got.amax(dim=-1, keepdim=True) - _OUT_OF_REACH, reachable):
+    if not bool(((got > got.amax(dim=-1, keepdim=True) - _OUT_OF_REACH) == reachable).all()):
         return float("inf")
     got, wanted = (_centred(logits, reachable) for logits in (got, wanted))
     return float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(_LEAST_SPREAD)).max())
