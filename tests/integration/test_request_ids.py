@@ -160,6 +160,7 @@ async def test_so_has_one_that_was_too_many_and_one_that_met_a_bug(
     assert [told[each.headers[HEADER]] for each in (full, broken, bug)] == ["overloaded", "internal", "internal"]
     failed = next(line for line in lines if line["request_id"] == broken.headers[HEADER])
     assert (failed["decode_worker"], failed["error_message"]) == ("d1", "secret")
+    assert failed["output_tokens"] in (0, 1), "the first token and the failure come by two connections"
 
 
 async def test_what_is_no_http_gets_an_id(door: HttpHouse) -> None:

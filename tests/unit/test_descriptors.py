@@ -37,6 +37,9 @@ def all_taken() -> Iterator[None]:
         with suppress(OSError):
             while True:
                 taken.append(os.open(os.devnull, os.O_RDONLY))
+        assert taken
+        with pytest.raises(OSError, match="Too many open files"):
+            os.dup(taken[0])
         yield
     finally:
         for descriptor in taken:
