@@ -9,11 +9,11 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
-from router.admission import Admission
 from router.generation import GenerationService
-from router.join import JoinService
-from router.orchestrator import Orchestrator
-from router.registry import Registry
+from router.life.admission import Admission
+from router.life.request import Orchestrator
+from router.pool.join import JoinService
+from router.pool.registry import Registry
 from router.tokenizer import Tokenizer
 from tandem import descriptors, rpc
 from tandem.addresses import check_listening, join_address, loopback_beside

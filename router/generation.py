@@ -9,10 +9,10 @@ from typing import Any
 import grpc
 
 import tandem
-from router.orchestrator import STALL_S, Live, Orchestrator
-from router.registry import Registry
-from router.request_log import ID_HEADER, RequestLog, new_id
-from router.worker import Worker
+from router.life.request import STALL_S, Live, Orchestrator
+from router.life.request_log import ID_HEADER, RequestLog, new_id
+from router.pool.registry import Registry
+from router.pool.worker import Worker
 from tandem.errors import Cancelled
 from tandem.types import Event
 from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2

@@ -24,8 +24,8 @@ from router.http.metrics import Metrics
 from router.http.probe import Probe
 from router.http.prompts import Prompt, chat_request, completion_requests, prompts_of
 from router.http.token_text import TokenText
-from router.orchestrator import Orchestrator
-from router.registry import Registry
+from router.life.request import Orchestrator
+from router.pool.registry import Registry
 from router.tokenizer import Tokenizer
 from tandem.config import RouterConfig
 from tandem.errors import InvalidRequest, ModelNotFound, TandemError

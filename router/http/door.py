@@ -21,9 +21,9 @@ from router.http.chat_template import chat_template_of
 from router.http.failures import refusal
 from router.http.host_check import HostCheck
 from router.http.request_ids import RequestIds
-from router.orchestrator import STALL_S, Orchestrator
-from router.registry import Registry
-from router.request_log import ID_HEADER, new_id
+from router.life.request import STALL_S, Orchestrator
+from router.life.request_log import ID_HEADER, new_id
+from router.pool.registry import Registry
 from router.tokenizer import Tokenizer
 from tandem import descriptors
 from tandem.addresses import check_listening, join_address

@@ -14,8 +14,8 @@ from router.http import failures
 from router.http.answers import Answer
 from router.http.failures import named_as_sent, stream_event
 from router.http.fields import Request
-from router.orchestrator import Orchestrator
-from router.request_log import RequestLog
+from router.life.request import Orchestrator
+from router.life.request_log import RequestLog
 from tandem.errors import Cancelled, TandemError
 from tandem.types import Accepted, ChoiceFinished, Completed, Delta, Event, Usage
 from tandem.v1 import generation_pb2

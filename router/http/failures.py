@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from router.request_log import RequestLog
+from router.life.request_log import RequestLog
 from tandem import errors, rpc
 
 # What the messages of these say is about the request or about all of the service. Those of other errors may name

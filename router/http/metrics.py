@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from router.http.answers import SPANS
-from router.orchestrator import Orchestrator
-from router.registry import Registry
-from router.worker import Worker
+from router.life.request import Orchestrator
+from router.pool.registry import Registry
+from router.pool.worker import Worker
 from tandem.errors import TandemError
 from tandem.timeline import Phase
 from tandem.types import ChoiceFinished
@@ -50,7 +50,7 @@ _OF_KV = (
 
 
 class Metrics:
-    """An observer of the orchestrator (router/orchestrator.py)."""
+    """An observer of the orchestrator (router/life/request.py)."""
 
     def __init__(self, orchestrator: Orchestrator, registry: Registry) -> None:
         self._registry = CollectorRegistry()

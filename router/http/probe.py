@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 
-from router.orchestrator import Orchestrator
-from router.request_log import RequestLog, new_id
+from router.life.request import Orchestrator
+from router.life.request_log import RequestLog, new_id
 from tandem.errors import TandemError, Unavailable
 from tandem.timeline import Phase
 from tandem.types import ChoiceFinished, Event, SamplingParams

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.http.answers import ChatShape, CompletionShape
 from router.http.failures import response_to
-from router.request_log import ID_HEADER, RequestLog, new_id
+from router.life.request_log import ID_HEADER, RequestLog, new_id
 from tandem.errors import InvalidRequest
 
 # By path: how OpenAI's ids of answers begin.

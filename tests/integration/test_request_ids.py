@@ -42,11 +42,11 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
                 {"request_id": record.__dict__["request_id"], "level": record.levelno, **record.__dict__["fields"]}
             )
 
-    caplog.set_level(logging.INFO, "router.request_log")
+    caplog.set_level(logging.INFO, "router.life.request_log")
     handler = Lines()
-    logging.getLogger("router.request_log").addHandler(handler)
+    logging.getLogger("router.life.request_log").addHandler(handler)
     yield found
-    logging.getLogger("router.request_log").removeHandler(handler)
+    logging.getLogger("router.life.request_log").removeHandler(handler)
 
 
 @pytest.mark.parametrize("given", [None, "3f2a:my=id/7", "x" * 128])

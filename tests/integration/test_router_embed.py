@@ -14,7 +14,7 @@ from router_house import DECODE, PREFILL, House, configuration, eventually_statu
 from scripted_member import MODEL
 from scripted_worker import eventually
 
-from router.embedding import MAX_AT_ONCE
+from router.life.embedding import MAX_AT_ONCE
 from tandem import rpc
 from tandem.client.embedding import Embeddings, embeddings_from_wire
 from tandem.errors import (

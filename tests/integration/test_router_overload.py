@@ -13,7 +13,7 @@ from manual_clock import ManualClock
 from router_house import House, collect, configuration, ids_of, next_event, open_house
 
 from router.http.chat_template import ChatTemplate
-from router.pace import OutputShare, PrefillPace
+from router.pool.pace import OutputShare, PrefillPace
 from tandem import AsyncClient, errors
 from tandem.types import Accepted, Delta, FinishReason
 
@@ -25,7 +25,7 @@ PROMPT_S = 100.0
 def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
     """The prefill workers'."""
     clock = ManualClock()
-    monkeypatch.setattr("router.worker.PrefillPace", lambda: PrefillPace(clock))
+    monkeypatch.setattr("router.pool.worker.PrefillPace", lambda: PrefillPace(clock))
     return clock
 
 
@@ -91,7 +91,7 @@ async def test_a_service_that_refuses_finds_out_that_it_is_fast_again(house: Hou
 
 async def test_an_answer_that_is_cut_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     share = OutputShare()
-    monkeypatch.setattr("router.orchestrator.OutputShare", lambda: share)
+    monkeypatch.setattr("router.life.request.OutputShare", lambda: share)
     async with open_house(configuration()) as house:
         prefill, _ = await house.pair()
         prefill.hold("seal")

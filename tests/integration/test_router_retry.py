@@ -23,7 +23,7 @@ from router_house import (
 from scripted_member import GRPC
 from scripted_worker import ScriptedWorker
 
-from router.pace import PrefillPace
+from router.pool.pace import PrefillPace
 from tandem import errors
 from tandem.types import Accepted, Completed, Delta, FinishReason
 from tandem.v1 import registry_pb2
@@ -99,7 +99,7 @@ async def test_a_client_with_its_first_token_is_not_refused(monkeypatch: pytest.
     """However long the second attempt's prompt would wait by what was measured."""
     clock = ManualClock()
     pace = PrefillPace(clock)
-    monkeypatch.setattr("router.worker.PrefillPace", lambda: pace)
+    monkeypatch.setattr("router.pool.worker.PrefillPace", lambda: pace)
     async with open_house(configuration(transport="ray")) as house:
         prefill, decode = await house.pair(transports=TWO_WAYS)
         prefill.hold("seal")

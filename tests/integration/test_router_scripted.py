@@ -309,7 +309,7 @@ async def test_a_bug_releases_both_and_keeps_its_details_in_the_log(
     def broken(*_: object) -> None:
         raise ValueError("secret detail")
 
-    monkeypatch.setattr("router.output.ChoiceOutput.push", broken)
+    monkeypatch.setattr("router.life.output.ChoiceOutput.push", broken)
     with pytest.raises(errors.InternalError, match="internal error; the router's log has the details"):
         await collect(house.call())
     assert len(house.cluster.happened("abort")) == 1

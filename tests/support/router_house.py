@@ -41,7 +41,7 @@ def listening(lines: list[str]) -> Iterator[None]:
             if "is routable" in record.getMessage():
                 lines.append(record.getMessage())
 
-    logger, handler = logging.getLogger("router.worker"), Notes()
+    logger, handler = logging.getLogger("router.pool.worker"), Notes()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.prefix_index import SLICE_BLOCKS, PrefixIndex, name_blocks
+from router.pool.prefix_index import SLICE_BLOCKS, PrefixIndex, name_blocks
 from tandem.engine.block_pool import BlockPool, BlockTable
 from tandem.errors import Refused
 from tandem.prefix import MAX_CHANGES, NAME_BYTES, CacheChanges, chain_hashes

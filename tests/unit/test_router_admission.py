@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from router.admission import MAX_LABEL_CHARS, Admission, Admitted, Gate, answers_of, choice_seed, deadline_s
-from router.request_log import new_id
+from router.life.admission import MAX_LABEL_CHARS, Admission, Admitted, Gate, answers_of, choice_seed, deadline_s
+from router.life.request_log import new_id
 from router.tokenizer import INLINE_CHARS, Tokenizer, most_bytes_of_a_token
 from tandem.config import TINY_MODEL, ModelConfig, RouterConfig
 from tandem.errors import InvalidRequest, ModelNotFound, Overloaded, TandemError

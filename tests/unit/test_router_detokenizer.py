@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from router.cleanup import CleanUp
-from router.detokenizer import MAX_PENDING, Detokenizer
-from router.output import ChoiceOutput, Step
+from router.life.cleanup import CleanUp
+from router.life.detokenizer import MAX_PENDING, Detokenizer
+from router.life.output import ChoiceOutput, Step
 from tandem.types import FinishReason, Token
 
 EOS = 256

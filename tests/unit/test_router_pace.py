@@ -8,7 +8,7 @@ from statistics import fmean
 import pytest
 from manual_clock import ManualClock
 
-from router.pace import STALE_S, Ahead, DecodePace, OutputShare, PrefillPace, check_deadline
+from router.pool.pace import STALE_S, Ahead, DecodePace, OutputShare, PrefillPace, check_deadline
 from tandem.errors import Overloaded
 
 

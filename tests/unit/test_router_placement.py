@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from router.ledger import Ledger
 from router.placement import Demand, Placement, WorkerView, choose
+from router.pool.ledger import Ledger
 from tandem.errors import InvalidRequest, Unavailable
 from tandem.types import Role
 

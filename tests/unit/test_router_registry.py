@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 import tandem
-from router.registry import Registry, Silent
-from router.worker import MAX_DIRECTIVES, Worker
+from router.pool.registry import Registry, Silent
+from router.pool.worker import MAX_DIRECTIVES, Worker
 from tandem.config import RouterConfig
 from tandem.errors import InvalidRequest, Overloaded, Refused, TandemError, Unavailable, WorkerLost
 from tandem.prefix import CacheChanges, chain_hashes

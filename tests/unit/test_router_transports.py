@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.transports import RAY_WINS_BYTES, pick
+from router.pool.transports import RAY_WINS_BYTES, pick
 from tandem.errors import Unavailable
 from tandem.v1.registry_pb2 import Transport
 

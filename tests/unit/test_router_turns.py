@@ -7,9 +7,9 @@ from collections.abc import Callable
 import grpc
 import pytest
 
-from router.output import Step
-from router.subscriptions import MOST_AT_ONCE, MOST_IN_A_PASS, Mailbox, Subscription
-from router.turns import BURST, INTERVAL_S, RATE, Turns
+from router.life.emit_pacer import BURST, INTERVAL_S, RATE, Turns
+from router.life.output import Step
+from router.pool.subscriptions import MOST_AT_ONCE, MOST_IN_A_PASS, Mailbox, Subscription
 from tandem.errors import Unavailable
 from tandem.types import FinishReason, Token
 from tandem.v1 import common_pb2, worker_pb2

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from router.prefix_index import name_blocks
+from router.pool.prefix_index import name_blocks
 from router.tokenizer import Tokenizer
 from tandem.config import RouterConfig
 from tandem.errors import RETRY_AFTER_MS, InvalidRequest, ModelNotFound, Overloaded

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from router.aio import first_error
-from router.attempt import Attempt, Brief
-from router.output import ChoiceOutput, Step
-from router.registry import Registry
-from router.transports import GRPC
+from router.life.attempt import Attempt, Brief
+from router.life.output import ChoiceOutput, Step
+from router.pool.registry import Registry
+from router.pool.transports import GRPC
 from tandem import logs
 from tandem.errors import InternalError, TandemError, TransferFailed
 from tandem.timeline import Phase

@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 from router.aio import first_of
-from router.registry import Registry, Silent
-from router.worker import Worker
+from router.pool.registry import Registry, Silent
+from router.pool.worker import Worker
 from tandem import rpc
 from tandem.config import RouterConfig
 from tandem.errors import Refused, TandemError, Unavailable

@@ -13,11 +13,11 @@ from typing import Any
 import grpc
 
 from router.aio import first_of
-from router.ledger import Ledger
-from router.pace import PrefillPace
 from router.placement import WorkerView
-from router.prefix_index import PrefixIndex
-from router.subscriptions import Subscription
+from router.pool.ledger import Ledger
+from router.pool.pace import PrefillPace
+from router.pool.prefix_index import PrefixIndex
+from router.pool.subscriptions import Subscription
 from tandem import errors, rpc, wire
 from tandem.config import RouterConfig
 from tandem.types import EngineRequest, Role

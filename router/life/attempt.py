@@ -6,12 +6,12 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from router.output import Step
+from router.life.output import Step
 from router.placement import Demand, WorkerView, blocks_for, choose, choose_prefill
-from router.registry import Registry
-from router.subscriptions import Mailbox
-from router.transports import LOCAL, pick
-from router.worker import Worker
+from router.pool.registry import Registry
+from router.pool.subscriptions import Mailbox
+from router.pool.transports import LOCAL, pick
+from router.pool.worker import Worker
 from tandem import logs, rpc
 from tandem.errors import InternalError, TandemError, Unavailable
 from tandem.timeline import Phase, Timeline

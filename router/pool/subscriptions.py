@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from router.output import Step
-from router.pace import DecodePace
-from router.turns import Turns
+from router.life.emit_pacer import Turns
+from router.life.output import Step
+from router.pool.pace import DecodePace
 from tandem import errors, rpc, wire
 from tandem.types import FinishReason
 from tandem.v1 import worker_pb2

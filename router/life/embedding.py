@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from router.admission import AdmittedEmbed, EmbedPrompt
 from router.aio import first_error
+from router.life.admission import AdmittedEmbed, EmbedPrompt
 from router.placement import choose_prefill
-from router.registry import Registry
-from router.worker import Worker
+from router.pool.registry import Registry
+from router.pool.worker import Worker
 from tandem import rpc
 from tandem.errors import TandemError
 from tandem.timeline import Phase, Timeline

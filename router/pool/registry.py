@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 
 import tandem
-from router.pace import Ahead, PrefillPace
+from router.life.emit_pacer import Turns
 from router.placement import NEVER_CAME, Demand, WorkerView, blocks_for, choose, choose_prefill
-from router.turns import Turns
-from router.worker import Worker
+from router.pool.pace import Ahead, PrefillPace
+from router.pool.worker import Worker
 from tandem.config import RouterConfig
 from tandem.errors import InvalidRequest, Refused, TandemError, Unavailable
 from tandem.types import ModelInfo, Role

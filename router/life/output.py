@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from router.admission import Admitted
-from router.cleanup import CleanUp
-from router.detokenizer import Detokenizer
-from router.stop_strings import StopStrings
+from router.life.admission import Admitted
+from router.life.cleanup import CleanUp
+from router.life.detokenizer import Detokenizer
+from router.life.stop_strings import StopStrings
 from router.tokenizer import Tokenizer
 from tandem.types import FinishReason, Token
 

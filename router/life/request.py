@@ -9,16 +9,16 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from router.admission import Admission, Admitted, AdmittedEmbed, Gate, answers_of, deadline_s
 from router.aio import ends_after, first_error, first_of
-from router.attempt import Brief
-from router.choice import Choice, Emit, OnRetry
-from router.embedding import EmbedJob
-from router.output import output_of
-from router.pace import OutputShare, check_deadline
+from router.life.admission import Admission, Admitted, AdmittedEmbed, Gate, answers_of, deadline_s
+from router.life.attempt import Brief
+from router.life.choice import Choice, Emit, OnRetry
+from router.life.embedding import EmbedJob
+from router.life.output import output_of
+from router.life.request_log import RequestLog
 from router.placement import Demand
-from router.registry import Registry
-from router.request_log import RequestLog
+from router.pool.pace import OutputShare, check_deadline
+from router.pool.registry import Registry
 from tandem import errors, logs
 from tandem.config import RouterConfig
 from tandem.timeline import Phase, Timeline
