@@ -33,7 +33,7 @@ from kv_transfer.service import MAX_MESSAGE_BYTES, KVService
 from kv_transfer.shared_memory import SharedMemory
 from kv_transfer.shm_transport import ShmTransport
 from tandem.config import TandemConfig, parse_config
-from tandem.engine.cpu_memory import use_huge_pages
+from tandem.engine.backends.cpu.memory import use_huge_pages
 from tandem.engine.kv_cache import Allocate, KVCache
 from tandem.engine.process import tune_process
 from tandem.errors import TandemError

@@ -31,7 +31,7 @@ from kv_transfer.cells import Cells
 from kv_transfer.layout import KVLayout, cut
 from kv_transfer.shared_memory import PeerMemory, SharedMemory
 from tandem.config import load_config
-from tandem.engine.cpu_memory import use_huge_pages
+from tandem.engine.backends.cpu.memory import use_huge_pages
 from tandem.engine.process import tune_process
 from tandem.types import Fingerprint
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from tandem.engine.backends.cpu.attention import paged_attention_cpu
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.engine.cpu_attention import paged_attention_cpu
 
 # Of flash attention 2, which stock torch brings.
 PAGE_MULTIPLE, HEAD_DIM_MULTIPLE, LARGEST_HEAD_DIM, LEAST_CAPABILITY = 256, 8, 256, (8, 0)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from tandem.config import EngineConfig, TandemConfig
+from tandem.engine.backends.cpu.memory import use_huge_pages
 from tandem.engine.block_pool import BlockPool, BlockTable
-from tandem.engine.cpu_memory import use_huge_pages
 from tandem.engine.cuda_device import DeviceLost, first_line, is_lost, require_device, why_lost
 from tandem.engine.kv_cache import Allocate, KVCache, count_blocks
 from tandem.engine.kv_progress import KVProgress
@@ -312,7 +312,7 @@ class Engine:
 
 def _fuse(model: nn.Module) -> None:
     # Imported late: a GPU worker never compiles the CPU's kernels.
-    from tandem.engine.cpu_fusion import fuse_for_cpu
+    from tandem.engine.backends.cpu.fusion import fuse_for_cpu
 
     fuse_for_cpu(model)
 

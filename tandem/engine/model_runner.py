@@ -168,7 +168,7 @@ def _last_hidden_state(model: Any) -> Iterator[list[Tensor]]:
 
 def _functions(device: str) -> tuple[PagedAttention, Any]:
     # Imported late: one device's kernels must not be needed, or compiled, on the other.
-    from tandem.engine.cpu_attention import paged_attention_cpu, write_kv
+    from tandem.engine.backends.cpu.attention import paged_attention_cpu, write_kv
 
     if device == "cpu":
         return paged_attention_cpu, write_kv

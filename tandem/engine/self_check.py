@@ -58,7 +58,7 @@ def require_exactness(loaded: LoadedModel, runner: ModelRunner, pool: BlockPool)
         without = "cutting the last layer to the rows that are read"
         if next(loaded.model.parameters()).device.type == "cpu":
             # Imported late: a GPU worker never compiles the CPU's kernels.
-            from tandem.engine.cpu_fusion import unfuse_layers
+            from tandem.engine.backends.cpu.fusion import unfuse_layers
 
             if unfuse_layers(loaded.model):
                 without += " and the engine's own decoder layers"

@@ -64,8 +64,8 @@ def test_fp32_tokens_equal_transformers(architecture: str, chunk: int, tmp_path:
 @pytest.mark.parametrize("rows", [(1, 70), (1, 1)], ids=["mixed", "decode"])
 def test_attention_is_as_the_reference_has_it(page: int, window: int, rows: tuple[int, int]) -> None:
     """Pages of 256 are read in place from torch 2.12 on; others are gathered."""
+    from tandem.engine.backends.cpu.attention import reference_attention
     from tandem.engine.batch import AttentionOptions, PagedBatch
-    from tandem.engine.cpu_attention import reference_attention
     from tandem.engine.cuda_attention import paged_attention_cuda, why_not_flash
 
     heads, kv_heads, dim, contexts = 8, 2, 64, [300, 400]

@@ -35,7 +35,11 @@ _TOKENIZERS = ("transformers.models.auto.tokenization_auto",)
 _ROUTER = ("router.app", "router.http.door", *_TOKENIZERS)
 # The kernels' modules compile when they are imported, which is late in a worker's life.
 _WORKER = ("tandem.cli.app", "tandem.launch.worker", "prefill_worker.run", "decode_worker.run", *_TOKENIZERS)
-_KERNELS = ("tandem.engine.cpu_fusion", "tandem.engine.cpu_kernels", "tandem.engine.cpu_prefill")
+_KERNELS = (
+    "tandem.engine.backends.cpu.fusion",
+    "tandem.engine.backends.cpu.kernels.decode",
+    "tandem.engine.backends.cpu.kernels.prefill",
+)
 
 
 class Forked:

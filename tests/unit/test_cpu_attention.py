@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tandem.engine import cpu_attention
+from tandem.engine.backends.cpu import attention
+from tandem.engine.backends.cpu.attention import paged_attention_cpu, reference_attention, write_kv
+from tandem.engine.backends.cpu.kernels.tile import registers_suffice
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.engine.cpu_attention import paged_attention_cpu, reference_attention, write_kv
-from tandem.engine.cpu_tile import registers_suffice
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def test_large_scores_and_nan(rows: int) -> None:
 
 
 def test_without_tiles_chunks_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "_tiles_take", lambda *_: False)
+    monkeypatch.setattr(attention, "_tiles_take", lambda *_: False)
     test_mixed_batch_equals_the_textbook(OPTIONS["window"], 6, 2, 24, 5, torch.float32)
     test_mixed_batch_equals_the_textbook(OPTIONS["plain"], 4, 4, 16, 16, torch.float32)
     test_mixed_batch_equals_the_textbook(OPTIONS["chunk"], 6, 2, 24, 5, torch.float32)
@@ -269,7 +269,7 @@ def test_kernels_compile_where_no_cache_can_be_written(tmp_path: Path) -> None:
     code = (
         "import numba.core.caching as c\n"
         "for impl in (c.CompileResultCacheImpl,): impl._locator_classes = []\n"
-        "from tandem.engine.cpu_parallel import kernel, launch\n"
+        "from tandem.engine.backends.cpu.kernels.parallel import kernel, launch\n"
         "def nothing(words): words[0] = 1\n"
         "launch(kernel(nothing), threads=2); print('ran')\n"
     )

@@ -22,12 +22,12 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from tandem.engine import cpu_fusion
-from tandem.engine.cpu_fusion import fuse_for_cpu
-from tandem.engine.cpu_matmul import gated_product
-from tandem.engine.cpu_memory import tune_allocator, use_huge_pages
-from tandem.engine.cpu_modules import PackedLinear
-from tandem.engine.cpu_tile import registers_suffice
+from tandem.engine.backends.cpu import fusion
+from tandem.engine.backends.cpu.fusion import fuse_for_cpu
+from tandem.engine.backends.cpu.kernels.matmul import gated_product
+from tandem.engine.backends.cpu.kernels.tile import registers_suffice
+from tandem.engine.backends.cpu.memory import tune_allocator, use_huge_pages
+from tandem.engine.backends.cpu.modules import PackedLinear
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -120,7 +120,7 @@ def test_a_tied_output_is_copied_and_the_embedding_stays() -> None:
 
 
 def test_a_tied_output_too_large_to_copy_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_fusion, "MAX_TIED_COPY_BYTES", 100)
+    monkeypatch.setattr(fusion, "MAX_TIED_COPY_BYTES", 100)
     model = make_model(LlamaConfig(**SMALL, tie_word_embeddings=True))
     report = fuse_for_cpu(model)
     assert list(report.left_alone) == ["lm_head"]
@@ -202,7 +202,7 @@ def test_packed_parts_take_any_number_of_rows(rows: int) -> None:
 def test_rows_are_multiplied_exactly(inputs: int, outputs: int) -> None:
     torch.manual_seed(0)
     linear, other = (PackedLinear(torch.randn(outputs, inputs), torch.randn(outputs)) for _ in range(2))
-    assert linear.address, "oneDNN's layout is not the one that cpu_matmul reads"
+    assert linear.address, "oneDNN's layout is not the one that matmul reads"
     whole = torch.randn(250, inputs)
     unit = torch.eye(inputs)  # the weights themselves, by way of oneDNN
     weights = [

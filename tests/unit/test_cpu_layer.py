@@ -12,10 +12,10 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tandem.config import parse_config
+from tandem.engine.backends.cpu.fusion import fuse_for_cpu
+from tandem.engine.backends.cpu.kernels.tile import registers_suffice
+from tandem.engine.backends.cpu.layer import FusedLayer
 from tandem.engine.block_pool import BlockPool
-from tandem.engine.cpu_fusion import fuse_for_cpu
-from tandem.engine.cpu_layer import FusedLayer
-from tandem.engine.cpu_tile import registers_suffice
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.model_loader import LoadedModel, load_model
 from tandem.engine.model_runner import ModelRunner

@@ -12,8 +12,8 @@ from fake_cuda import check_arguments
 from torch import Tensor
 
 from tandem.engine import cuda_attention
+from tandem.engine.backends.cpu.attention import reference_attention
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.engine.cpu_attention import reference_attention
 from tandem.engine.cuda_attention import FlashFeatures, paged_attention_cuda, why_not_flash, why_not_pages
 
 HEADS, KV_HEADS = 6, 2

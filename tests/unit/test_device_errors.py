@@ -18,7 +18,7 @@ import torch
 from engine_driver import EngineDriver
 
 from tandem.config import TINY_MODEL, parse_config
-from tandem.engine.cpu_fusion import unfuse_layers
+from tandem.engine.backends.cpu.fusion import unfuse_layers
 from tandem.engine.cuda_device import DeviceLost, is_lost
 from tandem.engine.engine import Engine
 from tandem.engine.scheduler import Chunk, StepPlan

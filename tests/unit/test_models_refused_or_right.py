@@ -25,9 +25,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from tandem.config import parse_config
 from tandem.engine.attention import NAME, PROBE, Step
+from tandem.engine.backends.cpu.kernels.tile import registers_suffice
+from tandem.engine.backends.cpu.layer import FusedLayer
 from tandem.engine.batch import AttentionOptions
-from tandem.engine.cpu_layer import FusedLayer
-from tandem.engine.cpu_tile import registers_suffice
 from tandem.engine.engine import Engine
 from tandem.engine.model_loader import load_model
 from tandem.errors import ModelRefused

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tandem.engine.attention import NAME, Step, Tail, spread
+from tandem.engine.backends.cpu.attention import paged_attention_cpu, pool_attention, write_kv
+from tandem.engine.backends.cpu.kernels.heads import dim_fits, project_heads
+from tandem.engine.backends.cpu.modules import FusedRMSNorm, PackedGatedMLP, PackedLinear
+from tandem.engine.backends.cpu.probe import REPEATS, RefusedError, random_rows, require_same
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.engine.cpu_attention import paged_attention_cpu, pool_attention, write_kv
-from tandem.engine.cpu_heads import dim_fits, project_heads
-from tandem.engine.cpu_modules import FusedRMSNorm, PackedGatedMLP, PackedLinear
-from tandem.engine.cpu_probe import REPEATS, RefusedError, random_rows, require_same
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}

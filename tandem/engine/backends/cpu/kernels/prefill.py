@@ -1,5 +1,5 @@
 """Attention of prompt chunks over the paged KV pool in fp32: FlashAttention's online softmax (Dao et al., 2022) on the
-register tiles of `cpu_tile`.
+register tiles of `tile`.
 
 Keys are taken in blocks of 64 that start at multiples of 64 of the sequence, whatever the chunk: so a row's result
 depends (bitwise) on that row and its own context only, not on where the prompt was cut, the batch, or the threads.
@@ -14,11 +14,20 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from tandem.engine.backends.cpu.kernels.decode import exp_nonpositive, first_key
+from tandem.engine.backends.cpu.kernels.parallel import (
+    FAST,
+    atomic_add,
+    bits_of_float,
+    float_of_bits,
+    floats,
+    kernel,
+    launch,
+    pointer,
+)
+from tandem.engine.backends.cpu.kernels.softmax import weigh
+from tandem.engine.backends.cpu.kernels.tile import COLUMNS, TILE_ROWS, register_tile
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.engine.cpu_kernels import exp_nonpositive, first_key
-from tandem.engine.cpu_parallel import FAST, atomic_add, bits_of_float, float_of_bits, floats, kernel, launch, pointer
-from tandem.engine.cpu_softmax import weigh
-from tandem.engine.cpu_tile import COLUMNS, TILE_ROWS, register_tile
 
 # Rows of a work item: whole register tiles, and scores and sums (12 KiB each) that stay in the second-level cache.
 _ROWS = 8 * TILE_ROWS

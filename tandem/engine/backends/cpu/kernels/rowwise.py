@@ -10,8 +10,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from tandem.engine.cpu_kernels import exp_nonpositive
-from tandem.engine.cpu_parallel import (
+from tandem.engine.backends.cpu.kernels.decode import exp_nonpositive
+from tandem.engine.backends.cpu.kernels.parallel import (
     FAST,
     atomic_add,
     bits_of_float,

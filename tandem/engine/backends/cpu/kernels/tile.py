@@ -1,5 +1,5 @@
-"""The innermost loop of `cpu_matmul` and `cpu_prefill`, written out in LLVM's language, because numba has no vector
-registers to hold sums in; and what else is to be written so (`cpu_softmax`) starts from.
+"""The innermost loop of `matmul` and `prefill`, written out in LLVM's language, because numba has no vector
+registers to hold sums in; and what else is to be written so (`softmax`) starts from.
 
 A register tile is sums[rows, 64] += x[rows, depth] @ weights[depth, 64] with all sums in AVX-512 registers.
 """

@@ -1,6 +1,6 @@
 """The projections of a layer to queries, keys and values, in one pass: fp32.
 
-What `cpu_matmul` does for many or few rows, and while a head's sums are still in cache they get their bias and are
+What `matmul` does for many or few rows, and while a head's sums are still in cache they get their bias and are
 turned (RoPE, Su et al. 2021, in the half-rotating form of GPT-NeoX and Llama); queries are written as rows,
 keys and values go to their slots of the paged KV pool at once.
 
@@ -14,10 +14,10 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from tandem.engine.cpu_matmul import add_bias, address, block_sums, split, work_item
-from tandem.engine.cpu_modules import PackedLinear
-from tandem.engine.cpu_parallel import FAST, atomic_add, floats, kernel, launch, pointer
-from tandem.engine.cpu_tile import COLUMNS
+from tandem.engine.backends.cpu.kernels.matmul import add_bias, address, block_sums, split, work_item
+from tandem.engine.backends.cpu.kernels.parallel import FAST, atomic_add, floats, kernel, launch, pointer
+from tandem.engine.backends.cpu.kernels.tile import COLUMNS
+from tandem.engine.backends.cpu.modules import PackedLinear
 
 # Where the words of the three matrices start in a launch.
 _QUERY, _KEY, _VALUE = 15, 19, 23

@@ -1,8 +1,8 @@
-"""The modules that `cpu_fusion` puts in place of a transformers model's own: fp32, inference only.
+"""The modules that `fusion` puts in place of a transformers model's own: fp32, inference only.
 
 Weights are kept in oneDNN's blocked layout alone: it reads them at twice the rate of the plain layout for one row,
 multiplies twice as fast at 16 rows and no slower at 4096, so nothing is gained by keeping the plain one too. Where
-there is AVX-512, `cpu_matmul` reads the same packed weights and is faster still (1.3 times at 1 to 16 rows).
+there is AVX-512, `matmul` reads the same packed weights and is faster still (1.3 times at 1 to 16 rows).
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tandem.engine.cpu_matmul import gated_product, product, weights_address
-from tandem.engine.cpu_rowwise import rms_norm, rotary, silu_product
+from tandem.engine.backends.cpu.kernels.matmul import gated_product, product, weights_address
+from tandem.engine.backends.cpu.kernels.rowwise import rms_norm, rotary, silu_product
 
 # The layout that oneDNN picks for 16 rows is within 5 % of the best at any row count.
 _ROWS_PACKED_FOR = 16

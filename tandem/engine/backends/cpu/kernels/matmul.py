@@ -19,9 +19,9 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from tandem.engine.cpu_parallel import FAST, atomic_add, floats, kernel, launch
-from tandem.engine.cpu_rowwise import silu_multiply
-from tandem.engine.cpu_tile import COLUMNS, TILE_ROWS, register_tile, registers_suffice
+from tandem.engine.backends.cpu.kernels.parallel import FAST, atomic_add, floats, kernel, launch
+from tandem.engine.backends.cpu.kernels.rowwise import silu_multiply
+from tandem.engine.backends.cpu.kernels.tile import COLUMNS, TILE_ROWS, register_tile, registers_suffice
 
 # Up to so many rows the product is bound by the reading of weights, above by arithmetic.
 _FEW_ROWS = 48

@@ -21,7 +21,7 @@ def write_kv(
 ) -> None:
     """Put the step's keys and values into their slots of the pool (in place; the pools are contiguous). Any device."""
     if all(map(_kernel_reads, (key_TxKxD[0], value_TxKxD[0], k_pool_NxPxKxD, v_pool_NxPxKxD))):
-        from tandem.engine.cpu_kernels import store_rows
+        from tandem.engine.backends.cpu.kernels.decode import store_rows
 
         store_rows(key_TxKxD, value_TxKxD, k_pool_NxPxKxD, v_pool_NxPxKxD, batch.slots_T)
         return
@@ -89,7 +89,7 @@ def pool_attention(
     query_TxHxD: Tensor, k_pool: Tensor, v_pool: Tensor, batch: PagedBatch, options: AttentionOptions
 ) -> Tensor:
     """The same by kernels alone, which read keys and values in the pool: fp32 on CPU, where there is AVX-512."""
-    from tandem.engine.cpu_prefill import chunk_attention
+    from tandem.engine.backends.cpu.kernels.prefill import chunk_attention
 
     out_TxHxD = torch.empty(query_TxHxD.shape)
     if batch.num_decodes:
@@ -104,7 +104,7 @@ def _decode_rows(
     query_TxHxD: Tensor, k_pool: Tensor, v_pool: Tensor, batch: PagedBatch, options: AttentionOptions, out: Tensor
 ) -> None:
     if _kernel_reads(k_pool) and _kernel_reads(v_pool) and query_TxHxD.dtype == torch.float32:
-        from tandem.engine.cpu_kernels import decode_attention
+        from tandem.engine.backends.cpu.kernels.decode import decode_attention
 
         decode_attention(query_TxHxD[: batch.num_decodes], k_pool, v_pool, batch, options, out)
         return
@@ -121,7 +121,7 @@ def _kernel_reads(tensor: Tensor) -> bool:
 def _tiles_take(query_TxHxD: Tensor, k_pool: Tensor, v_pool: Tensor) -> bool:
     if not (_kernel_reads(k_pool) and _kernel_reads(v_pool) and query_TxHxD.dtype == torch.float32):
         return False
-    from tandem.engine.cpu_tile import registers_suffice
+    from tandem.engine.backends.cpu.kernels.tile import registers_suffice
 
     return query_TxHxD.stride(2) == 1 and registers_suffice()
 

@@ -80,7 +80,7 @@ def kernel(function: Callable[[Any], None]) -> Kernel:
     """Compile `function(words)` now, or load it from numba's cache where any cache folder can be written.
 
     numba looks for changes in the file that defines `function` alone: after an edit of helpers in another file
-    (`cpu_tile`, this one), touch the files of the kernels that use them.
+    (`tile`, this one), touch the files of the kernels that use them.
     """
     options = {"fastmath": FAST, "error_model": "numpy"}
     try:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tandem.engine.cpu_layer import FusedLayer, fused_layer, is_layer
-from tandem.engine.cpu_modules import FusedRMSNorm, PackedGatedMLP, PackedLinear, fused_rotary
-from tandem.engine.cpu_probe import REPEATS, TOLERANCE, RefusedError, random_rows, require_same, trial
+from tandem.engine.backends.cpu.layer import FusedLayer, fused_layer, is_layer
+from tandem.engine.backends.cpu.modules import FusedRMSNorm, PackedGatedMLP, PackedLinear, fused_rotary
+from tandem.engine.backends.cpu.probe import REPEATS, TOLERANCE, RefusedError, random_rows, require_same, trial
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""One row of a block of attention scores becomes weights: the step between the two products of `cpu_prefill`, in
+"""One row of a block of attention scores becomes weights: the step between the two products of `prefill`, in
 LLVM's language, because numba neither keeps 64 scores in registers nor finds their maximum without a detour.
 """
 
@@ -8,7 +8,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
-from tandem.engine.cpu_tile import COLUMNS, Vectors
+from tandem.engine.backends.cpu.kernels.tile import COLUMNS, Vectors
 
 # 2^x for |x| <= 0.5 within 1 ulp (Cephes exp2f), highest power first.
 _EXP2 = (

@@ -1,6 +1,6 @@
 """numba kernels over the paged KV pool (fp32): writing the step's keys and values, and decode attention.
 
-Importing this module compiles the kernels, or loads them from numba's cache: import it late (see `cpu_attention`).
+Importing this module compiles the kernels, or loads them from numba's cache: import it late (see `backends/cpu/attention.py`).
 """
 
 from typing import Any
@@ -10,8 +10,17 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from tandem.engine.backends.cpu.kernels.parallel import (
+    FAST,
+    atomic_add,
+    bits_of_float,
+    float_of_bits,
+    floats,
+    kernel,
+    launch,
+    pointer,
+)
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.engine.cpu_parallel import FAST, atomic_add, bits_of_float, float_of_bits, floats, kernel, launch, pointer
 
 # Keys one work item covers. A constant, so that a row's arithmetic depends on its own context alone, never on the
 # batch or the thread count. Small enough to give two cores work at a context of 128, large enough that the partial
