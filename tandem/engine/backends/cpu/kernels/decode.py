@@ -1,6 +1,7 @@
 """numba kernels over the paged KV pool (fp32): writing the step's keys and values, and decode attention.
 
-Importing this module compiles the kernels, or loads them from numba's cache: import it late (see `backends/cpu/attention.py`).
+Importing this module compiles the kernels, or loads them from numba's cache: import it late (see
+`backends/cpu/attention.py`).
 """
 
 from typing import Any
