@@ -18,9 +18,9 @@ from vllm.benchmarks import serve
 from vllm.benchmarks.datasets.utils import get_sampling_params
 from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
 
-from loadtest.arrivals import drawn
 from loadtest.metrics import Outcome, summarize
-from loadtest.workloads import Lengths, Vocabulary, random_requests
+from loadtest.schedule.arrivals import drawn
+from loadtest.schedule.workloads import Lengths, Vocabulary, random_requests
 
 PERCENTILES = (50, 90, 99, 99.9)
 GOODPUT = {"ttft": 300.0, "tpot": 60.0, "e2el": 900.0}

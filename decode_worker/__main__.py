@@ -1,7 +1,7 @@
 """A decode worker: `python -m decode_worker --router HOST:PORT [--config FILE]`."""
 
-from tandem.entry import end_process, starting
-from tandem.standard_streams import never_block
+from tandem.process.entry import end_process, starting
+from tandem.process.standard_streams import never_block
 
 if __name__ == "__main__":
     never_block()

@@ -11,10 +11,11 @@ from enum import StrEnum
 
 from decode_worker.order import Order
 from kv_transfer.base import TransferSummary
-from tandem import logs, wire
+from tandem import wire
 from tandem.engine.block_pool import BlockTable
 from tandem.engine.sequence import EngineEvent, Failed, NewToken, Sequence
 from tandem.errors import DeadlineExceeded, TandemError, TransferFailed, Unavailable
+from tandem.process import logs
 from tandem.types import FinishReason
 from tandem.v1 import common_pb2, worker_pb2
 from tandem.worker.host import WorkerHost

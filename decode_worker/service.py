@@ -18,8 +18,8 @@ from kv_transfer.admission import Claims
 from kv_transfer.plasma import Plasma
 from kv_transfer.service import KVService
 from kv_transfer.shared_memory import SharedMemory
-from tandem import logs
 from tandem.errors import Refused, TransferFailed, Unavailable
+from tandem.process import logs
 from tandem.types import EngineRequest, Fingerprint, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.host import WorkerHost

@@ -27,8 +27,8 @@ from kv_transfer.receiver import next_message, tell
 from kv_transfer.shared_memory import SharedMemory
 from kv_transfer.wire_dtype import Native
 from kv_transfer.written import WrittenIntake, block_ids
-from tandem import logs
 from tandem.errors import Refused, TransferFailed
+from tandem.process import logs
 
 # How often a lock is looked at whose sender is not heard of any more: a look takes a microsecond.
 _FIRST_LOOK_S, _LONGEST_WAIT_S = 0.001, 0.1

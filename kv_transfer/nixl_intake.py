@@ -32,8 +32,8 @@ from kv_transfer.nixl_driver import Driver
 from kv_transfer.receiver import next_message, tell
 from kv_transfer.wire_dtype import Native
 from kv_transfer.written import WrittenIntake, block_ids
-from tandem import logs
 from tandem.errors import Overloaded, Refused, TransferFailed
+from tandem.process import logs
 
 log = logging.getLogger(__name__)
 

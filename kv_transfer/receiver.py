@@ -18,8 +18,8 @@ from kv_transfer.interrupt import Interrupt
 from kv_transfer.messages import Abandon, Data, Done, Message, Open, Seal
 from kv_transfer.threads import finish
 from kv_transfer.wire_dtype import WireDtype, wire_dtype
-from tandem import logs
 from tandem.errors import InternalError, TandemError, TransferFailed
+from tandem.process import logs
 
 # A sender opens its transfer at once.
 OPEN_TIMEOUT_S = 5.0

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from loadtest.metrics import Outcome
-from loadtest.target import Target
-from loadtest.workloads import LoadRequest
+from loadtest.schedule.workloads import LoadRequest
+from loadtest.targets.target import Target
 
 
 @dataclass(frozen=True)

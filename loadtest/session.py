@@ -9,10 +9,10 @@ from datetime import datetime
 from typing import Any
 
 from loadtest.metrics import Goodput, Outcome, details, summarize
-from loadtest.plan import Plan, Schedule
 from loadtest.runner import Arrival, Run, Runner, Watch
-from loadtest.target import Served, Target
-from loadtest.workloads import LoadRequest
+from loadtest.schedule.plan import Plan, Schedule
+from loadtest.schedule.workloads import LoadRequest
+from loadtest.targets.target import Served, Target
 from tandem.errors import TandemError, Unavailable
 
 DEFAULT_PERCENTILES = (50.0, 90.0, 95.0, 99.0)

@@ -6,9 +6,10 @@ import asyncio
 from typing import Any
 
 from prefill_worker.call import leave_engine
-from tandem import logs, rpc, wire
+from tandem import rpc, wire
 from tandem.engine.sequence import Embedded, EngineEvent, Failed, Sequence, Started
 from tandem.errors import Refused
+from tandem.process import logs
 from tandem.v1 import worker_pb2
 from tandem.worker.host import WorkerHost
 

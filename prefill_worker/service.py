@@ -12,9 +12,10 @@ import grpc
 from kv_transfer.base import Target, Transport
 from prefill_worker.call import PrefillCall
 from prefill_worker.embedding import embed
-from tandem import logs, wire
+from tandem import wire
 from tandem.engine.sequence import EngineEvent, Failed, NewToken, Sequence
 from tandem.errors import Refused, TransferFailed
+from tandem.process import logs
 from tandem.types import EngineRequest, Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.host import Promise, WorkerHost

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from tandem.entry import keep_torch_out, starting
-from tandem.standard_streams import never_block
+from tandem.process.entry import keep_torch_out, starting
+from tandem.process.standard_streams import never_block
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,9 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     keep_torch_out()
     with starting():
         from router.app import run
-        from tandem import logs
         from tandem.config import load_config
         from tandem.errors import ConfigError
+        from tandem.process import logs
     try:
         router = {"host": options.host, "port": options.port, "http_port": options.http_port}
         config = load_config(options.config, {"router": router, "model": {"path": options.model}})

@@ -15,11 +15,12 @@ from router.life.request import Orchestrator
 from router.pool.join import JoinService
 from router.pool.registry import Registry
 from router.tokenizer import Tokenizer
-from tandem import descriptors, rpc
+from tandem import rpc
 from tandem.addresses import check_listening, join_address, loopback_beside
 from tandem.config import TandemConfig
-from tandem.entry import on_stop_signals
 from tandem.errors import ConfigError, ModelRefused
+from tandem.process import descriptors
+from tandem.process.entry import on_stop_signals
 from tandem.tokenizer import load_tokenizer
 from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2, registry_pb2_grpc
 

@@ -97,7 +97,7 @@ def client_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
 
 
 def server_options(max_message_bytes: int, most_untaken: int) -> list[tuple[str, int]]:
-    from tandem.descriptors import most_connections  # of Unix alone, as servers are; clients run elsewhere too
+    from tandem.process.descriptors import most_connections  # of Unix alone, as servers are; clients run elsewhere too
 
     return [
         ("grpc.max_receive_message_length", max_message_bytes),

@@ -22,12 +22,9 @@ VALUES = frozenset(
 )
 # Values and the wire: what every process shares.
 SHARED = VALUES | {
-    "tandem.descriptors",
-    "tandem.entry",
     "tandem.hub",
-    "tandem.logs",
+    "tandem.process",
     "tandem.rpc",
-    "tandem.standard_streams",
     "tandem.tokenizer",
     "tandem.wire",
     "tandem.v1",
@@ -55,12 +52,9 @@ ROOMS = {
     "tandem.timeline": Room(frozenset(), HEAVY | WEB),
     "tandem.prefix": Room(frozenset(), HEAVY | WEB),
     "tandem.config": Room(VALUES, HEAVY | WEB),
-    "tandem.descriptors": Room(frozenset(), HEAVY | WEB),
-    "tandem.entry": Room(frozenset(), HEAVY | WEB),
+    "tandem.process": Room(frozenset(), HEAVY | WEB),
     "tandem.hub": Room(VALUES, HEAVY | WEB),
     "tandem.tokenizer": Room(VALUES | {"tandem.hub"}, HEAVY - {"transformers"} | WEB),
-    "tandem.logs": Room(frozenset({"tandem.standard_streams"}), HEAVY | WEB),
-    "tandem.standard_streams": Room(frozenset(), HEAVY | WEB),
     "tandem.out_of_memory": Room(frozenset(), HEAVY - {"torch"} | WEB),
     "tandem.rpc": Room(SHARED, HEAVY),
     "tandem.wire": Room(SHARED, HEAVY),
@@ -78,7 +72,7 @@ ROOMS = {
 }
 # The only modules that know Ray: everything else runs without it.
 KNOW_RAY = frozenset(
-    map(Path, ("kv_transfer/plasma.py", "tandem/launch/ray_cluster.py", "tandem/launch/ray_member.py"))
+    map(Path, ("kv_transfer/plasma.py", "tandem/launch/ray/cluster.py", "tandem/launch/ray/member.py"))
 )
 # Whatever reads these runs code that a peer wrote.
 UNPICKLERS = frozenset({"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle"})
@@ -197,15 +191,15 @@ def test_nothing_can_unpickle() -> None:
 
 def test_logging_is_configured_in_entry_points_only() -> None:
     def is_entry_point(path: Path) -> bool:
-        mains = {Path("router/app.py"), Path("tandem/worker/main.py"), Path("tandem/launch/ray_member.py")}
+        mains = {Path("router/app.py"), Path("tandem/worker/main.py"), Path("tandem/launch/ray/member.py")}
         return path.name == "__main__.py" or path.parts[:2] == ("tandem", "cli") or path in mains
 
     def configures(path: Path) -> bool:
         return any(call in read(path) for call in ("logging.basicConfig(", "logs.configure("))
 
-    # tandem/logs.py is what they call.
+    # tandem/process/logs.py is what they call.
     callers = [path for path in files(*TOP) if not is_entry_point(path) and configures(path)]
-    assert callers == [Path("tandem/logs.py")]
+    assert callers == [Path("tandem/process/logs.py")]
 
 
 def test_processes_that_serve_wait_for_no_output() -> None:

@@ -25,7 +25,7 @@ from loadtest.compare.verdict import best_of, common_rate, verdict_on
 from loadtest.metrics import Goodput
 from loadtest.runner import Run
 from loadtest.session import Measuring, nothing_answered
-from loadtest.target import SendOptions
+from loadtest.targets.target import SendOptions
 from tandem.errors import DeadlineExceeded, TandemError, Unavailable
 
 # Starts a shape's service; gives its router's address, and ends all of its processes on leaving.

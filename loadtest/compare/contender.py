@@ -14,12 +14,12 @@ from enum import StrEnum
 from loadtest.compare import model
 from loadtest.compare.judge import Judge, is_disturbed
 from loadtest.compare.processes import cores_of, cpu_seconds, others_cpu_seconds
-from loadtest.grpc_target import GrpcTarget
 from loadtest.metrics import Goodput, Metric, Outcome, missed, summarize
-from loadtest.plan import Plan
 from loadtest.runner import Arrival, Run, Runner, Watch
+from loadtest.schedule.plan import Plan
 from loadtest.session import DEFAULT_PERCENTILES, Measuring, figures, warm_up
-from loadtest.target import SendOptions, Served
+from loadtest.targets.grpc import GrpcTarget
+from loadtest.targets.target import SendOptions, Served
 from tandem.client import AsyncClient, ServiceStatus, WorkerState
 from tandem.errors import Unavailable
 from tandem.types import Role

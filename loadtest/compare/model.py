@@ -173,7 +173,7 @@ class Comparison(_Value):
     command: str
     machine: Machine
     model: str
-    # What was asked for: the keys of `loadtest.plan.Plan.as_json`.
+    # What was asked for: the keys of `loadtest.schedule.plan.Plan.as_json`.
     workload: dict[str, Any]
     # Milliseconds by metric: ttft, tpot, e2el.
     objectives: dict[str, float]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loadtest.objectives import Objectives
-from loadtest.plan import MAX_REQUESTS, Plan, check_timeout, is_positive, require
+from loadtest.schedule.plan import MAX_REQUESTS, Plan, check_timeout, is_positive, require
 from tandem.errors import ConfigError
 from tandem.types import shown
 

@@ -25,10 +25,10 @@ from router.life.request import STALL_S, Orchestrator
 from router.life.request_log import ID_HEADER, new_id
 from router.pool.registry import Registry
 from router.tokenizer import Tokenizer
-from tandem import descriptors
 from tandem.addresses import check_listening, join_address
 from tandem.config import TandemConfig
 from tandem.errors import ConfigError
+from tandem.process import descriptors
 
 log = logging.getLogger(__name__)
 _full = descriptors.RateLimitedWarning(log)

@@ -12,8 +12,9 @@ from router.pool.registry import Registry
 from router.pool.subscriptions import Mailbox
 from router.pool.transports import LOCAL, pick
 from router.pool.worker import Worker
-from tandem import logs, rpc
+from tandem import rpc
 from tandem.errors import InternalError, TandemError, Unavailable
+from tandem.process import logs
 from tandem.timeline import Phase, Timeline
 from tandem.types import EngineRequest, FinishReason, Role
 from tandem.v1 import worker_pb2

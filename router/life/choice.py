@@ -12,8 +12,8 @@ from router.life.attempt import Attempt, Brief
 from router.life.output import ChoiceOutput, Step
 from router.pool.registry import Registry
 from router.pool.transports import GRPC
-from tandem import logs
 from tandem.errors import InternalError, TandemError, TransferFailed
+from tandem.process import logs
 from tandem.timeline import Phase
 from tandem.types import ChoiceFinished, Delta, Event, RequestReport
 from tandem.v1 import worker_pb2

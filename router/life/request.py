@@ -19,8 +19,9 @@ from router.life.request_log import RequestLog
 from router.placement import Demand
 from router.pool.pace import OutputShare, check_deadline
 from router.pool.registry import Registry
-from tandem import errors, logs
+from tandem import errors
 from tandem.config import RouterConfig
+from tandem.process import logs
 from tandem.timeline import Phase, Timeline
 from tandem.types import Accepted, ChoiceFinished, Completed, Event, Usage
 from tandem.v1 import generation_pb2

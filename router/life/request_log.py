@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
-from tandem import logs
 from tandem.errors import Cancelled, InternalError, InvalidRequest, TandemError
+from tandem.process import logs
 from tandem.types import Accepted, ChoiceFinished, Delta, Event
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import typer
 from tandem.cli.common import ready_line, reported
 from tandem.config import TandemConfig
 from tandem.errors import ConfigError
-from tandem.launch.ray_plan import parse_counts
+from tandem.launch.ray.plan import parse_counts
 
 if TYPE_CHECKING:
-    from tandem.launch.ray_cluster import Cluster
+    from tandem.launch.ray.cluster import Cluster
 
 AUTO, WAIT_S = "auto", 120.0
 
@@ -53,7 +53,7 @@ def down(address: AddressOption = AUTO) -> None:
 @contextmanager
 def _cluster(address: str) -> Iterator[Cluster]:
     try:
-        from tandem.launch.ray_cluster import connected
+        from tandem.launch.ray.cluster import connected
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise

@@ -15,10 +15,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tandem import logs
 from tandem.addresses import dialable
 from tandem.client import ServiceStatus
 from tandem.errors import ConfigError, InvalidRequest, ModelNotFound, TandemError
+from tandem.process import logs
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from tandem.client import AsyncClient, ServiceStatus
 from tandem.config import TandemConfig, load_config
 from tandem.errors import InternalError
 from tandem.launch.processes import Supervisor
-from tandem.standard_streams import never_block
+from tandem.process.standard_streams import never_block
 from tandem.types import ChoiceFinished, Completed, Delta
 
 PROMPT, EXPECTED = "The color of dog", " can vary widely"

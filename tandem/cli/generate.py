@@ -18,8 +18,8 @@ from tandem.cli.logprobs import show_logprobs
 from tandem.cli.timeline_table import timeline_table, transfer_line
 from tandem.client import Client, Generation, SamplingFields
 from tandem.client.request import DEFAULT_ADDRESS
-from tandem.entry import INTERRUPTED
 from tandem.errors import InvalidRequest
+from tandem.process.entry import INTERRUPTED
 from tandem.types import ChoiceFinished, Completed, Delta, Usage
 
 

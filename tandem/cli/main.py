@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-from tandem.entry import starting
+from tandem.process.entry import starting
 
 # What writing to a full disk, a lost terminal or a pipe that nobody reads ends in.
 _OUTPUT_FAILS = {errno.ENOSPC, errno.EIO, errno.EPIPE, errno.EBADF, errno.EDQUOT}

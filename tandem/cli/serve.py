@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from tandem import logs
 from tandem.cli.cluster import AUTO, WAIT_S, serve_on_ray
 from tandem.cli.common import (
     ConfigOption,
@@ -23,10 +22,11 @@ from tandem.cli.common import (
 )
 from tandem.client import ServiceStatus
 from tandem.config import load_config
-from tandem.entry import on_stop_signals
 from tandem.errors import ConfigError
 from tandem.launch.processes import Supervisor
-from tandem.standard_streams import never_block
+from tandem.process import logs
+from tandem.process.entry import on_stop_signals
+from tandem.process.standard_streams import never_block
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from tandem.cli.common import (
 from tandem.config import TandemConfig, load_config
 from tandem.engine.cores import usable_cores
 from tandem.engine.gpus import take_gpu
-from tandem.entry import end_process, starting
 from tandem.errors import ConfigError
 from tandem.launch.cores import pin
-from tandem.standard_streams import never_block
+from tandem.process.entry import end_process, starting
+from tandem.process.standard_streams import never_block
 from tandem.types import Role
 
 

@@ -8,7 +8,7 @@ import runpy
 import sys
 
 from tandem.launch.parent import exit_with_parent
-from tandem.standard_streams import never_block
+from tandem.process.standard_streams import never_block
 
 
 def main() -> None:

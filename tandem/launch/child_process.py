@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO
 
-from tandem.standard_streams import say_lost
+from tandem.process.standard_streams import say_lost
 
 # (name of the child, one line of its output)
 Output = Callable[[str, str], None]

@@ -11,11 +11,11 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
-from tandem import logs
 from tandem.config import TandemConfig
 from tandem.engine.engine import Engine
 from tandem.engine.kv_cache import Allocate
 from tandem.engine.sequence import Emission
+from tandem.process import logs
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

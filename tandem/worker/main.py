@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import grpc
 
-from tandem import descriptors, logs
 from tandem.addresses import ANY_ADDRESS, check_listening
 from tandem.config import TandemConfig, WorkerConfig
 from tandem.engine.cuda_device import DeviceLost, first_line, is_lost
 from tandem.engine.kv_cache import Allocate
 from tandem.engine.process import tune_process
-from tandem.entry import INTERRUPTED, on_stop_signals
 from tandem.errors import ConfigError, TandemError
-from tandem.standard_streams import say_last_words
+from tandem.process import descriptors, logs
+from tandem.process.entry import INTERRUPTED, on_stop_signals
+from tandem.process.standard_streams import say_last_words
 from tandem.types import Role
 from tandem.worker.engine_thread import EngineThread
 from tandem.worker.host import Room, WorkerHost, make_worker_server

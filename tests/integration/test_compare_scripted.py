@@ -20,9 +20,9 @@ from loadtest.compare.contender import ALONE_AS_MEASURE, Alone, Contender, Endin
 from loadtest.compare.question import Question
 from loadtest.metrics import Goodput
 from loadtest.objectives import Objectives
-from loadtest.plan import Plan
 from loadtest.runner import Run
-from loadtest.workloads import Lengths
+from loadtest.schedule.plan import Plan
+from loadtest.schedule.workloads import Lengths
 from tandem.errors import ConfigError, DeadlineExceeded, Overloaded, Unavailable
 from tandem.types import Accepted, ChoiceFinished, Completed, Delta, FinishReason, Token, Usage
 from tandem.v1 import generation_pb2, registry_pb2

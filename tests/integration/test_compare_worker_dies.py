@@ -19,10 +19,10 @@ from loadtest.compare.question import Question
 from loadtest.compare.shapes import all_shapes
 from loadtest.metrics import Goodput
 from loadtest.objectives import Objectives
-from loadtest.plan import Plan
 from loadtest.runner import Run
-from loadtest.workloads import Lengths
-from tandem.cli.bench_compare import settings_of
+from loadtest.schedule.plan import Plan
+from loadtest.schedule.workloads import Lengths
+from tandem.cli.bench.compare import settings_of
 from tandem.config import load_config
 from tandem.engine.cores import usable_cores
 from tandem.launch.processes import Supervisor

@@ -27,7 +27,7 @@ from scripted_worker import eventually
 
 from router.http import body
 from router.http.door import SEND_BUFFER_BYTES
-from tandem.descriptors import MOST_BACKLOG as BACKLOG
+from tandem.process.descriptors import MOST_BACKLOG as BACKLOG
 
 LIMIT = 64 << 10
 # asyncio's own limit, above which a transport asks its writer to pause.

@@ -18,10 +18,10 @@ import pytest
 from paced_service import FAST, OUTPUT, SLOW, Note, Pace, Scripted, joined, make_target, measured, target_of
 from scripted_router import ScriptedRouter, serving
 
-from loadtest.plan import Plan
 from loadtest.runner import Arrival, Run, Runner
+from loadtest.schedule.plan import Plan
+from loadtest.schedule.workloads import Lengths, Vocabulary, random_requests
 from loadtest.session import Measuring, Result
-from loadtest.workloads import Lengths, Vocabulary, random_requests
 
 pytestmark = pytest.mark.alone
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 from service import Service, running_service
 
-from loadtest.grpc_target import GrpcTarget
-from loadtest.openai_target import OpenAITarget
-from loadtest.plan import Plan
+from loadtest.schedule.plan import Plan
+from loadtest.schedule.workloads import Lengths
 from loadtest.session import Measuring, Result, measure
-from loadtest.target import SendOptions
-from loadtest.workloads import Lengths
+from loadtest.targets.grpc import GrpcTarget
+from loadtest.targets.openai import OpenAITarget
+from loadtest.targets.target import SendOptions
 from tandem.client import AsyncClient
 from tandem.errors import ConfigError
 

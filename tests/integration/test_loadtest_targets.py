@@ -12,12 +12,12 @@ from paced_service import FAST, Scripted, address_of, joined, make_target, measu
 from scripted_openai import ScriptedOpenAI
 from scripted_router import ScriptedRouter, serving
 
-from loadtest.openai_target import OpenAITarget
-from loadtest.plan import Plan
 from loadtest.runner import Arrival, Runner
+from loadtest.schedule.plan import Plan
+from loadtest.schedule.workloads import Lengths, Vocabulary, random_requests
 from loadtest.session import Measuring
-from loadtest.target import SendOptions, Target
-from loadtest.workloads import Lengths, Vocabulary, random_requests
+from loadtest.targets.openai import OpenAITarget
+from loadtest.targets.target import SendOptions, Target
 from tandem.errors import ConfigError, ModelNotFound, Overloaded, Refused, TandemError, Unavailable
 
 

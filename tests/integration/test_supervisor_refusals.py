@@ -18,7 +18,7 @@ from tandem.config import load_config
 from tandem.errors import ConfigError, TandemError, Unavailable
 from tandem.launch.child_process import ChildProcess, ProcessSpec
 from tandem.launch.processes import Supervisor
-from tandem.standard_streams import say_lost
+from tandem.process.standard_streams import say_lost
 
 
 async def test_a_start_that_the_system_refuses_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tandem.entry import keep_torch_out
+from tandem.process.entry import keep_torch_out
 
 ROOT = Path(__file__).resolve().parents[2]
 _MAX_COMMAND_BYTES = 1 << 18

@@ -16,11 +16,11 @@ import scripted_openai
 from scripted_openai import ScriptedOpenAI
 from scripted_router import REPORT, ScriptedRouter, serving
 
-from loadtest.grpc_target import GrpcTarget
-from loadtest.openai_target import OpenAITarget
-from loadtest.plan import Plan
+from loadtest.schedule.plan import Plan
 from loadtest.session import Measuring, Result, measure
-from loadtest.target import SendOptions, Target
+from loadtest.targets.grpc import GrpcTarget
+from loadtest.targets.openai import OpenAITarget
+from loadtest.targets.target import SendOptions, Target
 from tandem.types import Accepted, ChoiceFinished, Completed, Delta, FinishReason, Token, Usage
 from tandem.v1 import generation_pb2, registry_pb2
 

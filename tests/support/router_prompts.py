@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from tandem.entry import keep_torch_out
+from tandem.process.entry import keep_torch_out
 
 keep_torch_out()
 

@@ -12,8 +12,8 @@ import pytest
 
 from tandem.addresses import check_listening, dialable, loopback_beside
 from tandem.config import load_config
-from tandem.entry import starting
 from tandem.errors import ConfigError
+from tandem.process.entry import starting
 from tandem.types import Role
 from tandem.worker import main
 from tandem.worker.arguments import parse_arguments

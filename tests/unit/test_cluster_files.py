@@ -11,7 +11,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tandem.launch.ray_plan import POOLS
+from tandem.launch.ray.plan import POOLS
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOUD = ROOT / "cluster.yaml"

@@ -20,10 +20,10 @@ from loadtest.compare.search import MAX_STEPS, Search
 from loadtest.compare.shapes import all_shapes
 from loadtest.metrics import Goodput, Metric, Outcome
 from loadtest.objectives import Objectives
-from loadtest.plan import Plan
 from loadtest.runner import Arrival
-from loadtest.target import Served
-from loadtest.workloads import LoadRequest
+from loadtest.schedule.plan import Plan
+from loadtest.schedule.workloads import LoadRequest
+from loadtest.targets.target import Served
 from tandem.engine.cores import usable_cores
 from tandem.errors import ConfigError
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 from scripted_worker import eventually
 
-from tandem import descriptors
+from tandem.process import descriptors
 
 LEFT = 40
 

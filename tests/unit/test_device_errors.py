@@ -245,7 +245,7 @@ def test_any_error_is_the_devices_end_when_it_answers_no_more(
 
 def test_the_reason_is_heard_by_a_reader_that_is_late() -> None:
     code = """
-from tandem.standard_streams import never_block; never_block()
+from tandem.process.standard_streams import never_block; never_block()
 import sys
 from tandem.config import parse_config
 from tandem.worker import main

@@ -14,9 +14,9 @@ from service import START_S, wait_until
 from tandem.client import Client
 from tandem.config import load_config
 from tandem.errors import ConfigError, Refused
-from tandem.launch import hosted
-from tandem.launch.hosted import Hosted, Node, Phase, on_node, serve_spec
-from tandem.launch.ray_plan import wanted_specs
+from tandem.launch.ray import hosted
+from tandem.launch.ray.hosted import Hosted, Node, Phase, on_node, serve_spec
+from tandem.launch.ray.plan import wanted_specs
 
 NODE = Node("127.0.0.1", slots=2)
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from loadtest.arrivals import RampUp, drawn, replayed
+from loadtest.schedule.arrivals import RampUp, drawn, replayed
 
 
 def test_poisson_gaps_are_exponential() -> None:

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from loadtest.metrics import Outcome, details, summarize
 from loadtest.report import report
-from loadtest.sse import MAX_EVENT_BYTES, EventSplitter, Malformed
+from loadtest.targets.sse import MAX_EVENT_BYTES, EventSplitter, Malformed
 
 
 def answered(scheduled: float, sent: float, *arrivals: float, prompt: int = 10, tokens: int | None = None) -> Outcome:

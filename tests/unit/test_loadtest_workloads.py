@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 
 from loadtest.objectives import Objectives, parse_goodput
-from loadtest.plan import Plan, parse_percentiles
-from loadtest.target import Served
-from loadtest.traces import BLOCK_TOKENS, TraceRow, made_up, read_trace
-from loadtest.workloads import Lengths, LoadRequest, Vocabulary, random_requests, trace_requests, warm_up_requests
+from loadtest.schedule.plan import Plan, parse_percentiles
+from loadtest.schedule.traces import BLOCK_TOKENS, TraceRow, made_up, read_trace
+from loadtest.schedule.workloads import (
+    Lengths,
+    LoadRequest,
+    Vocabulary,
+    random_requests,
+    trace_requests,
+    warm_up_requests,
+)
+from loadtest.targets.target import Served
 from tandem.errors import ConfigError
 
 WORDS = Vocabulary(1000, seed=5)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tandem import logs
+from tandem.process import logs
 
 Configure = Callable[..., io.StringIO]
 

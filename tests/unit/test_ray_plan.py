@@ -9,7 +9,7 @@ import pytest
 from tandem import __version__
 from tandem.config import TandemConfig, load_config
 from tandem.errors import ConfigError, Refused, TandemError, Unavailable
-from tandem.launch.ray_plan import (
+from tandem.launch.ray.plan import (
     Member,
     Plan,
     Spec,

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from tandem.standard_streams import BACKLOG_BYTES, StandardStream
+from tandem.process.standard_streams import BACKLOG_BYTES, StandardStream
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES, BOUND_S = 30_000, 20.0
 LINE = b"line %06d of a log that nobody reads for a while, for all that we know\n"
-PRELUDE = "from tandem.standard_streams import never_block; never_block(); import os, sys\n"
+PRELUDE = "from tandem.process.standard_streams import never_block; never_block(); import os, sys\n"
 LOST = re.compile(rb"(\d+) lines? (?:was|were) lost here: this output could not be written\r?\n")
 
 

@@ -23,8 +23,8 @@ from tandem.addresses import dialable
 from tandem.client import Client, ServiceStatus
 from tandem.config import TandemConfig, parse_config
 from tandem.errors import ConfigError, Refused, TandemError, Unavailable
-from tandem.launch.ray_member import MemberActor
-from tandem.launch.ray_plan import (
+from tandem.launch.ray.member import MemberActor
+from tandem.launch.ray.plan import (
     ROUTER,
     Member,
     Spec,
@@ -39,7 +39,7 @@ from tandem.launch.ray_plan import (
     turns_of,
     wanted_specs,
 )
-from tandem.launch.reach import check_reachable, kept_standard_error
+from tandem.launch.ray.reach import check_reachable, kept_standard_error
 
 log = logging.getLogger(__name__)
 

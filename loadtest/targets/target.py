@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loadtest.metrics import Outcome
-from loadtest.workloads import LoadRequest
+from loadtest.schedule.workloads import LoadRequest
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 import ray
 
-from tandem import logs
 from tandem.config import LogConfig
-from tandem.entry import keep_torch_out
 from tandem.errors import TandemError
-from tandem.launch.hosted import Hosted, Node, serve_spec
-from tandem.launch.ray_plan import POOLS, ROUTER, Spec
+from tandem.launch.ray.hosted import Hosted, Node, serve_spec
+from tandem.launch.ray.plan import POOLS, ROUTER, Spec
+from tandem.process import logs
+from tandem.process.entry import keep_torch_out
 
 
 class MemberActor:

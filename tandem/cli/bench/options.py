@@ -12,11 +12,11 @@ import typer
 from tandem.errors import ConfigError
 
 if TYPE_CHECKING:  # numpy: only for whoever runs a load test
-    from loadtest.arrivals import RampUp
     from loadtest.compare.question import Question
     from loadtest.metrics import Goodput
     from loadtest.objectives import Objectives
-    from loadtest.plan import Plan
+    from loadtest.schedule.arrivals import RampUp
+    from loadtest.schedule.plan import Plan
 
 
 class WorkloadName(StrEnum):
@@ -49,8 +49,8 @@ class WorkloadOptions:
 
     def plan(self, **more: Any) -> Plan:
         """Raises ConfigError for what makes no sense."""
-        from loadtest.plan import Plan
-        from loadtest.workloads import Lengths
+        from loadtest.schedule.plan import Plan
+        from loadtest.schedule.workloads import Lengths
 
         return Plan(
             workload=self.workload.value,
@@ -91,7 +91,7 @@ class ArrivalOptions:
         }
 
     def _ramp_up(self) -> RampUp | None:
-        from loadtest.arrivals import RampUp
+        from loadtest.schedule.arrivals import RampUp
 
         strategy, start_rps, end_rps = self.ramp_up_strategy, self.ramp_up_start_rps, self.ramp_up_end_rps
         if strategy is not None and start_rps is not None and end_rps is not None:

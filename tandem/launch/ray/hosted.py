@@ -16,7 +16,7 @@ from functools import partial
 from tandem.config import TandemConfig
 from tandem.engine.cores import usable_cores
 from tandem.errors import Refused, TandemError
-from tandem.launch.ray_plan import POOLS, Spec
+from tandem.launch.ray.plan import POOLS, Spec
 
 log = logging.getLogger(__name__)
 

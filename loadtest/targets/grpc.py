@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from loadtest.metrics import Outcome
-from loadtest.target import SendOptions, Served
-from loadtest.workloads import LoadRequest
+from loadtest.schedule.workloads import LoadRequest
+from loadtest.targets.target import SendOptions, Served
 from tandem.client import AsyncClient
 from tandem.errors import ModelNotFound, TandemError, Unavailable
 from tandem.types import ChoiceFinished, Completed, Delta, SamplingParams

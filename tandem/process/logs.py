@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from tandem.standard_streams import below, say_lost
+from tandem.process.standard_streams import below, say_lost
 
 LINE = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
 # Packages whose lines --log-level is about: what others say below `info` concerns those who develop them.

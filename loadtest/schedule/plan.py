@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from loadtest import arrivals, traces, workloads
 from loadtest.runner import Arrival
-from loadtest.target import Served
+from loadtest.schedule import arrivals, traces, workloads
+from loadtest.targets.target import Served
 from tandem.errors import ConfigError, InvalidRequest
 from tandem.types import MAX_INT32, SamplingParams, shown
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from tandem.cli.bench_compare import compare
-from tandem.cli.bench_run import run
+from tandem.cli.bench.compare import compare
+from tandem.cli.bench.run import run
 from tandem.cli.option_groups import with_groups
 
 bench = typer.Typer(no_args_is_help=True, help="Load tests: what a service delivers, and how much it takes.")

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from tandem.cli.bench_common import Bar, check_writable, need_extra, stopping
-from tandem.cli.bench_options import ObjectiveOptions, SearchOptions, WorkloadOptions
+from tandem.cli.bench.common import Bar, check_writable, need_extra, stopping
+from tandem.cli.bench.options import ObjectiveOptions, SearchOptions, WorkloadOptions
 from tandem.cli.common import ConfigOption, Device, LoadFormat, ModelOption, make_console, reported
 from tandem.config import TandemConfig, load_config
 from tandem.engine.cores import usable_cores
-from tandem.entry import INTERRUPTED
 from tandem.errors import ConfigError
 from tandem.launch.cores import pin
 from tandem.launch.processes import Supervisor
+from tandem.process.entry import INTERRUPTED
 
 if TYPE_CHECKING:  # numpy: only for whoever runs a load test
     from loadtest.compare.contender import Ending

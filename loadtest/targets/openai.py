@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from loadtest.http_words import said_by, what_broke
 from loadtest.metrics import Outcome
-from loadtest.sse import EventSplitter, Malformed
-from loadtest.target import SendOptions, Served
-from loadtest.workloads import LoadRequest
+from loadtest.schedule.workloads import LoadRequest
+from loadtest.targets.http_words import said_by, what_broke
+from loadtest.targets.sse import EventSplitter, Malformed
+from loadtest.targets.target import SendOptions, Served
 from tandem.errors import ConfigError, ModelNotFound, Refused, Unavailable
 from tandem.types import shown
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from loadtest.traces import BLOCK_TOKENS, TraceRow
+from loadtest.schedule.traces import BLOCK_TOKENS, TraceRow
 
 TokenIds = NDArray[np.uint32]
 

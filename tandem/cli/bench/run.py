@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tandem import descriptors
-from tandem.cli.bench_common import Bar, check_writable, need_extra, stopping
-from tandem.cli.bench_options import ArrivalOptions, ObjectiveOptions, WorkloadOptions
+from tandem.cli.bench.common import Bar, check_writable, need_extra, stopping
+from tandem.cli.bench.options import ArrivalOptions, ObjectiveOptions, WorkloadOptions
 from tandem.cli.common import RouterOption, make_console, reported
 from tandem.client.request import DEFAULT_ADDRESS
-from tandem.entry import INTERRUPTED
 from tandem.errors import ConfigError
+from tandem.process import descriptors
+from tandem.process.entry import INTERRUPTED
 
 if TYPE_CHECKING:  # numpy and aiohttp: only for whoever runs a load test
-    from loadtest.plan import Plan
+    from loadtest.schedule.plan import Plan
     from loadtest.session import Measuring, Result
-    from loadtest.target import SendOptions, Target
+    from loadtest.targets.target import SendOptions, Target
 
 
 def run(
@@ -52,9 +52,9 @@ def run(
     """
     with reported():
         need_extra()
-        from loadtest.plan import check_temperature, check_timeout, parse_percentiles
+        from loadtest.schedule.plan import check_temperature, check_timeout, parse_percentiles
         from loadtest.session import Measuring, nothing_answered
-        from loadtest.target import SendOptions
+        from loadtest.targets.target import SendOptions
 
         plan = load.plan(vocab_size=vocab_size, max_model_len=max_model_len, **arrivals.of_plan())
         measuring = Measuring(max_concurrency, num_warmups, objectives.limits_ms(), parse_percentiles(percentiles))
@@ -90,8 +90,8 @@ async def _measured(
 
 
 def _target(router: str, openai: str | None, api_key: str | None, options: SendOptions) -> Target:
-    from loadtest.grpc_target import GrpcTarget
-    from loadtest.openai_target import OpenAITarget
+    from loadtest.targets.grpc import GrpcTarget
+    from loadtest.targets.openai import OpenAITarget
 
     return GrpcTarget(router, options) if openai is None else OpenAITarget(openai, options, api_key)
 
