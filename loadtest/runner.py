@@ -11,7 +11,7 @@ from typing import Protocol
 
 from loadtest.metrics import Outcome
 from loadtest.schedule.workloads import LoadRequest
-from loadtest.targets.target import Target
+from loadtest.targets.target import LoadTarget
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Runner:
     """Sends one schedule. `max_concurrency` holds requests back at the client; the schedule's clock goes on."""
 
     def __init__(
-        self, target: Target, schedule: Sequence[Arrival], max_concurrency: int | None, watch: Watch | None = None
+        self, target: LoadTarget, schedule: Sequence[Arrival], max_concurrency: int | None, watch: Watch | None = None
     ) -> None:
         self._target = target
         self._schedule = schedule

@@ -12,7 +12,7 @@ from loadtest.metrics import Goodput, Outcome, details, summarize
 from loadtest.runner import Arrival, Run, Runner, Watch
 from loadtest.schedule.plan import Plan, Schedule
 from loadtest.schedule.workloads import LoadRequest
-from loadtest.targets.target import Served, Target
+from loadtest.targets.target import LoadTarget, Served
 from tandem.errors import TandemError, Unavailable
 
 DEFAULT_PERCENTILES = (50.0, 90.0, 95.0, 99.0)
@@ -43,7 +43,7 @@ class Result:
 
 
 async def measure(
-    target: Target, plan: Plan, measuring: Measuring, stop: asyncio.Event, watch: Watch | None = None
+    target: LoadTarget, plan: Plan, measuring: Measuring, stop: asyncio.Event, watch: Watch | None = None
 ) -> Result:
     """Until the schedule is done or `stop` is set. Raises TandemError when it cannot begin."""
     served = await target.describe()
@@ -54,7 +54,7 @@ async def measure(
 
 
 async def warm_up(
-    target: Target, requests: Sequence[LoadRequest], stop: asyncio.Event, max_concurrency: int | None = None
+    target: LoadTarget, requests: Sequence[LoadRequest], stop: asyncio.Event, max_concurrency: int | None = None
 ) -> None:
     """All at once, as many as may be. Raises Unavailable if none of them was answered: so would be no other."""
     run = await Runner(target, [Arrival(0.0, request) for request in requests], max_concurrency).send_all(stop)
@@ -68,7 +68,7 @@ def nothing_answered(outcomes: Sequence[Outcome], kind: str = "request") -> Tand
 
 
 def figures(
-    target: Target, plan: Plan, measuring: Measuring, served: Served, schedule: Schedule, run: Run
+    target: LoadTarget, plan: Plan, measuring: Measuring, served: Served, schedule: Schedule, run: Run
 ) -> dict[str, Any]:
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -29,27 +29,27 @@ from loadtest.targets.target import SendOptions
 from tandem.errors import DeadlineExceeded, TandemError, Unavailable
 
 # Starts a shape's service; gives its router's address, and ends all of its processes on leaving.
-Starter = Callable[[model.Shape], AbstractAsyncContextManager[str]]
+Starter = Callable[[model.ServiceServiceShape], AbstractAsyncContextManager[str]]
 # Of the time limit, what the search may take: the rest is for the draws, which decide.
 SEARCH_SHARE = 0.4
 # Of a load that other programs disturbed, and of one during which workers died.
 TRIES = 3
 
 
-class Progress(Protocol):
-    def stage(self, words: str) -> None:
+class Reporter(Protocol):
+    def report_stage(self, words: str) -> None:
         """What is being done."""
 
-    def limits(self, goodput: Goodput) -> None:
+    def report_limits(self, goodput: Goodput) -> None:
         """What an answer may take: known before the first load."""
 
-    def watch(self, run: Run) -> None:
+    def report_run(self, run: Run) -> None:
         """The load that runs."""
 
-    def ended(self, shape: model.Shape, run: model.Run, ending: Ending) -> None:
+    def report_ended(self, shape: model.ServiceServiceShape, run: model.Run, ending: Ending) -> None:
         """A load that has ended."""
 
-    def failed(self, shape: model.Shape, why: str) -> None:
+    def report_failed(self, shape: model.ServiceServiceShape, why: str) -> None:
         """The comparison goes on without the shape."""
 
 
@@ -75,7 +75,7 @@ class _Entry:
     failure: TandemError | None = None
 
     @property
-    def shape(self) -> model.Shape:
+    def shape(self) -> model.ServiceServiceShape:
         return self.contender.shape
 
     def searches(self, entries: Sequence[_Entry]) -> bool:
@@ -103,11 +103,11 @@ class _Entry:
 class Comparing:
     """Runs one comparison. `stop` ends it early: what was found until then is reported."""
 
-    def __init__(self, question: Question, start: Starter, stop: asyncio.Event, progress: Progress) -> None:
+    def __init__(self, question: Question, start: Starter, stop: asyncio.Event, reporter: Reporter) -> None:
         self._question = question
         self._start = start
         self._stop = stop
-        self._progress = progress
+        self._reporter = reporter
         # With the objectives in milliseconds, once it is known what an answer takes alone.
         self._measuring = Measuring()
         # On the monotonic clock; set when the loads begin.
@@ -133,7 +133,7 @@ class Comparing:
         entries: list[_Entry] = []
         for shape in all_shapes(self._question.workers, self._question.step_tokens):
             self._check_stop()
-            self._progress.stage(f"starting {shape.name}")
+            self._reporter.report_stage(f"starting {shape.name}")
             address = await services.enter_async_context(self._start(shape))
             sending = SendOptions(timeout_s=self._question.timeout_s)
             contender = await services.enter_async_context(Contender.at(address, shape, sending))
@@ -148,11 +148,11 @@ class Comparing:
         _check_some_work(entries)
         for entry in entries:
             if entry.failure is not None:
-                self._progress.failed(entry.shape, entry.failure.message)
+                self._reporter.report_failed(entry.shape, entry.failure.message)
         alone = [(entry, entry.alone) for entry in entries if entry.alone is not None]
         limits_ms = self._limits_ms([each for _, each in alone])
         self._measuring = Measuring(goodput=limits_ms)
-        self._progress.limits(limits_ms)
+        self._reporter.report_limits(limits_ms)
         for entry in entries:
             entry.broken += [each.judged(limits_ms) for each in entry.alone_broken]
         self._begin([(entry, each.judged(limits_ms)) for entry, each in alone])
@@ -186,7 +186,7 @@ class Comparing:
             yield
         except TandemError as error:
             entry.failure = error
-            self._progress.failed(entry.shape, error.message)
+            self._reporter.report_failed(entry.shape, error.message)
 
     def _set_deadlines(self) -> None:
         """How long services take to start, and on a fresh machine to compile their kernels, does not shorten loads."""
@@ -198,7 +198,7 @@ class Comparing:
         contender, plan = entry.contender, self._question.plan
         count = ALONE_AS_MEASURE if self._question.objectives.times_alone else ALONE
         self._check_stop()
-        self._progress.stage(f"warming up {contender.shape.name}")
+        self._reporter.report_stage(f"warming up {contender.shape.name}")
         await contender.warm_up(plan, self._stop)
         for _ in range(TRIES):
             await contender.ready(plan, self._stop, self._stop.is_set)
@@ -255,7 +255,7 @@ class Comparing:
                 try:
                     offered = await self._offer(entry, rate_rps, self._deadline_s, draw)
                 except TandemError as error:  # what was found until then stands
-                    self._progress.failed(entry.shape, error.message)
+                    self._reporter.report_failed(entry.shape, error.message)
                     return
                 if offered.ending is Ending.CUT:
                     self._cut = True
@@ -272,12 +272,12 @@ class Comparing:
         plan = self._question.plan_at(rate_rps, draw)
         halted, tries = partial(self._halted, deadline_s), Counter[bool]()
         while True:
-            self._progress.stage(f"{entry.shape.name}: {rate_rps:.2f} requests/s")
+            self._reporter.report_stage(f"{entry.shape.name}: {rate_rps:.2f} requests/s")
             await entry.contender.ready(plan, self._stop, halted)
             offered = await entry.contender.offer(
-                plan, self._measuring, self._question.target, halted, self._progress.watch, whole=draw > 0
+                plan, self._measuring, self._question.target, halted, self._reporter.report_run, whole=draw > 0
             )
-            self._progress.ended(entry.shape, offered.result, offered.ending)
+            self._reporter.report_ended(entry.shape, offered.result, offered.ending)
             # What the search saw kept all the same is kept; a draw counts as it is.
             kept = (
                 not draw and offered.ending is Ending.WHOLE and keeps(offered.result.attainment, self._question.target)

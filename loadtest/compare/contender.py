@@ -35,7 +35,7 @@ ALONE, ALONE_AS_MEASURE = 3, 9
 
 
 @dataclass(frozen=True)
-class Worker:
+class WatchedWorker:
     name: str
     pool: model.Pool
     pid: int
@@ -95,7 +95,7 @@ class Contender:
 
     def __init__(
         self,
-        shape: model.Shape,
+        shape: model.ServiceServiceShape,
         address: str,
         client: AsyncClient,
         served: Served,
@@ -113,7 +113,7 @@ class Contender:
 
     @classmethod
     @asynccontextmanager
-    async def at(cls, address: str, shape: model.Shape, sending: SendOptions) -> AsyncIterator[Contender]:
+    async def at(cls, address: str, shape: model.ServiceServiceShape, sending: SendOptions) -> AsyncIterator[Contender]:
         async with AsyncClient(address) as client:
             target = GrpcTarget(address, sending)
             try:
@@ -224,9 +224,9 @@ class Contender:
         return found
 
 
-def _worker(state: WorkerState, shape: model.Shape) -> Worker:
+def _worker(state: WorkerState, shape: model.ServiceServiceShape) -> WatchedWorker:
     pool: model.Pool = "colocated" if not shape.is_split else "prefill" if Role.PREFILL in state.roles else "decode"
-    return Worker(state.worker_id, pool, state.pid, cores_of(state.pid))
+    return WatchedWorker(state.worker_id, pool, state.pid, cores_of(state.pid))
 
 
 async def _send(runner: Runner, judge: Judge, halted: Callable[[], bool]) -> tuple[Run, Ending]:
@@ -269,9 +269,9 @@ def _result(rate_rps: float, found: dict[str, object], use: list[model.WorkerUse
     )
 
 
-def _answer(outcome: Outcome, run: Run, result: model.Run) -> model.Answer:
+def _answer(outcome: Outcome, run: Run, result: model.Run) -> model.ShownAnswer:
     prefill_worker, decode_worker = outcome.workers or ("", "")
-    return model.Answer(
+    return model.ShownAnswer(
         prompt_tokens=outcome.prompt_tokens,
         output_tokens=outcome.output_tokens,
         scheduled_s=outcome.scheduled_s - run.started_s,

@@ -14,7 +14,7 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Shape(_Value):
+class ServiceShape(_Value):
     """How the K workers of a service are divided: all colocated, or x prefill and y decode with x + y = K."""
 
     prefill: int = 0
@@ -40,7 +40,7 @@ class Shape(_Value):
         return f"{self.colocated} colocated, {self.step_tokens}-token steps"
 
 
-class Answer(_Value):
+class ShownAnswer(_Value):
     """One request of a run. Times are seconds from the run's start, on the client's clock."""
 
     prompt_tokens: int
@@ -89,13 +89,13 @@ class Run(_Value):
 class ShownRun(Run):
     """A run whose answers are kept: for the distributions and the timeline."""
 
-    answers: list[Answer]
+    answers: list[ShownAnswer]
 
 
 class Measured(_Value):
     """All that was run against one shape."""
 
-    shape: Shape
+    shape: ServiceShape
     # Of the search, in the order in which they ran.
     probes: list[Run]
     # The highest rate that kept the share of objectives, with the search's one draw of arrivals; 0 if no rate did.

@@ -32,7 +32,7 @@ class SendOptions:
     cache_salt: str = ""
 
 
-class Target(Protocol):
+class LoadTarget(Protocol):
     # As `vllm bench serve` names its backends.
     backend: str
 

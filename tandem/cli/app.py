@@ -14,7 +14,7 @@ from tandem.cli.bench import bench
 from tandem.cli.cluster import down, scale
 from tandem.cli.demo import demo
 from tandem.cli.generate import generate
-from tandem.cli.option_groups import with_groups
+from tandem.cli.options import with_groups
 from tandem.cli.serve import serve
 from tandem.cli.status import status
 from tandem.cli.worker import worker
@@ -27,8 +27,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Tandem serves language models with prefill and decode split across two pools of workers.",
 )
-for command in (serve, scale, down, with_groups(generate), status, worker, demo):
-    app.command()(command)
+for command in (serve, scale, down, generate, status, worker, demo):
+    app.command()(with_groups(command))
 app.add_typer(bench, name="bench")
 
 

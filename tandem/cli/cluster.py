@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tandem.cli.common import ready_line, reported
+from tandem.cli.console import ready_line, reported
 from tandem.config import TandemConfig
 from tandem.errors import ConfigError
 from tandem.launch.ray.plan import parse_counts

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from tandem.cli.common import make_console, printable, reported
-from tandem.cli.timeline_table import timeline_table, transfer_line
+from tandem.cli.console import make_console, printable, reported
+from tandem.cli.tables import timeline_table, transfer_line
 from tandem.client import AsyncClient, ServiceStatus
 from tandem.config import TandemConfig, load_config
 from tandem.errors import InternalError

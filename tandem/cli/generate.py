@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tandem.cli.common import RouterOption, make_console, printable, reported
-from tandem.cli.logprobs import show_logprobs
-from tandem.cli.timeline_table import timeline_table, transfer_line
+from tandem.cli.console import make_console, printable, reported
+from tandem.cli.options import RouterOption
+from tandem.cli.tables import show_logprobs, timeline_table, transfer_line
 from tandem.client import Client, Generation, SamplingFields
 from tandem.client.request import DEFAULT_ADDRESS
 from tandem.errors import InvalidRequest
@@ -23,11 +23,11 @@ from tandem.process.entry import INTERRUPTED
 from tandem.types import ChoiceFinished, Completed, Delta, Usage
 
 
-class Writer(Protocol):
+class AnswerWriter(Protocol):
     """Shows deltas as they come."""
 
-    def add(self, delta: Delta) -> None: ...
-    def finish(self) -> None: ...
+    def show_delta(self, delta: Delta) -> None: ...
+    def show_end(self) -> None: ...
 
 
 class OneChoice:
@@ -37,12 +37,12 @@ class OneChoice:
         self._clean = printable if on_terminal else str
         self._began = False
 
-    def add(self, delta: Delta) -> None:
+    def show_delta(self, delta: Delta) -> None:
         self._began = True
         sys.stdout.write(self._clean(delta.text))
         sys.stdout.flush()
 
-    def finish(self) -> None:
+    def show_end(self) -> None:
         if self._began:
             sys.stdout.write("\n")
             sys.stdout.flush()
@@ -58,12 +58,12 @@ class ManyChoices:
         if console.is_terminal:
             self._live.start()
 
-    def add(self, delta: Delta) -> None:
+    def show_delta(self, delta: Delta) -> None:
         self._texts[delta.choice] += printable(delta.text)
         if self._console.is_terminal:
             self._live.update(self._view())
 
-    def finish(self) -> None:
+    def show_end(self) -> None:
         if self._console.is_terminal:
             self._live.update(self._view(), refresh=True)
             self._live.stop()
@@ -76,31 +76,31 @@ class ManyChoices:
 
 
 @dataclass
-class Outcome:
+class StreamedAnswer:
     deltas: list[Delta] = field(default_factory=list)
     finished: list[ChoiceFinished] = field(default_factory=list)
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
 
 
-def show(answer: Generation, writer: Writer) -> Outcome:
+def show(answer: Generation, writer: AnswerWriter) -> StreamedAnswer:
     """Streams an answer through a writer. Raises TandemError."""
-    outcome = Outcome()
+    outcome = StreamedAnswer()
     try:
         for event in answer:
             match event:
                 case Delta():
                     outcome.deltas.append(event)
-                    writer.add(event)
+                    writer.show_delta(event)
                 case ChoiceFinished():
                     outcome.finished.append(event)
                 case Completed():
                     outcome.usage = event.usage
     finally:
-        writer.finish()
+        writer.show_end()
     return outcome
 
 
-def show_timelines(console: Console, outcome: Outcome) -> None:
+def show_timelines(console: Console, outcome: StreamedAnswer) -> None:
     for choice in sorted(outcome.finished, key=lambda choice: choice.choice):
         label = f"choice {choice.choice}: " if len(outcome.finished) > 1 else ""
         console.print(f"\n[dim]{label}{choice.output_tokens} tokens, ended by {choice.reason}[/dim]")

@@ -5,23 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
 from tandem.cli.cluster import AUTO, WAIT_S, serve_on_ray
-from tandem.cli.common import (
-    ConfigOption,
-    Device,
-    LoadFormat,
-    LogFormatOption,
-    LogLevelOption,
-    ModelOption,
-    ready_line,
-    reported,
-)
+from tandem.cli.console import ready_line, reported
+from tandem.cli.options import LogOptions, ServedOptions
 from tandem.client import ServiceStatus
-from tandem.config import load_config
 from tandem.errors import ConfigError
 from tandem.launch.processes import Supervisor
 from tandem.process import logs
@@ -38,79 +30,68 @@ def pool_sizes(prefill: int | None, decode: int | None, colocated: int | None) -
     return {"prefill": prefill, "decode": decode, "colocated": colocated}
 
 
-def serve(
-    model: ModelOption = None,
+@dataclass(frozen=True)
+class PoolOptions:
     prefill: Annotated[
         int | None, typer.Option(help="Prefill workers; if nothing is said: 1, or 0 beside colocated ones.")
-    ] = None,
-    decode: Annotated[int | None, typer.Option(help="Decode workers; as many, if nothing is said.")] = None,
-    colocated: Annotated[int | None, typer.Option(help="Workers that play both roles.")] = None,
-    config: ConfigOption = None,
-    device: Annotated[Device | None, typer.Option(help="Where the engines run.")] = None,
-    load_format: Annotated[LoadFormat | None, typer.Option(help="dummy: random weights, for load tests.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address that the router listens on.")] = None,
-    port: Annotated[int | None, typer.Option(help="The router's port; 0: any free one.")] = None,
+    ] = None
+    decode: Annotated[int | None, typer.Option(help="Decode workers; as many, if nothing is said.")] = None
+    colocated: Annotated[int | None, typer.Option(help="Workers that play both roles.")] = None
+
+
+@dataclass(frozen=True)
+class DoorOptions:
+    host: Annotated[str | None, typer.Option(help="Address that the router listens on.")] = None
+    port: Annotated[int | None, typer.Option(help="The router's port; 0: any free one.")] = None
     http_port: Annotated[
         int | None, typer.Option(help="Of its OpenAI-compatible HTTP door; 0: any free one, -1: none.")
-    ] = None,
-    log_level: LogLevelOption = None,
-    log_format: LogFormatOption = None,
-    ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster: returns when the service is ready.")] = False,
+    ] = None
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster: returns when the service is ready.")] = False
     address: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="With --ray: its head; this machine's if not given."),
-    ] = None,
+        str | None, typer.Option(metavar="HOST:PORT", help="With --ray: its head; this machine's if not given.")
+    ] = None
     wait: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            metavar="SECONDS",
-            help=f"With --ray: for all to serve; {WAIT_S:g} if not given.",
-        ),
-    ] = None,
-) -> None:
+        typer.Option(min=0, metavar="SECONDS", help=f"With --ray: for all to serve; {WAIT_S:g} if not given."),
+    ] = None
+
+
+def serve(served: ServedOptions, pools: PoolOptions, doors: DoorOptions, logging: LogOptions, on: RayOptions) -> None:
     """Start a router and its workers on this machine and keep them running. Ctrl-C stops everything.
 
     With --ray they run on a Ray cluster, and stay until `tandem down`; said again, it changes only what differs.
     """
     never_block()
     with reported():
-        if not ray and (address is not None or wait is not None):
+        if not on.ray and (on.address is not None or on.wait is not None):
             raise ConfigError("--address and --wait belong to --ray")
-        settings = load_config(
-            config,
-            {
-                "model": {"path": model, "load_format": load_format},
-                "engine": {"device": device},
-                "router": {"host": host, "port": port, "http_port": http_port},
-                "serve": pool_sizes(prefill, decode, colocated),
-                "log": {"level": log_level, "format": log_format},
-            },
-        )
+        settings = served.settings(router=vars(doors), serve=pool_sizes(**vars(pools)), log=logging.section())
         logs.configure(settings.log.level, settings.log.format)
-        if ray:
-            serve_on_ray(settings, AUTO if address is None else address, WAIT_S if wait is None else wait)
+        if on.ray:
+            serve_on_ray(settings, AUTO if on.address is None else on.address, WAIT_S if on.wait is None else on.wait)
             return
         # Refuses pools that cannot serve.
-        supervisor = Supervisor(settings, output=_relay_json if settings.log.format == "json" else _relay)
+        said = logs.relayed if settings.log.format == "json" else "{:>10} │ {}".format
+        supervisor = Supervisor(settings, output=lambda name, line: typer.echo(said(name, line), err=True))
         log.info("starting %s", settings.model.served_name)
         asyncio.run(run_until_signal(supervisor, lambda status: typer.echo(ready_line(supervisor.address, status))))
         log.info("stopped")
 
 
-def _relay(name: str, line: str) -> None:
-    typer.echo(f"{name:>10} │ {line}", err=True)
-
-
-def _relay_json(name: str, line: str) -> None:
-    typer.echo(logs.relayed(name, line), err=True)
-
-
 async def run_until_signal(supervisor: Supervisor, ready: Callable[[ServiceStatus], None]) -> None:
     """Runs the service until SIGINT or SIGTERM; a second signal does not wait for live requests. Raises TandemError."""
+
+    async def run() -> None:
+        ready(await supervisor.start())
+        await supervisor.wait()
+
     stop = asyncio.Event()
     on_stop_signals(stop.set, supervisor.hurry)
-    running, stopping = asyncio.create_task(_run(supervisor, ready)), asyncio.create_task(stop.wait())
+    running, stopping = asyncio.create_task(run()), asyncio.create_task(stop.wait())
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     running.cancel()
@@ -121,8 +102,3 @@ async def run_until_signal(supervisor: Supervisor, ready: Callable[[ServiceStatu
             raise
     finally:
         await supervisor.stop()
-
-
-async def _run(supervisor: Supervisor, ready: Callable[[ServiceStatus], None]) -> None:
-    ready(await supervisor.start())
-    await supervisor.wait()

@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tandem.cli.common import RouterOption, human_bytes, make_console, reported
+from tandem.cli.console import human_bytes, make_console, reported
+from tandem.cli.options import RouterOption
 from tandem.client import Client, ServiceStatus, WorkerState
 from tandem.client.request import DEFAULT_ADDRESS
-from tandem.client.status import Load
 
 
 def status(
@@ -64,19 +64,8 @@ def show_status(console: Console, found: ServiceStatus, integrity: bool) -> None
 
 def _workers_table(found: ServiceStatus, integrity: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    headers = [
-        "worker",
-        "roles",
-        "address",
-        "device",
-        "free blocks",
-        "cached",
-        "queued",
-        "running",
-        "reserved",
-        "KV out/in",
-    ]
-    for header in [*headers, "heartbeat", *(["pool"] if integrity else [])]:
+    headers = ["worker", "roles", "address", "device", "free blocks", "cached", "queued", "running", "reserved"]
+    for header in [*headers, "KV out/in", "heartbeat", *(["pool"] if integrity else [])]:
         table.add_column(header)
     for worker in sorted(found.workers, key=lambda worker: (sorted(worker.roles), worker.worker_id)):
         table.add_row(*_row(worker), *([_pool(worker)] if integrity else []))
@@ -85,6 +74,11 @@ def _workers_table(found: ServiceStatus, integrity: bool) -> Table:
 
 def _row(worker: WorkerState) -> list[str]:
     load = worker.load
+
+    def moved(transport: str) -> str:
+        out, back = (side[transport].bytes if transport in side else 0 for side in (load.kv_sent, load.kv_received))
+        return f"{transport} {human_bytes(out)} / {human_bytes(back)}"
+
     return [
         worker.worker_id,
         "+".join(sorted(worker.roles, reverse=True)) + (" (draining)" if worker.draining else ""),
@@ -95,14 +89,9 @@ def _row(worker: WorkerState) -> list[str]:
         f"{load.queued_prompt_tokens} tokens",
         str(load.running_decodes),
         str(load.reservations),
-        "\n".join(_moved(load, transport) for transport in worker.transports),
+        "\n".join(map(moved, worker.transports)),
         f"{worker.heartbeat_age_ms:.0f} ms ago",
     ]
-
-
-def _moved(load: Load, transport: str) -> str:
-    out, back = (side[transport].bytes if transport in side else 0 for side in (load.kv_sent, load.kv_received))
-    return f"{transport} {human_bytes(out)} / {human_bytes(back)}"
 
 
 def _pool(worker: WorkerState) -> str:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from tandem.cli.common import (
-    AdvertiseOption,
-    ConfigOption,
-    Device,
-    LoadFormat,
-    LogFormatOption,
-    LogLevelOption,
-    ModelOption,
-    RouterOption,
-    reported,
-)
-from tandem.config import TandemConfig, load_config
+from tandem.cli.console import reported
+from tandem.cli.options import AdvertiseOption, LogOptions, RouterOption, ServedOptions
 from tandem.engine.cores import usable_cores
 from tandem.engine.gpus import take_gpu
 from tandem.errors import ConfigError
@@ -56,41 +47,40 @@ def parse_gpu(text: str | None) -> list[int | str] | None:
     return None if text is None else [int(text) if text.isdecimal() else text]
 
 
-def worker(
-    role: Annotated[WorkerRole, typer.Option(help="What it plays; both is a colocated worker.")],
-    router: RouterOption,
-    config: ConfigOption = None,
-    model: ModelOption = None,
-    load_format: Annotated[LoadFormat | None, typer.Option(help="dummy: random weights, for load tests.")] = None,
-    device: Annotated[Device | None, typer.Option(help="Where the engine runs.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Torch threads; 0: one per core it may use.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one.")] = None,
-    advertise: AdvertiseOption = None,
-    cpus: Annotated[str | None, typer.Option(metavar="0,1", help="Keep to these cores.")] = None,
+@dataclass(frozen=True)
+class PlaceOptions:
+    """Where it runs and listens."""
+
+    threads: Annotated[int | None, typer.Option(help="Torch threads; 0: one per core it may use.")] = None
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one.")] = None
+    advertise: AdvertiseOption = None
+    cpus: Annotated[str | None, typer.Option(metavar="0,1", help="Keep to these cores.")] = None
     gpu: Annotated[
         str | None,
         typer.Option(
             metavar="0", help="Its GPU, as in engine.devices; else the first, which others that say none take too."
         ),
-    ] = None,
-    log_level: LogLevelOption = None,
-    log_format: LogFormatOption = None,
+    ] = None
+
+
+def worker(
+    role: Annotated[WorkerRole, typer.Option(help="What it plays; both is a colocated worker.")],
+    router: RouterOption,
+    served: ServedOptions,
+    place: PlaceOptions,
+    logging: LogOptions,
 ) -> None:
     """Run one worker and join it to a router. `tandem serve` does this for you on one machine."""
     never_block()
     with reported():
-        settings: TandemConfig = load_config(
-            config,
-            {
-                "model": {"path": model, "load_format": load_format},
-                "engine": {"device": device, "threads": threads, "devices": parse_gpu(gpu)},
-                "worker": {"host": host, "port": port, "advertise": advertise},
-                "log": {"level": log_level, "format": log_format},
-            },
+        settings = served.settings(
+            engine={"threads": place.threads, "devices": parse_gpu(place.gpu)},
+            worker={"host": place.host, "port": place.port, "advertise": place.advertise},
+            log=logging.section(),
         )
-        if cpus is not None:
-            pin(parse_cpus(cpus))
+        if place.cpus is not None:
+            pin(parse_cpus(place.cpus))
         take_gpu(settings.engine)
         # Not before either: it imports torch, which counts the cores it may use.
         with starting():

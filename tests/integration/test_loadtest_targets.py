@@ -17,11 +17,11 @@ from loadtest.schedule.plan import Plan
 from loadtest.schedule.workloads import Lengths, Vocabulary, random_requests
 from loadtest.session import Measuring
 from loadtest.targets.openai import OpenAITarget
-from loadtest.targets.target import SendOptions, Target
+from loadtest.targets.target import LoadTarget, SendOptions
 from tandem.errors import ConfigError, ModelNotFound, Overloaded, Refused, TandemError, Unavailable
 
 
-async def fails_with(target: Target) -> str | None:
+async def fails_with(target: LoadTarget) -> str | None:
     """The kind by which all of three requests fail."""
     schedule = [Arrival(0.0, request) for request in random_requests(3, Lengths(5, 2), Vocabulary(100, 0))]
     run = await Runner(target, schedule, None).send_all(asyncio.Event())

@@ -10,13 +10,13 @@ from typing import Any
 
 from loadtest import metrics
 from loadtest.compare.model import (
-    Answer,
     Comparison,
     Machine,
     Measured,
     Pool,
     Run,
-    Shape,
+    ServiceShape,
+    ShownAnswer,
     ShownRun,
     WorkerUse,
 )
@@ -25,13 +25,13 @@ from tandem.timeline import Phase
 
 OBJECTIVES: dict[metrics.Metric, float] = {"ttft": 1200.0, "tpot": 45.0}
 TARGET = 0.9
-TWO = (Shape(colocated=2, step_tokens=64), Shape(prefill=1, decode=1, step_tokens=512))
+TWO = (ServiceShape(colocated=2, step_tokens=64), ServiceShape(prefill=1, decode=1, step_tokens=512))
 FOUR = (
-    Shape(colocated=4, step_tokens=64),
-    Shape(colocated=4, step_tokens=512),
-    Shape(prefill=1, decode=3, step_tokens=512),
-    Shape(prefill=2, decode=2, step_tokens=512),
-    Shape(prefill=3, decode=1, step_tokens=512),
+    ServiceShape(colocated=4, step_tokens=64),
+    ServiceShape(colocated=4, step_tokens=512),
+    ServiceShape(prefill=1, decode=3, step_tokens=512),
+    ServiceShape(prefill=2, decode=2, step_tokens=512),
+    ServiceShape(prefill=3, decode=1, step_tokens=512),
 )
 
 # Seconds of a step: at least, for each prompt token, for each answer that decodes.
@@ -90,7 +90,7 @@ class _Engine:
         return took_s
 
 
-def _engines(shape: Shape) -> dict[Pool, list[_Engine]]:
+def _engines(shape: ServiceShape) -> dict[Pool, list[_Engine]]:
     counts: dict[Pool, int] = {"prefill": shape.prefill, "decode": shape.decode, "colocated": shape.colocated}
     names = [(pool, index) for pool, count in counts.items() for index in range(count)]
     made: dict[Pool, list[_Engine]] = {pool: [] for pool in counts}
@@ -99,7 +99,7 @@ def _engines(shape: Shape) -> dict[Pool, list[_Engine]]:
     return made
 
 
-def _serve(shape: Shape, jobs: Sequence[_Job]) -> list[_Engine]:
+def _serve(shape: ServiceShape, jobs: Sequence[_Job]) -> list[_Engine]:
     engines = _engines(shape)
     first = engines["prefill"] or engines["colocated"]
     for index, engine in enumerate(first):
@@ -146,11 +146,11 @@ def _met(job: _Job) -> bool:
     return ttft_s * 1000 <= OBJECTIVES["ttft"] and tpot_s * 1000 <= OBJECTIVES["tpot"]
 
 
-def _answer(job: _Job, failed: bool) -> Answer:
+def _answer(job: _Job, failed: bool) -> ShownAnswer:
     told: dict[str, Any] = {"phases_ms": _phases(job), "met": _met(job), "arrivals_s": job.arrivals_s}
     if failed:
         told = {"phases_ms": {}, "met": False, "arrivals_s": [], "failure": "overloaded"}
-    return Answer(
+    return ShownAnswer(
         prompt_tokens=job.prompt,
         output_tokens=job.output,
         scheduled_s=job.due_s,
@@ -161,7 +161,7 @@ def _answer(job: _Job, failed: bool) -> Answer:
     )
 
 
-def made_run(shape: Shape, rate_rps: float, count: int = 120, seed: int = 7, failures: int = 0) -> ShownRun:
+def made_run(shape: ServiceShape, rate_rps: float, count: int = 120, seed: int = 7, failures: int = 0) -> ShownRun:
     """The same seed and rate give the same requests at the same times, whatever the shape."""
     jobs = _jobs(rate_rps, count, seed)
     engines = _serve(shape, jobs)
@@ -196,7 +196,7 @@ def _as_probe(run: ShownRun) -> Run:
 
 
 def made_measured(
-    shape: Shape, probes: Sequence[float], shown: Sequence[float], draws_at: float | None = None, **options: Any
+    shape: ServiceShape, probes: Sequence[float], shown: Sequence[float], draws_at: float | None = None, **options: Any
 ) -> Measured:
     runs = [_as_probe(made_run(shape, rate, **options)) for rate in probes]
     best = max((run for run in runs if run.attainment >= TARGET), key=lambda run: run.rate_rps, default=None)
@@ -211,7 +211,7 @@ def made_measured(
 
 
 def made_comparison(
-    shapes: Sequence[Shape] = TWO,
+    shapes: Sequence[ServiceShape] = TWO,
     probes: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0),
     shown: Sequence[float] = (1.0, 2.5),
     count: int = 120,

@@ -20,7 +20,7 @@ from loadtest.schedule.plan import Plan
 from loadtest.session import Measuring, Result, measure
 from loadtest.targets.grpc import GrpcTarget
 from loadtest.targets.openai import OpenAITarget
-from loadtest.targets.target import SendOptions, Target
+from loadtest.targets.target import LoadTarget, SendOptions
 from tandem.types import Accepted, ChoiceFinished, Completed, Delta, FinishReason, Token, Usage
 from tandem.v1 import generation_pb2, registry_pb2
 
@@ -101,12 +101,12 @@ def address_of(kind: str, scripted: Scripted) -> Iterator[str]:
             yield endpoint.url
 
 
-def make_target(kind: str, address: str, **options: Any) -> Target:
+def make_target(kind: str, address: str, **options: Any) -> LoadTarget:
     return (GrpcTarget if kind == "grpc" else OpenAITarget)(address, SendOptions(**options))
 
 
 @asynccontextmanager
-async def target_of(kind: str, scripted: Scripted) -> AsyncIterator[Target]:
+async def target_of(kind: str, scripted: Scripted) -> AsyncIterator[LoadTarget]:
     with address_of(kind, scripted) as address:
         target = make_target(kind, address)
         try:
@@ -115,5 +115,5 @@ async def target_of(kind: str, scripted: Scripted) -> AsyncIterator[Target]:
             await target.close()
 
 
-async def measured(target: Target, load: Plan, measuring: Measuring | None = None) -> Result:
+async def measured(target: LoadTarget, load: Plan, measuring: Measuring | None = None) -> Result:
     return await measure(target, load, measuring or Measuring(), asyncio.Event())

@@ -15,9 +15,9 @@ import pytest
 from command_line import NOBODY, on_a_new_terminal, one_line, tandem
 from scripted_router import REPORT, ScriptedRouter, serving
 
-from tandem.cli.common import human_bytes, printable
+from tandem.cli.console import human_bytes, printable
 from tandem.cli.serve import pool_sizes
-from tandem.cli.timeline_table import spans, transfer_line
+from tandem.cli.tables import spans, transfer_line
 from tandem.cli.worker import parse_cpus
 from tandem.errors import ConfigError, ModelNotFound, Overloaded
 from tandem.timeline import Timeline

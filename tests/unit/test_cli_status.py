@@ -16,7 +16,7 @@ from own_loop import serving_by
 from scripted_router import ScriptedRouter, serving
 
 from tandem import rpc
-from tandem.cli.common import ready_line
+from tandem.cli.console import ready_line
 from tandem.client.status import status_from_wire
 from tandem.types import Role
 from tandem.v1 import generation_pb2, registry_pb2

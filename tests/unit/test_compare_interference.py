@@ -10,10 +10,10 @@ from made_comparison import TWO, made_run
 
 from loadtest.compare.html.interference import Window, busiest_window, prefills, waits, worst_window
 from loadtest.compare.html.lanes import lanes
-from loadtest.compare.model import Answer, ShownRun
+from loadtest.compare.model import ShownAnswer, ShownRun
 
 
-def answer(start_s: float, prefill_s: float, arrivals_s: list[float], workers: str = "a a", **more: Any) -> Answer:
+def answer(start_s: float, prefill_s: float, arrivals_s: list[float], workers: str = "a a", **more: Any) -> ShownAnswer:
     """Waits for nothing; its arrivals are counted from the first token on, which is one."""
     first_s = start_s + prefill_s
     prefill_worker, decode_worker = workers.split()
@@ -21,7 +21,7 @@ def answer(start_s: float, prefill_s: float, arrivals_s: list[float], workers: s
     marks_s = {"received": 0.0, "prefill_started": 0.0, "first_token": prefill_s, "finished": times[-1] - start_s}
     if prefill_worker != decode_worker:
         marks_s["kv_sealed"] = prefill_s + 0.01
-    return Answer(
+    return ShownAnswer(
         prompt_tokens=8,
         output_tokens=len(times),
         scheduled_s=start_s,
@@ -35,7 +35,7 @@ def answer(start_s: float, prefill_s: float, arrivals_s: list[float], workers: s
     )
 
 
-def run_of(*answers: Answer) -> ShownRun:
+def run_of(*answers: ShownAnswer) -> ShownRun:
     run = made_run(TWO[0], 1.0, count=1)
     return run.model_copy(update={"answers": list(answers), "use": [], "duration_s": 100.0})
 

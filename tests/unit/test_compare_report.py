@@ -13,7 +13,7 @@ import pytest
 from made_comparison import FOUR, OBJECTIVES, TWO, made_comparison, made_measured, made_run
 
 from loadtest.compare.html import render
-from loadtest.compare.model import Answer, Comparison, Measured, Shape, ShownRun
+from loadtest.compare.model import Comparison, Measured, ServiceShape, ShownAnswer, ShownRun
 
 NASTY = "</script><img src=x onerror=alert(1)>&\"'{{ 7*7 }}"
 MAX_BYTES = 6_000_000
@@ -178,7 +178,7 @@ def test_curves_have_few_points_and_keep_the_slowest() -> None:
 
 
 def test_many_shapes_have_looks_of_their_own() -> None:
-    shapes = [*FOUR, *(Shape(colocated=4, step_tokens=size) for size in (128, 256, 1024, 2048))]
+    shapes = [*FOUR, *(ServiceShape(colocated=4, step_tokens=size) for size in (128, 256, 1024, 2048))]
     comparison = made_comparison(shapes, probes=(1.0, 2.0), shown=(1.0,), count=30)
     source = render(comparison)
     assert len(source.encode()) < MAX_BYTES
@@ -252,7 +252,7 @@ def test_workers_that_nobody_watched_have_no_use(two: Comparison) -> None:
 
 
 def test_shapes_without_a_run_at_a_shared_rate_are_not_in_the_legend_there(two: Comparison) -> None:
-    more = made_measured(Shape(colocated=2, step_tokens=32), (1.0,), (), count=30)
+    more = made_measured(ServiceShape(colocated=2, step_tokens=32), (1.0,), (), count=30)
     text = Page(render(two.model_copy(update={"measured": [*two.measured, more]}))).text
     latencies = text[text.index("Latencies") : text.index("What happens on the workers")]
     assert "Only these shapes ran at shared rates" in latencies
@@ -284,10 +284,10 @@ def test_a_split_that_waits_as_long_is_not_praised(two: Comparison, words: str) 
 
 
 def test_failed_answers_and_answers_without_marks_are_no_trouble(two: Comparison) -> None:
-    def bare(answer: Answer) -> Answer:
+    def bare(answer: ShownAnswer) -> ShownAnswer:
         return answer.model_copy(update={"phases_ms": {}, "prefill_worker": "", "decode_worker": ""})
 
-    def cut(answer: Answer) -> Answer:
+    def cut(answer: ShownAnswer) -> ShownAnswer:
         marks = {name: answer.phases_ms[name] for name in ("received", "admitted", "prefill_started", "first_token")}
         arrivals = answer.arrivals_s[:3]
         return answer.model_copy(update={"phases_ms": marks, "arrivals_s": arrivals, "failure": "cut", "met": False})
@@ -297,7 +297,7 @@ def test_failed_answers_and_answers_without_marks_are_no_trouble(two: Comparison
         return run.model_copy(update={"answers": [kinds[i % 3](each) for i, each in enumerate(run.answers)]})
 
     measured = [each.model_copy(update={"shown": [spoiled(run) for run in each.shown]}) for each in two.measured]
-    measured.append(made_measured(Shape(colocated=2, step_tokens=512), (1.0,), (1.0,), count=30, failures=30))
+    measured.append(made_measured(ServiceShape(colocated=2, step_tokens=512), (1.0,), (1.0,), count=30, failures=30))
     page = Page(render(two.model_copy(update={"measured": measured})))
     names = {trace["name"] for trace in page.figures["timeline-shape-0"]["data"]}
     assert names >= {"queued", "prefill", "token", "unknown", "failed"}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from loadtest.compare.model import Measured, Run, Shape, Verdict, WorkerUse
+from loadtest.compare.model import Measured, Run, ServiceShape, Verdict, WorkerUse
 from loadtest.compare.verdict import LEAST_DRAWS, common_rate, verdict_on
 
-SPLIT, MIXED = Shape(prefill=1, decode=1, step_tokens=512), Shape(colocated=2, step_tokens=64)
+SPLIT, MIXED = ServiceShape(prefill=1, decode=1, step_tokens=512), ServiceShape(colocated=2, step_tokens=64)
 
 
 def probe(rate_rps: float, attainment: float, **missed: int) -> Run:
@@ -26,7 +26,7 @@ def probe(rate_rps: float, attainment: float, **missed: int) -> Run:
     )
 
 
-def measured(shape: Shape, *probes: Run, draws: Sequence[int] = ()) -> Measured:
+def measured(shape: ServiceShape, *probes: Run, draws: Sequence[int] = ()) -> Measured:
     """draws: of 40 requests, how many were good, at 1.5 requests/s."""
     best = max((run for run in probes if run.attainment >= 0.9), key=lambda run: run.rate_rps, default=None)
     return Measured(
@@ -110,7 +110,7 @@ def test_draws_are_compared_between_the_rates_that_were_kept() -> None:
 
 
 def test_the_best_colocated_shape_counts() -> None:
-    other = Shape(colocated=2, step_tokens=512)
+    other = ServiceShape(colocated=2, step_tokens=512)
     mixed = [measured(MIXED, probe(1.0, 0.95), probe(1.1, 0.5)), measured(other, probe(1.1, 0.1))]
     verdict = verdict_on([*mixed, measured(SPLIT, probe(3.0, 1.0))], 0.9, interrupted=True)
     assert verdict.best_colocated == MIXED.name
@@ -123,7 +123,7 @@ def test_a_rival_that_nobody_saw_fail_may_be_better() -> None:
     tried = measured(MIXED, probe(1.0, 0.95), probe(1.1, 0.5), draws=[20] * 5)
     split = measured(SPLIT, probe(2.0, 0.95), probe(2.2, 0.5), draws=[30] * 5)
     for seen, outcome in ([], "unknown"), ([probe(2.0, 0.1)], "unknown"), ([probe(1.5, 0.1)], "pays"):
-        rival = measured(Shape(colocated=2, step_tokens=512), *seen)
+        rival = measured(ServiceShape(colocated=2, step_tokens=512), *seen)
         verdict = verdict_on([tried, rival, split], 0.9, interrupted=True)
         assert verdict.outcome == outcome
         words = "Splitting pays here" if outcome == "pays" else "Whether splitting pays cannot be told from what was"
@@ -145,7 +145,7 @@ def test_nothing_is_said_of_a_rate_that_nobody_keeps() -> None:
     assert verdict.text[0].startswith("Nothing can be said of splitting: no shape kept the objectives at any rate")
 
 
-def broken(shape: Shape, *probes: Run) -> Measured:
+def broken(shape: ServiceShape, *probes: Run) -> Measured:
     lost = probe(4.0, 0.2).model_copy(
         update={"lost": ["w-1"], "failed": 9, "figures": {"failures": {"worker_lost": 7, "interrupted": 2}}}
     )
@@ -155,7 +155,7 @@ def broken(shape: Shape, *probes: Run) -> Measured:
 def test_a_shape_that_failed_takes_no_part_in_the_verdict() -> None:
     split = measured(SPLIT, probe(2.0, 0.95), probe(2.2, 0.5), draws=[40] * 5)
     mixed = measured(MIXED, probe(1.0, 0.95), probe(1.1, 0.5), draws=[20] * 5)
-    gone = broken(Shape(colocated=2, step_tokens=512), probe(8.0, 1.0))
+    gone = broken(ServiceShape(colocated=2, step_tokens=512), probe(8.0, 1.0))
     verdict = verdict_on([mixed, gone, split], 0.9, interrupted=False)
     assert (verdict.outcome, verdict.lowest, verdict.best_colocated) == ("pays", pytest.approx(2.0), MIXED.name)
     assert verdict.text[1:3] == [

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.testing import CliRunner
 
-from tandem.cli.option_groups import with_groups
+from tandem.cli.options import with_groups
 
 
 @dataclass(frozen=True)

@@ -11,28 +11,28 @@ import numpy as np
 
 from loadtest.compare.html.figure import Drawn, Figure, log_axis, plain, requests_per_s, thinned
 from loadtest.compare.html.goodput import limit_line
-from loadtest.compare.model import Answer, Comparison, ShownRun
+from loadtest.compare.model import Comparison, ShownAnswer, ShownRun
 
 _POINTS_OF_CURVE, _POINTS_OF_PAGE = 400, 45_000
 # What a clock can tell apart; a logarithmic axis has no 0.
 _LEAST_MS = 0.1
 
 
-def _ttfts(answer: Answer) -> list[float]:
+def _ttfts(answer: ShownAnswer) -> list[float]:
     return [answer.arrivals_s[0] - answer.scheduled_s]
 
 
-def _tpots(answer: Answer) -> list[float]:
+def _tpots(answer: ShownAnswer) -> list[float]:
     if answer.output_tokens < 2:
         return []
     return [(answer.arrivals_s[-1] - answer.arrivals_s[0]) / (answer.output_tokens - 1)]
 
 
-def _itls(answer: Answer) -> list[float]:
+def _itls(answer: ShownAnswer) -> list[float]:
     return [later - earlier for earlier, later in zip(answer.arrivals_s, answer.arrivals_s[1:], strict=False)]
 
 
-def _e2els(answer: Answer) -> list[float]:
+def _e2els(answer: ShownAnswer) -> list[float]:
     return [answer.arrivals_s[-1] - answer.scheduled_s]
 
 
@@ -41,7 +41,7 @@ class _Metric:
     key: str
     title: str
     share_of: str
-    seconds: Callable[[Answer], list[float]]
+    seconds: Callable[[ShownAnswer], list[float]]
     # The objective whose line it shows.
     objective: str
 

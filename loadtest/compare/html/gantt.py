@@ -8,7 +8,7 @@ from typing import Any, get_args
 from loadtest.compare.html.figure import Drawn, Figure, plain
 from loadtest.compare.html.interference import Window, prefills
 from loadtest.compare.html.lanes import Lane, Lanes, Part, Span, Stay, lanes
-from loadtest.compare.model import Answer, ShownRun
+from loadtest.compare.model import ShownAnswer, ShownRun
 
 _ROW_PX, _MARGIN_PX = 15, 46
 # In rows: above each worker, for its name.
@@ -57,7 +57,9 @@ def _placed(found: Lanes, tops: Sequence[float]) -> Iterator[tuple[Stay, float]]
                 yield stay, top + _HEAD + index + 0.5
 
 
-def _bars(found: Lanes, tops: Sequence[float], answers: Sequence[Answer], window: Window) -> Iterator[dict[str, Any]]:
+def _bars(
+    found: Lanes, tops: Sequence[float], answers: Sequence[ShownAnswer], window: Window
+) -> Iterator[dict[str, Any]]:
     """One trace for each phase."""
     spans: dict[Part, list[tuple[Stay, Span, float]]] = {part: [] for part in get_args(Part)}
     for stay, row in _placed(found, tops):
@@ -70,7 +72,7 @@ def _bars(found: Lanes, tops: Sequence[float], answers: Sequence[Answer], window
 
 
 def _bar(
-    part: Part, spans: Sequence[tuple[Stay, Span, float]], answers: Sequence[Answer], window: Window
+    part: Part, spans: Sequence[tuple[Stay, Span, float]], answers: Sequence[ShownAnswer], window: Window
 ) -> dict[str, Any]:
     edges = [(max(span.start_s, window.start_s), min(span.end_s, window.end_s)) for _, span, _ in spans]
     return {
@@ -87,7 +89,7 @@ def _bar(
     }
 
 
-def _told(stay: Stay, span: Span, answer: Answer) -> str:
+def _told(stay: Stay, span: Span, answer: ShownAnswer) -> str:
     tokens = f"{answer.prompt_tokens} tokens in, {answer.output_tokens} out"
     return f"request {stay.request + 1} ({tokens})<br>{span.part}: {_ms(span.end_s - span.start_s):g} ms"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from loadtest.compare.model import Answer, ShownRun
+from loadtest.compare.model import ShownAnswer, ShownRun
 from tandem.timeline import Phase
 
 Floats = npt.NDArray[np.float64]
@@ -52,7 +52,7 @@ class Window:
         return self.start_s + self.length_s
 
 
-def prefill_span(answer: Answer) -> tuple[float, float] | None:
+def prefill_span(answer: ShownAnswer) -> tuple[float, float] | None:
     """From its first chunk to its first token; the router accepts a request when the client has sent it."""
     start_ms, end_ms = (answer.phases_ms.get(phase) for phase in (Phase.PREFILL_STARTED, Phase.FIRST_TOKEN))
     if start_ms is None or end_ms is None:
@@ -60,7 +60,7 @@ def prefill_span(answer: Answer) -> tuple[float, float] | None:
     return answer.sent_s + start_ms / 1000, answer.sent_s + end_ms / 1000
 
 
-def prefills(answers: Sequence[Answer]) -> dict[str, list[tuple[float, float]]]:
+def prefills(answers: Sequence[ShownAnswer]) -> dict[str, list[tuple[float, float]]]:
     """When each worker computed prompts: disjoint spans, in order."""
     spans: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for answer in answers:
@@ -79,7 +79,7 @@ def _merged(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return merged
 
 
-def waits(answers: Sequence[Answer]) -> Waits:
+def waits(answers: Sequence[ShownAnswer]) -> Waits:
     busy = prefills(answers)
     starts, ends, shares = [np.empty(0)], [np.empty(0)], [np.empty(0)]
     for answer in answers:

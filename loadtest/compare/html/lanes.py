@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from loadtest.compare.html.interference import Window
-from loadtest.compare.model import Answer, ShownRun
+from loadtest.compare.model import ShownAnswer, ShownRun
 from tandem.timeline import Phase
 
 Part = Literal["queued", "prefill", "handoff", "decode", "unknown"]
@@ -92,12 +92,12 @@ def lanes(run: ShownRun, window: Window) -> Lanes:
     return Lanes(list(found.values()), left_out)
 
 
-def _stays(answers: Sequence[Answer]) -> Iterator[Stay]:
+def _stays(answers: Sequence[ShownAnswer]) -> Iterator[Stay]:
     for index, answer in enumerate(answers):
         yield from _stays_of(index, answer)
 
 
-def _stays_of(index: int, answer: Answer) -> Iterator[Stay]:
+def _stays_of(index: int, answer: ShownAnswer) -> Iterator[Stay]:
     spans, failed = list(_spans(answer)), answer.failure is not None
     befores = [None, *answer.arrivals_s]
     ticks = [
@@ -114,7 +114,7 @@ def _stays_of(index: int, answer: Answer) -> Iterator[Stay]:
     yield Stay(index, answer.decode_worker, decode, ticks[1:] if first else ticks, failed)
 
 
-def _spans(answer: Answer) -> Iterator[Span]:
+def _spans(answer: ShownAnswer) -> Iterator[Span]:
     """What its marks say; for an answer without marks, what the client saw."""
     marks = {name: answer.sent_s + at_ms / 1000 for name, at_ms in answer.phases_ms.items()}
     if not marks:

@@ -6,7 +6,7 @@ import typer
 
 from tandem.cli.bench.compare import compare
 from tandem.cli.bench.run import run
-from tandem.cli.option_groups import with_groups
+from tandem.cli.options import with_groups
 
 bench = typer.Typer(no_args_is_help=True, help="Load tests: what a service delivers, and how much it takes.")
 for command in (run, compare):

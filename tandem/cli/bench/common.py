@@ -71,12 +71,12 @@ class Bar:
         self._task = self._progress.add_task("starting", total=None, state="")
         self.doing = doing
 
-    def watch(self, run: Run) -> None:
+    def show_run(self, run: Run) -> None:
         offered = len(run.outcomes)
         state = f"{run.ended}/{run.planned} done, {offered - run.ended} under way, {run.failed} failed"
         self._progress.update(self._task, description=self.doing, total=run.planned, completed=run.ended, state=state)
 
-    def stage(self, words: str) -> None:
+    def show_stage(self, words: str) -> None:
         """What is done from now on."""
         self.doing = words
         self._progress.reset(self._task, description=words, total=None, state="")

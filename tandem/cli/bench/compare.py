@@ -16,8 +16,9 @@ from rich.console import Console
 
 from tandem.cli.bench.common import Bar, check_writable, need_extra, stopping
 from tandem.cli.bench.options import ObjectiveOptions, SearchOptions, WorkloadOptions
-from tandem.cli.common import ConfigOption, Device, LoadFormat, ModelOption, make_console, reported
-from tandem.config import TandemConfig, load_config
+from tandem.cli.console import make_console, reported
+from tandem.cli.options import ServedOptions
+from tandem.config import TandemConfig
 from tandem.engine.cores import usable_cores
 from tandem.errors import ConfigError
 from tandem.launch.cores import pin
@@ -26,7 +27,7 @@ from tandem.process.entry import INTERRUPTED
 
 if TYPE_CHECKING:  # numpy: only for whoever runs a load test
     from loadtest.compare.contender import Ending
-    from loadtest.compare.model import Comparison, Run, Shape
+    from loadtest.compare.model import Comparison, Run, ServiceShape
     from loadtest.compare.question import Question
     from loadtest.metrics import Goodput
 
@@ -38,10 +39,7 @@ def compare(
     objectives: ObjectiveOptions,
     load: WorkloadOptions,
     search: SearchOptions,
-    model: ModelOption = None,
-    load_format: Annotated[LoadFormat | None, typer.Option(help="dummy: random weights, for load tests.")] = None,
-    device: Annotated[Device | None, typer.Option(help="Where the engines run.")] = None,
-    config: ConfigOption = None,
+    served: ServedOptions,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write FILE.json and the report FILE.html.")
     ] = None,
@@ -55,9 +53,10 @@ def compare(
     with reported():
         need_extra("plotly", "jinja2")
         from loadtest.compare.comparing import NothingFound
+        from loadtest.compare.table import table_of
 
         question = search.question(load.plan(), objectives.objectives())
-        settings = _settings(config, model, load_format, device)
+        settings = _settings(served)
         files = None if output is None else _Files.of(output)
         _share_cores_evenly(question.workers)
         try:
@@ -65,18 +64,19 @@ def compare(
         except (KeyboardInterrupt, NothingFound):
             typer.echo("tandem: stopped before anything was found", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        _show(found, make_console())
+        console = make_console()
+        console.print(table_of(found))
+        for sentence in found.verdict.text:
+            console.print(sentence, markup=False)
         if files is not None:
             files.write(found)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
-def _settings(
-    config: Path | None, model: str | None, load_format: LoadFormat | None, device: Device | None
-) -> TandemConfig:
-    """Of all services; any free ports, so that one that runs already is not disturbed."""
-    settings = load_config(config, {"model": {"path": model, "load_format": load_format}, "engine": {"device": device}})
+def _settings(served: ServedOptions) -> TandemConfig:
+    """The same for all services; any free ports, so that one that runs already is not disturbed."""
+    settings = served.settings()
     if settings.engine.threads:
         raise ConfigError("engine.threads: a comparison gives every worker its own cores", field="engine.threads")
     if settings.engine.device == "cuda" and not (settings.engine.kv_memory_mib or settings.engine.num_blocks):
@@ -108,19 +108,19 @@ async def _compared(question: Question, settings: TandemConfig) -> tuple[Compari
     from loadtest.compare.comparing import Comparing
 
     @asynccontextmanager
-    async def start(shape: Shape) -> AsyncIterator[str]:
+    async def start(shape: ServiceShape) -> AsyncIterator[str]:
         async with Supervisor(settings_of(settings, shape), output=None) as supervisor:
             yield supervisor.address
 
     console = make_console(stderr=True)
     with stopping() as stop, Bar(console) as bar:
-        found = await Comparing(question, start, stop, _Progress(bar, console)).run(
+        found = await Comparing(question, start, stop, _Reporter(bar, console)).run(
             shlex.join(["tandem", *sys.argv[1:]])
         )
         return found, stop.is_set()
 
 
-def settings_of(settings: TandemConfig, shape: Shape) -> TandemConfig:
+def settings_of(settings: TandemConfig, shape: ServiceShape) -> TandemConfig:
     """What the service of one shape is started with."""
     pools = {"prefill": shape.prefill, "decode": shape.decode, "colocated": shape.colocated}
     return settings.model_copy(
@@ -131,19 +131,19 @@ def settings_of(settings: TandemConfig, shape: Shape) -> TandemConfig:
     )
 
 
-class _Progress:
+class _Reporter:
     """A line for every load that has ended, above the bar of the one that runs."""
 
     def __init__(self, bar: Bar, console: Console) -> None:
         self._console = console
-        self.stage = bar.stage
-        self.watch = bar.watch
+        self.report_stage = bar.show_stage
+        self.report_run = bar.show_run
 
-    def limits(self, goodput: Goodput) -> None:
+    def report_limits(self, goodput: Goodput) -> None:
         words = " and ".join(f"{metric} ≤ {limit_ms:g} ms" for metric, limit_ms in goodput.items())
         self._console.print(f"objectives: {words}")
 
-    def ended(self, shape: Shape, run: Run, ending: Ending) -> None:
+    def report_ended(self, shape: ServiceShape, run: Run, ending: Ending) -> None:
         how = {"whole": "", "hopeless": ", out of reach: stopped", "cut": ", cut off"}[ending.value]
         others = run.figures.get("others_busy", 0.0)
         how += f"; lost {' and '.join(run.lost)}" if run.lost else ""
@@ -153,7 +153,7 @@ class _Progress:
             f"({run.duration_s:.0f} s{how})"
         )
 
-    def failed(self, shape: Shape, why: str) -> None:
+    def report_failed(self, shape: ServiceShape, why: str) -> None:
         self._console.print(f"{shape.name} failed, the others go on: {why}", markup=False)
 
 
@@ -179,11 +179,3 @@ class _Files:
         self.data.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
         self.page.write_text(render(found), encoding="utf-8")
         typer.echo(f"wrote {self.data} and {self.page}", err=True)
-
-
-def _show(found: Comparison, console: Console) -> None:
-    from loadtest.compare.table import table_of
-
-    console.print(table_of(found))
-    for sentence in found.verdict.text:
-        console.print(sentence, markup=False)

@@ -1,4 +1,4 @@
-"""Options of the load tests, in groups (tandem/cli/option_groups.py)."""
+"""Options of the load tests, in groups (tandem/cli/options.py)."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Changes:
     """Names of members."""
 
     start: list[str] = field(default_factory=list)
@@ -142,9 +142,9 @@ def router_address(specs: Mapping[str, str]) -> str:
     return next(found for text in specs.values() if (found := Spec.parse(text).router))
 
 
-def plan_changes(wanted: Mapping[str, str], seen: Mapping[str, Member]) -> Plan:
+def plan_changes(wanted: Mapping[str, str], seen: Mapping[str, Member]) -> Changes:
     """A silent member stays: it is waiting for a node or starting again, and what it runs is told once it answers."""
-    return Plan(
+    return Changes(
         start=[name for name in wanted if name not in seen],
         replace=[
             name
@@ -155,7 +155,7 @@ def plan_changes(wanted: Mapping[str, str], seen: Mapping[str, Member]) -> Plan:
     )
 
 
-def turns_of(plan: Plan, wanted: Mapping[str, str], seen: Mapping[str, Member]) -> list[list[str]]:
+def turns_of(plan: Changes, wanted: Mapping[str, str], seen: Mapping[str, Member]) -> list[list[str]]:
     """Who is started, or replaced, together; each turn when all of the one before serve.
 
     One member of each pool at a time, so that pools of several serve on. All at once where the old and the new would

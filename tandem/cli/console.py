@@ -1,4 +1,4 @@
-"""What the commands share: options, errors as one line, text that is safe to show."""
+"""What commands show: errors as one line, text that is safe on a terminal, amounts for people."""
 
 from __future__ import annotations
 
@@ -8,70 +8,15 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
-from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from tandem.addresses import dialable
 from tandem.client import ServiceStatus
 from tandem.errors import ConfigError, InvalidRequest, ModelNotFound, TandemError
 from tandem.process import logs
 
 log = logging.getLogger(__name__)
-
-
-def _address(value: str | None) -> str | None:
-    try:
-        return None if value is None else dialable(value)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-RouterOption = Annotated[
-    str, typer.Option("--router", metavar="HOST:PORT", callback=_address, help="The router's address.")
-]
-AdvertiseOption = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", callback=_address, help="How others reach it.")
-]
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="YAML or JSON; tandem/config.py lists its keys.")
-]
-ModelOption = Annotated[
-    str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="The model; a tiny one of our own if not given.")
-]
-
-
-class Device(StrEnum):
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class LoadFormat(StrEnum):
-    AUTO = "auto"
-    DUMMY = "dummy"
-
-
-class LogLevel(StrEnum):
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-class LogFormat(StrEnum):
-    TEXT = "text"
-    JSON = "json"
-
-
-LogLevelOption = Annotated[
-    LogLevel | None, typer.Option(case_sensitive=False, help="Log lines from this level upwards; info if not given.")
-]
-LogFormatOption = Annotated[
-    LogFormat | None, typer.Option(case_sensitive=False, help="json: one object a line; text if not given.")
-]
 
 
 # A pipe or a file has no width, and some terminals tell none: lines are as long as they are.
@@ -80,17 +25,11 @@ ENDLESS = 100_000
 
 def make_console(stderr: bool = False) -> Console:
     console = Console(stderr=stderr, highlight=False)
-    if console.is_terminal and _has_width(console):
-        return console
-    return Console(stderr=stderr, highlight=False, width=ENDLESS, force_terminal=False)
-
-
-def _has_width(console: Console) -> bool:
-    """That of `ray exec` is 0 columns wide: rich would take it for 80."""
-    try:
-        return os.get_terminal_size(console.file.fileno()).columns > 0
+    try:  # the terminal of `ray exec` is 0 columns wide: rich would take it for 80
+        has_width = console.is_terminal and os.get_terminal_size(console.file.fileno()).columns > 0
     except OSError:
-        return False
+        has_width = False
+    return console if has_width else Console(stderr=stderr, highlight=False, width=ENDLESS, force_terminal=False)
 
 
 _OF_THE_USER = (ConfigError, InvalidRequest, ModelNotFound)

@@ -1,21 +1,24 @@
-"""Where the time of one answer went, as a small table."""
+"""What an answer tells besides its text: where its time went, and the log probabilities of its tokens."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tandem.cli.common import human_bytes
+from tandem.cli.console import human_bytes, printable
 from tandem.timeline import Phase
-from tandem.types import RequestReport
+from tandem.types import Delta, RequestReport, Token
 
 BAR_CHARS = 24
 
 
 @dataclass(frozen=True)
-class Span:
+class PhaseSpan:
     name: str
     start_ms: float
     end_ms: float
@@ -26,7 +29,7 @@ class Span:
         return self.end_ms - self.start_ms
 
 
-def spans(report: RequestReport, output_tokens: int) -> list[Span]:
+def spans(report: RequestReport, output_tokens: int) -> list[PhaseSpan]:
     """The parts of a request's life, end to end: they add up to its whole. Parts it never reached are left out."""
     marks = report.timeline.marks
     decode_from = Phase.KV_SEALED if Phase.KV_SEALED in marks else Phase.FIRST_TOKEN
@@ -38,7 +41,7 @@ def spans(report: RequestReport, output_tokens: int) -> list[Span]:
         ("decode", decode_from, Phase.FINISHED, _decode_note(report, output_tokens, decode_from)),
     ]
     return [
-        Span(name, marks[start], marks[end], note)
+        PhaseSpan(name, marks[start], marks[end], note)
         for name, start, end, note in wanted
         if start in marks and end in marks
     ]
@@ -63,7 +66,7 @@ def timeline_table(report: RequestReport, output_tokens: int) -> Table:
     return table
 
 
-def _bar(part: Span, total_ms: float) -> Text:
+def _bar(part: PhaseSpan, total_ms: float) -> Text:
     """The part's place within the whole."""
     if total_ms <= 0:
         return Text("")
@@ -78,12 +81,47 @@ def transfer_line(report: RequestReport) -> str:
         return "KV moved: none; one worker played both roles, and a block table changed hands"
     if not report.kv_frames:
         return "KV moved: none; the answer ended, or was cached, before there was anything to hand off"
+    hidden = f"{report.kv_hidden_ms / report.kv_transfer_ms:.0%} of it" if report.kv_transfer_ms else "none"
     reused = f"; {report.kv_reused_tokens} prompt tokens were already there" if report.kv_reused_tokens else ""
     return (
         f"KV moved: {human_bytes(report.kv_bytes)} in {report.kv_frames} frame{'s' * (report.kv_frames != 1)} "
-        f"over {report.transport} in {report.kv_transfer_ms:.1f} ms, {_hidden(report)} while prefill still ran{reused}"
+        f"over {report.transport} in {report.kv_transfer_ms:.1f} ms, {hidden} while prefill still ran{reused}"
     )
 
 
-def _hidden(report: RequestReport) -> str:
-    return f"{report.kv_hidden_ms / report.kv_transfer_ms:.0%} of it" if report.kv_transfer_ms else "none"
+def show_logprobs(console: Console, deltas: Sequence[Delta]) -> None:
+    """A table for each choice.
+
+    The router sends text apart from tokens, and holds it back while a character or a stop string is incomplete: text
+    stands in the row of the last token it came with.
+    """
+    choices = sorted({delta.choice for delta in deltas})
+    for choice in choices:
+        console.print(f"\nchoice {choice}" if len(choices) > 1 else "")
+        console.print(_logprob_table([delta for delta in deltas if delta.choice == choice]))
+
+
+def _logprob_table(deltas: Sequence[Delta]) -> Table:
+    best = max((len(token.top_logprobs) for delta in deltas for token in delta.tokens), default=0)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for header in ("#", "token", "logprob", "probability"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for header in ("text", *(["most probable: token logprob"] if best else [])):
+        table.add_column(header)
+    rows = [(token, delta.text if token is delta.tokens[-1] else "") for delta in deltas for token in delta.tokens]
+    for place, (token, text) in enumerate(rows):
+        table.add_logprob_row(str(place), *_logprob_row(token, text, bool(best)))
+    return table
+
+
+def _logprob_row(token: Token, text: str, with_best: bool) -> list[str | Text]:
+    known = token.logprob is not None
+    cells: list[str | Text] = [
+        str(token.id),
+        f"{token.logprob:.4f}" if known else "-",
+        f"{100 * math.exp(token.logprob or 0.0):.2f} %" if known else "-",
+        Text(repr(printable(text)) if text else ""),
+    ]
+    if with_best:
+        cells.append(", ".join(f"{id_} {logprob:.4f}" for id_, logprob in token.top_logprobs))
+    return cells
