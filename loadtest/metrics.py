@@ -22,7 +22,7 @@ import numpy as np
 
 Metric = Literal["ttft", "tpot", "e2el"]
 OBJECTIVES: tuple[Metric, ...] = ("ttft", "tpot", "e2el")
-# Of what a server says of a failure.
+# Characters of what a server says of a failure.
 MAX_ERROR_CHARS = 300
 # Milliseconds that an answer may take at most, by metric.
 Goodput = Mapping[Metric, float]

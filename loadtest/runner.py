@@ -26,7 +26,7 @@ class Run:
     """What became of a schedule; whoever holds it may watch while it runs."""
 
     planned: int
-    # Of the requests that have become due, in that order.
+    # One for each request that has become due, in that order.
     outcomes: list[Outcome] = field(default_factory=list)
     ended: int = 0
     failed: int = 0

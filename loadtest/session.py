@@ -38,7 +38,7 @@ class Result:
     figures: dict[str, Any]
 
     def details(self) -> dict[str, list[Any]]:
-        """Of every request."""
+        """What became of every request."""
         return details(self.run.outcomes)
 
 

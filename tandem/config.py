@@ -69,7 +69,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     # Prompt and output together, tokens; 0: the model's own limit, and more than that is refused.
     max_model_len: StrictInt = Field(0, ge=0, lt=1 << 31)
-    # Of dummy weights.
+    # Seed of dummy weights.
     seed: StrictInt = Field(0, ge=0, lt=1 << 64)
 
     @field_validator("path")
@@ -84,7 +84,7 @@ class ModelConfig(Section):
 
     @property
     def served_name(self) -> str:
-        # Of `.` too.
+        # A name for `.` too.
         return self.name or Path(self.path).absolute().name
 
 
@@ -173,17 +173,17 @@ class RouterConfig(Section):
     # The router listens on loopback too, on the same port: the end of an ssh tunnel.
     host: str = "127.0.0.1"
     port: StrictInt = Field(8700, ge=0, le=65535)
-    # Of the OpenAI-compatible HTTP door, on the same hosts; not the port above. 0: any free port; -1: no such door.
+    # Port of the OpenAI-compatible HTTP door, on the same hosts; not the one above. 0: any free one; -1: no such door.
     http_port: StrictInt = Field(8701, ge=-1, le=65535)
     # By which requests over loopback may name this machine in `Host`, besides its addresses and localhost: those of a
     # proxy on this machine.
     http_names: tuple[str, ...] = ()
     # Requests in the house at once, a request for n answers counting as n; one more is refused as overloaded.
     max_live_requests: StrictInt = Field(1024, ge=1, le=1 << 14)
-    # Of a request that brings no deadline, seconds.
+    # Deadline of a request that brings none, seconds.
     default_deadline_s: Seconds = Field(600.0, gt=0, le=_YEAR_S)
     max_deadline_s: Seconds = Field(3600.0, gt=0, le=_YEAR_S)
-    # Of a reservation that is not sealed; frames and the router's renewals, three in this time, extend it.
+    # Lease of a reservation that is not sealed; frames and the router's renewals, three in this time, extend it.
     lease_s: Seconds = Field(10.0, ge=0.1, le=3600)
     # Less than the timeout below.
     heartbeat_interval_s: Seconds = Field(0.5, ge=0.01)
@@ -224,7 +224,7 @@ class ServeConfig(Section):
 class LogConfig(Section):
     """What every process of the service logs, and how."""
 
-    # Of Tandem's own lines; those of libraries from info upwards at most.
+    # Level of Tandem's own lines; those of libraries from info upwards at most.
     level: Literal["debug", "info", "warning", "error"] = "info"
     # "json": one object a line.
     format: Literal["text", "json"] = "text"

@@ -72,8 +72,8 @@ _COUNTED_FROM_KEY = "tandem-counted-from"
 _CODE_KEY, _FIELD_KEY, _RETRY_KEY = "tandem-code", "tandem-field", "tandem-retry-after-ms"
 
 
-# Of HTTP/2: a larger message comes in several frames, and is copied in as many pieces. gRPC's default, 16 KiB, costs KV
-# about a tenth of its rate.
+# Largest frame of HTTP/2: a larger message comes in several, and is copied in as many pieces. gRPC's default, 16 KiB,
+# costs KV about a tenth of its rate.
 _FRAME_BYTES = 1 << 20
 
 

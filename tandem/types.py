@@ -18,7 +18,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_CHOICES = 32
 MAX_EMBED_INPUTS = 64
-# Of counts of tokens: what the engine's numbers hold.
+# Largest count of tokens: what the engine's numbers hold.
 MAX_INT32 = 2**31 - 1
 
 
@@ -269,7 +269,7 @@ class Delta:
     choice: int
     tokens: tuple[Token, ...]
     text: str
-    # Of the choice's last Delta: as ChoiceFinished, which follows once the workers are released, says them again.
+    # The choice's last Delta has them; ChoiceFinished, which follows once the workers are released, says them again.
     reason: FinishReason | None = None
     stop: str | None = None
 

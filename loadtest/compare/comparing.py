@@ -30,9 +30,9 @@ from tandem.errors import DeadlineExceeded, TandemError, Unavailable
 
 # Starts a shape's service; gives its router's address, and ends all of its processes on leaving.
 Starter = Callable[[model.ServiceServiceShape], AbstractAsyncContextManager[str]]
-# Of the time limit, what the search may take: the rest is for the draws, which decide.
+# Share of the time limit that the search may take: the rest is for the draws, which decide.
 SEARCH_SHARE = 0.4
-# Of a load that other programs disturbed, and of one during which workers died.
+# Tries of a load that other programs disturbed, and of one during which workers died.
 TRIES = 3
 
 

@@ -213,7 +213,7 @@ class Contender:
         return {name: value for name, value in seconds.items() if value is not None}
 
     def _use(self, before: dict[str, float], seconds: float) -> list[model.WorkerUse]:
-        """Of the workers that were there all the time."""
+        """How busy the workers were, those that were there all the time."""
         now, found = self._cpu(), []
         for worker in self.workers:
             if worker.name in now and worker.name in before and worker.cores:

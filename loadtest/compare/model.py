@@ -96,7 +96,7 @@ class Measured(_Value):
     """All that was run against one shape."""
 
     shape: ServiceShape
-    # Of the search, in the order in which they ran.
+    # Loads of the search, in the order in which they ran.
     probes: list[Run]
     # The highest rate that kept the share of objectives, with the search's one draw of arrivals; 0 if no rate did.
     # Settings that lose to others of the same workers may have none: they are tried only above what those have kept.
@@ -104,7 +104,7 @@ class Measured(_Value):
     # The lowest rate that it was found not to keep: 0 if it misses the objectives even without load, None if the search
     # found none.
     missed_rate_rps: float | None = None
-    # Of the finalists, all at one rate: draw by draw the same arrivals for both, by turns.
+    # Loads of the finalists, all at one rate: draw by draw the same arrivals for both, by turns.
     draws: list[Run] = []
     # The first of those, with its answers.
     shown: list[ShownRun]
@@ -119,7 +119,7 @@ class Measured(_Value):
         return next((run for run in self.probes if run.rate_rps == self.best_rate_rps), None)
 
 
-# Of splitting: it pays if the ratio was above 1 in every draw, it costs if it was below in every one; unknown: too few
+# What splitting does: it pays if the ratio was above 1 in every draw, it costs if it was below in every one; unknown: too few
 # draws, or none that says anything.
 Outcome = Literal["pays", "costs", "too close", "unknown"]
 
@@ -162,7 +162,7 @@ class Machine(_Value):
     processor: str
     cores: int
     memory_gib: float
-    # Of the devices that workers ran on: cpu, or the name of the GPU.
+    # Devices that workers ran on: cpu, or the name of the GPU.
     device: str
 
 

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-# Of /proc/PID/stat, counted behind the name in brackets: user and system time, in clock ticks.
+# Fields of /proc/PID/stat, counted behind the name in brackets: user and system time, in clock ticks.
 _USER, _SYSTEM = 11, 12
 
 
@@ -20,7 +20,7 @@ def cores_of(pid: int) -> list[int]:
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """Of all its threads since it started; None where the system does not tell, or if it is gone."""
+    """All its threads' since it started; None where the system does not tell, or if it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
@@ -46,7 +46,7 @@ def others_cpu_seconds(cores: Collection[int]) -> float | None:
 
 
 def _busy_ticks(fields: Sequence[str]) -> int:
-    """Of a core's line in /proc/stat, all but idling (fourth) and waiting for disks (fifth); guests are users."""
+    """All in a core's line of /proc/stat but idling (fourth) and waiting for disks (fifth); guests are users."""
     user, nice, system, _, _, irq, softirq, steal = (int(field) for field in fields[:8])
     return user + nice + system + irq + softirq + steal
 

@@ -36,9 +36,9 @@ class Question:
     draws: int = 5
     # The first rate to try, requests a second; None: what the workers could prefill one by one.
     start_rps: float | None = None
-    # Of the whole comparison, seconds.
+    # Bound of the whole comparison, seconds.
     time_limit_s: float | None = None
-    # Of one answer.
+    # Bound of one answer.
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:

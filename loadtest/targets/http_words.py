@@ -14,7 +14,7 @@ from loadtest.metrics import MAX_ERROR_CHARS, one_line
 
 
 def said_by(body: bytes) -> str:
-    """Of an answer that is an error: its message if it has OpenAI's form, otherwise its beginning."""
+    """The message of an answer that is an error, if it has OpenAI's form, otherwise its beginning."""
     try:
         found: Any = json.loads(body)
         message = found["error"]["message"]

@@ -33,7 +33,7 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """Of the first choice."""
+        """The first choice's."""
         return self.choices[0].text
 
 

@@ -13,7 +13,7 @@ from tandem.v1 import generation_pb2
 class Embeddings:
     # One for each input, in order; all of the width of the model's hidden states.
     vectors: tuple[tuple[float, ...], ...]
-    # Of all inputs together; output_tokens is 0.
+    # Sum over all inputs; output_tokens is 0.
     usage: Usage
 
 

@@ -15,7 +15,7 @@ from tandem.v1 import generation_pb2
 Prompt = str | Sequence[int]
 
 DEFAULT_ADDRESS = "127.0.0.1:8700"
-# Of calls that carry no prompt.
+# Deadline of calls that carry no prompt.
 ADMIN_TIMEOUT_S = 10.0
 # A client bounds messages by what any router may be configured to accept; the router's own limit is what decides.
 MAX_MESSAGE_BYTES = 1 << 28

@@ -22,9 +22,9 @@ class KVTraffic:
     failures: int
     bytes: int
     frames: int
-    # Of sealed transfers. At the sender the time in which it worked on them, at the receiver from opening to seal.
+    # Sealed transfers alone: at the sender the time in which it worked on them, at the receiver from opening to seal.
     seconds: float
-    # Of the sender's seconds, those before the prompt's last token was computed.
+    # Those of the sender's seconds that lie before the prompt's last token was computed.
     hidden_seconds: float
     # Frames whose bytes were not those that were sent; counted by the receiver.
     corrupt_frames: int
@@ -48,7 +48,7 @@ class Load:
     steps: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
-    # Now: of reservations that have ended while somebody was still writing into them.
+    # Blocks, now, of reservations that have ended while somebody was still writing into them.
     quarantined_blocks: int
 
 
@@ -75,7 +75,7 @@ class WorkerState:
     pid: int
     device: str
     total_blocks: int
-    # By which it moves KV to and from other workers.
+    # Ways in which it moves KV to and from other workers.
     transports: tuple[str, ...]
     load: Load
     # Blocks in its prefix cache, held or free, as far as the router has heard.
@@ -108,7 +108,7 @@ class ServiceStatus:
     models: tuple[ModelInfo, ...]
     # Oldest first; at most 100.
     requests: tuple[LiveRequest, ...]
-    # Of the OpenAI-compatible HTTP door, on the router's host; 0: there is none.
+    # Port of the OpenAI-compatible HTTP door, on the router's host; 0: there is none.
     http_port: int
 
     def problems(self) -> list[str]:

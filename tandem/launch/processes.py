@@ -30,7 +30,7 @@ STOP_MARGIN_S = 5.0
 # Bound of a stop in a hurry: a router takes 2 s at most to tell the clients.
 HURRY_S = 3.0
 STATUS_S = 5.0
-# Of a worker's report.
+# Said after a worker's report.
 WITHOUT = "%s. Starting it again would not help: the service goes on without it"
 # Listening on every address, a router is reached by this one from its own machine.
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
@@ -264,7 +264,7 @@ class Supervisor:
         await asyncio.shield(self._failure)
 
     def pids(self) -> dict[str, int]:
-        """Of the children that run now, by name."""
+        """Those of the children that run now, by name."""
         return {name: child.pid for name, child in self._children.items() if child.returncode is None}
 
     async def stop(self) -> None:

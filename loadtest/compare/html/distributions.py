@@ -119,7 +119,7 @@ def _figure(
     limit_ms = objectives.get(metric.objective)
     # One range for all rates: plots above each other can be compared.
     everything = [value for each in values.values() for value in each] + ([limit_ms] if limit_ms else [])
-    # Of tokens that come together the waits are next to nothing, and would take half of the axis.
+    # Waits between tokens that come together are next to nothing, and would take half of the axis.
     extent = (float(np.quantile(everything, 0.01)), max(everything)) if everything else (1.0, 1000.0)
     layout = {
         "xaxis": log_axis(*extent, "ms"),

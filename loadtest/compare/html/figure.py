@@ -15,7 +15,7 @@ from loadtest.compare.model import Comparison, Measured
 
 @dataclass(frozen=True)
 class Figure:
-    # Of its element in the page.
+    # Name of its element in the page.
     id: str
     # What it shows, for those who do not see it.
     label: str

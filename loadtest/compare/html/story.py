@@ -14,7 +14,7 @@ from loadtest.compare.html.goodput import milliseconds
 from loadtest.compare.html.interference import Waits, Window, busiest_window, waits, worst_window
 from loadtest.compare.model import Comparison, ShownRun
 
-# Of two waits that differ by less, neither is called the longer one.
+# Waits that differ by less: neither is called the longer one.
 _AS_LONG = 1.05
 
 
@@ -33,7 +33,7 @@ class WaitRow:
 
     look: Look
     count: str
-    # Of the time that all waits took: in waits during prefills of others on the same worker.
+    # Share of the time of all waits: in waits during prefills of others on the same worker.
     share: str
     median_disturbed: str
     median_calm: str

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "tandem"
 HEAD = "node:__internal_head__"
-# Of Ray's tries to join, a second each: it would make 20.
+# Tries of Ray to join, a second each: it would make 20.
 JOIN_TRIES = 5
 # Members that are up answer in milliseconds; one that has no process yet never does.
 ANSWER_S, LONG_ANSWER_S = 3.0, 5.0

@@ -26,7 +26,7 @@ POOLS = {
     "decode": frozenset({Role.DECODE}),
     "colocated": frozenset(Role),
 }
-# Of a number of workers: far above any limit on it.
+# Digits of a number of workers: far above any limit on it.
 MAX_DIGITS = 9
 # Settings that each node fills in for itself when nobody has set them: (section, key).
 _OF_THE_NODE = (("model", "path"), ("worker", "host"))
@@ -74,7 +74,7 @@ class Member:
     pid: int = 0
     node: str = ""
     error: str = ""
-    # Of the error, see tandem.errors; empty when Ray said it.
+    # The error's, see tandem.errors; empty when Ray said it.
     code: str = ""
 
     @classmethod
@@ -99,7 +99,7 @@ class Changes:
 
 
 def pool_of(name: str) -> str:
-    """Of `decode-1`: `decode`."""
+    """`decode` for `decode-1`."""
     return name.partition("-")[0]
 
 
