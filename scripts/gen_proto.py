@@ -4,6 +4,8 @@ Uses the oldest grpcio-tools that Tandem supports (pinned in pyproject.toml's de
 bounds of grpcio and protobuf there hold. tests/unit/test_stubs.py regenerates and compares bytes.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The corpus in batches of tokens. Everything here decides the bytes of the trained model (see train_tiny_model.py)."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """What a trained tiny model must be able to do, checked on what was saved (see train_tiny_model.py)."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,6 +3,8 @@
 The order of everything here decides the bytes of the trained model (see train_tiny_model.py).
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """The tiny model's tokenizer. Everything here decides the bytes of the trained model (see train_tiny_model.py)."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -17,6 +17,8 @@ Exits 1, with the list of what failed, if the trained model does not give the RE
 every margin above MIN_MARGIN (tiny_checks.py); the folder is then left behind for inspection.
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 import random

@@ -1,5 +1,7 @@
 """The phases of a request, named once, and the marks that say when each was reached."""
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum

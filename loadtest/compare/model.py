@@ -119,8 +119,8 @@ class Measured(_Value):
         return next((run for run in self.probes if run.rate_rps == self.best_rate_rps), None)
 
 
-# What splitting does: it pays if the ratio was above 1 in every draw, it costs if it was below in every one; unknown: too few
-# draws, or none that says anything.
+# What splitting does: it pays if the ratio was above 1 in every draw, it costs if it was below in every one; unknown:
+# too few draws, or none that says anything.
 Outcome = Literal["pays", "costs", "too close", "unknown"]
 
 

@@ -1,5 +1,7 @@
 """A checkpoint is whole: what its files lack is refused by name, what they hold beyond that is said once."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from pathlib import Path

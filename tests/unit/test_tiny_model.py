@@ -3,6 +3,8 @@
 `scripts/train_tiny_model.py` makes the folder; nothing of Tandem runs here.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
