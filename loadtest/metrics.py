@@ -95,7 +95,8 @@ def summarize(
         "completed": len(done),
         "failed": len(outcomes) - len(done),
         "failures": dict(Counter(outcome.failure for outcome in outcomes if not outcome.ok)),
-        "first_errors": _first_errors(outcomes),
+        # From the end, so that the first one of each kind stays.
+        "first_errors": {each.failure: each.error for each in reversed(outcomes) if each.failure is not None},
         "total_input_tokens": tokens_in,
         "total_output_tokens": tokens_out,
         "request_throughput": len(done) / duration_s,
@@ -110,15 +111,6 @@ def summarize(
             lambda outcome: outcome.scheduled_s, done, len(outcomes), duration_s, percentiles, goodput
         ),
     }
-
-
-def _first_errors(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """By kind of failure, the words of its first one."""
-    found: dict[str, str] = {}
-    for outcome in outcomes:
-        if outcome.failure is not None:
-            found.setdefault(outcome.failure, outcome.error)
-    return found
 
 
 def _from(

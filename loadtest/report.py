@@ -21,14 +21,10 @@ _ROWS = (
 
 
 def report(figures: dict[str, Any], percentiles: Sequence[float]) -> RenderableType:
-    return Group(_counts(figures), Text(), _latencies(figures, percentiles))
-
-
-def _counts(figures: dict[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2))
+    counts = Table.grid(padding=(0, 2))
     for label, value in _lines(figures):
-        table.add_row(label, Text(value))  # not markup: a server's words may be in it
-    return table
+        counts.add_row(label, Text(value))  # not markup: a server's words may be in it
+    return Group(counts, Text(), _latencies(figures, percentiles))
 
 
 def _lines(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -65,10 +61,7 @@ def _latencies(figures: dict[str, Any], percentiles: Sequence[float]) -> Table:
         table.add_column(head, justify="right")
     for label, name, clock, path in _ROWS:
         found = figures[path[0]] if path else figures
-        table.add_row(label, clock, *(_shown(found[f"{head}_{name}_ms"]) for head in heads))
+        milliseconds = [found[f"{head}_{name}_ms"] for head in heads]
+        # A dash where there was nothing to measure.
+        table.add_row(label, clock, *("-" if value is None else f"{value:.2f}" for value in milliseconds))
     return table
-
-
-def _shown(milliseconds: float | None) -> str:
-    """A dash where there was nothing to measure."""
-    return "-" if milliseconds is None else f"{milliseconds:.2f}"

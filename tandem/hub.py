@@ -23,7 +23,8 @@ def source_of(model: str) -> str:
     """
     if Path(model).is_dir():
         return model
-    _log_once()
+    # The library has a handler of its own, beside that of our root logger.
+    logging.getLogger("huggingface_hub").handlers.clear()
     try:
         HfApi().model_info(model, timeout=ANSWER_S)
     except HFValidationError:
@@ -47,8 +48,3 @@ def _cached(model: str, why: Exception) -> str:
 
 def _missing(model: str, reason: str) -> ConfigError:
     return ConfigError(f"cannot load the model {model}: there is no such directory; {reason}", field="model.path")
-
-
-def _log_once() -> None:
-    """The library has a handler of its own, beside that of our root logger."""
-    logging.getLogger("huggingface_hub").handlers.clear()

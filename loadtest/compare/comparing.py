@@ -6,8 +6,8 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -29,7 +29,7 @@ from loadtest.targets.target import SendOptions
 from tandem.errors import DeadlineExceeded, TandemError, Unavailable
 
 # Starts a shape's service; gives its router's address, and ends all of its processes on leaving.
-Starter = Callable[[model.ServiceServiceShape], AbstractAsyncContextManager[str]]
+Starter = Callable[[model.ServiceShape], AbstractAsyncContextManager[str]]
 # Share of the time limit that the search may take: the rest is for the draws, which decide.
 SEARCH_SHARE = 0.4
 # Tries of a load that other programs disturbed, and of one during which workers died.
@@ -46,10 +46,10 @@ class Reporter(Protocol):
     def report_run(self, run: Run) -> None:
         """The load that runs."""
 
-    def report_ended(self, shape: model.ServiceServiceShape, run: model.Run, ending: Ending) -> None:
+    def report_ended(self, shape: model.ServiceShape, run: model.Run, ending: Ending) -> None:
         """A load that has ended."""
 
-    def report_failed(self, shape: model.ServiceServiceShape, why: str) -> None:
+    def report_failed(self, shape: model.ServiceShape, why: str) -> None:
         """The comparison goes on without the shape."""
 
 
@@ -75,7 +75,7 @@ class _Entry:
     failure: TandemError | None = None
 
     @property
-    def shape(self) -> model.ServiceServiceShape:
+    def shape(self) -> model.ServiceShape:
         return self.contender.shape
 
     def searches(self, entries: Sequence[_Entry]) -> bool:
@@ -124,7 +124,10 @@ class Comparing:
         """
         async with AsyncExitStack() as services:
             entries = await self._entries(services)
-            self._set_deadlines()
+            # How long services take to start, and on a fresh machine to compile their kernels, does not shorten loads.
+            if (limit_s := self._question.time_limit_s) is not None:
+                now_s = time.monotonic()
+                self._deadline_s, self._search_deadline_s = now_s + limit_s, now_s + limit_s * SEARCH_SHARE
             await self._search(entries)
             await self._draw(entries)
         return self._comparison(entries, command)
@@ -171,28 +174,17 @@ class Comparing:
         return objectives.in_ms({metric: min(filter(None, values), default=0) for metric, values in medians.items()})
 
     def _begin(self, alone: Sequence[tuple[_Entry, model.Run]]) -> None:
-        """Every search begins at the same rate."""
-        start_rps = self._question.start_rps or self._first_rate([run for _, run in alone])
+        """Every search begins at the same rate: what all workers could prefill one by one, if none is given. That is
+        rather too high, and that is found out soonest.
+        """
+        ttfts_ms = [float(run.figures["median_ttft_ms"]) for _, run in alone if run.failed < run.offered]
+        first_rps = self._question.workers * 1000 / max(min(ttfts_ms, default=1000.0), 1.0)
+        start_rps = self._question.start_rps or first_rps
         for entry, run in alone:
             entry.search.start_rps = start_rps
             if run.attainment == 0:  # and under load it gets no better
                 entry.search.give_up()
                 entry.probes.append(run)
-
-    @contextmanager
-    def _surviving(self, entry: _Entry) -> Iterator[None]:
-        """A service that breaks takes its shape out of the comparison, and the others go on."""
-        try:
-            yield
-        except TandemError as error:
-            entry.failure = error
-            self._reporter.report_failed(entry.shape, error.message)
-
-    def _set_deadlines(self) -> None:
-        """How long services take to start, and on a fresh machine to compile their kernels, does not shorten loads."""
-        if (limit_s := self._question.time_limit_s) is not None:
-            now_s = time.monotonic()
-            self._deadline_s, self._search_deadline_s = now_s + limit_s, now_s + limit_s * SEARCH_SHARE
 
     async def _alone(self, entry: _Entry) -> Alone:
         contender, plan = entry.contender, self._question.plan
@@ -210,11 +202,6 @@ class Comparing:
             entry.alone_broken.append(alone)
         raise _keeps_dying("without load")
 
-    def _first_rate(self, alone: Sequence[model.Run]) -> float:
-        """What all workers could prefill one by one: rather too high, and that is found out soonest."""
-        ttfts_ms = [float(run.figures["median_ttft_ms"]) for run in alone if run.failed < run.offered]
-        return self._question.workers * 1000 / max(min(ttfts_ms, default=1000.0), 1.0)
-
     def _check_stop(self) -> None:
         if self._stop.is_set():
             raise NothingFound
@@ -225,8 +212,11 @@ class Comparing:
         while any(entry.searches(entries) for entry in entries):
             for entry in turn:
                 if entry.searches(entries):
-                    with self._surviving(entry):
+                    try:
                         await self._probe(entry, entry.search.next_rps(entry.floor_rps(entries)))
+                    except TandemError as error:  # takes its shape out of the comparison, and the others go on
+                        entry.failure = error
+                        self._reporter.report_failed(entry.shape, error.message)
                 if self._cut:
                     return
             turn = turn[::-1]

@@ -95,7 +95,7 @@ class Contender:
 
     def __init__(
         self,
-        shape: model.ServiceServiceShape,
+        shape: model.ServiceShape,
         address: str,
         client: AsyncClient,
         served: Served,
@@ -113,7 +113,7 @@ class Contender:
 
     @classmethod
     @asynccontextmanager
-    async def at(cls, address: str, shape: model.ServiceServiceShape, sending: SendOptions) -> AsyncIterator[Contender]:
+    async def at(cls, address: str, shape: model.ServiceShape, sending: SendOptions) -> AsyncIterator[Contender]:
         async with AsyncClient(address) as client:
             target = GrpcTarget(address, sending)
             try:
@@ -224,7 +224,7 @@ class Contender:
         return found
 
 
-def _worker(state: WorkerState, shape: model.ServiceServiceShape) -> WatchedWorker:
+def _worker(state: WorkerState, shape: model.ServiceShape) -> WatchedWorker:
     pool: model.Pool = "colocated" if not shape.is_split else "prefill" if Role.PREFILL in state.roles else "decode"
     return WatchedWorker(state.worker_id, pool, state.pid, cores_of(state.pid))
 

@@ -46,13 +46,14 @@ class Judge:
         arrivals = self._arrivals[self._taken : len(outcomes)]
         due = zip(outcomes[self._taken :], (arrival.request.output_tokens for arrival in arrivals), strict=True)
         self._taken = len(outcomes)
-        self._open = [each for each in (*self._open, *due) if not self._settled(*each, now_s)]
+        still_open = []
+        for outcome, tokens in (*self._open, *due):
+            lost = bool(self._missed_by(outcome, tokens, now_s))
+            self._lost += lost
+            if not lost and not outcome.ended:
+                still_open.append((outcome, tokens))
+        self._open = still_open
         return self._lost > self._spare
-
-    def _settled(self, outcome: Outcome, tokens: int, now_s: float) -> bool:
-        lost = bool(self._missed_by(outcome, tokens, now_s))
-        self._lost += lost
-        return lost or outcome.ended
 
     def causes(self, outcomes: Sequence[Outcome], now_s: float) -> dict[str, int]:
         """How many requests missed each objective, by now and for certain; one may have missed several."""

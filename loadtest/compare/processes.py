@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 # Fields of /proc/PID/stat, counted behind the name in brackets: user and system time, in clock ticks.
@@ -39,16 +39,14 @@ def others_cpu_seconds(cores: Collection[int]) -> float | None:
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()
     except OSError:
         return None
-    wanted = {f"cpu{core}" for core in cores}
-    ticks = sum(_busy_ticks(line.split()[1:]) for line in lines if line.split()[0] in wanted)
+    wanted, ticks = {f"cpu{core}" for core in cores}, 0
+    for name, *fields in map(str.split, lines):
+        if name in wanted:
+            # All but idling (fourth) and waiting for disks (fifth); guests are users.
+            user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+            ticks += user + nice + system + irq + softirq + steal
     ours = sum(cpu_seconds(int(pid)) or 0.0 for pid in [str(os.getpid()), *children])
     return ticks / os.sysconf("SC_CLK_TCK") - ours
-
-
-def _busy_ticks(fields: Sequence[str]) -> int:
-    """All in a core's line of /proc/stat but idling (fourth) and waiting for disks (fifth); guests are users."""
-    user, nice, system, _, _, irq, softirq, steal = (int(field) for field in fields[:8])
-    return user + nice + system + irq + softirq + steal
 
 
 def processor() -> str:

@@ -50,14 +50,6 @@ def _kind(measured: Sequence[Measured], split: bool) -> list[Measured]:
     return [each for each in measured if each.shape.is_split == split]
 
 
-def _pairs(split: Measured, colocated: Measured) -> list[Pair]:
-    """Draw by draw; one that only one of them got is no pair."""
-    return [
-        Pair(offered=one.offered, split_good=_good(one), colocated_good=_good(other))
-        for one, other in zip(split.draws, colocated.draws, strict=False)
-    ]
-
-
 def _good(run: Run) -> int:
     return round(run.attainment * run.offered)
 
@@ -80,7 +72,11 @@ class _Texts:
         self.colocated, self.split = best_of(measured, split=False), best_of(measured, split=True)
         # All shapes of a kind have.
         self.failed = bool(self.colocated.failure or self.split.failure)
-        self.pairs = [] if self.failed else _pairs(self.split, self.colocated)
+        # Draw by draw; one that only one of them got is no pair.
+        both = [] if self.failed else zip(self.split.draws, self.colocated.draws, strict=False)
+        self.pairs = [
+            Pair(offered=one.offered, split_good=_good(one), colocated_good=_good(other)) for one, other in both
+        ]
         self.ratios = [pair.ratio for pair in self.pairs]
         self.outcome = self._outcome()
 
@@ -151,7 +147,12 @@ class _Texts:
     def _lost(self) -> Iterator[str]:
         for each in self._measured:
             for run in [*each.broken, *(run for run in [*each.probes, *each.draws] if run.lost)]:
-                yield f"{each.shape.name} lost {_lost_in(run)}."
+                failures: dict[str, int] = run.figures.get("failures", {})
+                failed = sum(count for kind, count in failures.items() if kind != "interrupted")
+                yield (
+                    f"{each.shape.name} lost {' and '.join(run.lost)} during a load at {_rate(run.rate_rps)}: of "
+                    f"{run.offered} requests offered until then {failed} failed."
+                )
             if each.failure:
                 yield f"{each.shape.name} failed and is left out of the comparison: {each.failure}."
 
@@ -205,13 +206,6 @@ def _times(ratio: float) -> str:
 def _listed(counts: Sequence[int]) -> str:
     *most, last = map(str, counts)
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def _lost_in(run: Run) -> str:
-    failures: dict[str, int] = run.figures.get("failures", {})
-    failed = sum(count for kind, count in failures.items() if kind != "interrupted")
-    where = f"a load at {_rate(run.rate_rps)}"
-    return f"{' and '.join(run.lost)} during {where}: of {run.offered} requests offered until then {failed} failed"
 
 
 def _reached(measured: Measured, target: float) -> str:

@@ -28,8 +28,10 @@ def drawn(count: int, rate_rps: float, burstiness: float, seed: int, ramp_up: Ra
     These are the arrivals of `vllm bench serve`, draw for draw: its generator (numpy's first, whose stream is frozen),
     and without a ramp-up its stretching of the whole to count / rate seconds, so that seeds do not differ in rate.
     """
-    rates = _rates(count, rate_rps, ramp_up)
-    times = np.cumsum(_gaps(rates, burstiness, seed))
+    gaps = 1.0 / _rates(count, rate_rps, ramp_up)  # 0 at an infinite rate
+    if gaps.any() and not math.isinf(burstiness):
+        gaps = np.random.RandomState(seed).gamma(burstiness, gaps / burstiness)
+    times = np.cumsum(gaps)
     if ramp_up is None and count and times[-1] > 0:
         times *= count / rate_rps / times[-1]
     return times
@@ -42,13 +44,6 @@ def _rates(count: int, rate_rps: float, ramp_up: RampUp | None) -> Times:
     if ramp_up.strategy == "linear":
         return ramp_up.start_rps + (ramp_up.end_rps - ramp_up.start_rps) * progress
     return np.asarray(ramp_up.start_rps * (ramp_up.end_rps / ramp_up.start_rps) ** progress)
-
-
-def _gaps(rates: Times, burstiness: float, seed: int) -> Times:
-    mean_gaps = 1.0 / rates  # 0 at an infinite rate
-    if math.isinf(burstiness) or not mean_gaps.any():
-        return mean_gaps
-    return np.random.RandomState(seed).gamma(burstiness, mean_gaps / burstiness)
 
 
 def replayed(recorded_s: Sequence[float], scale_time: float, jitter_s: float, seed: int) -> Times:

@@ -152,18 +152,16 @@ class Plan:
             _check_size((self.lengths.input_tokens + self.lengths.prefix_tokens) * self.num_prompts)
             requests = workloads.random_requests(self.num_prompts, self.lengths, vocabulary)
         else:
-            rows = self._rows(self.workload)
+            if self.trace is None:
+                rows = traces.made_up(self.num_prompts, self.seed)
+            else:
+                rows = traces.read_trace(self.workload, self.trace, self.num_prompts)
             _check_size(sum(row.input_tokens for row in rows) * self.scale_lengths)
             requests = workloads.trace_requests(rows, self.scale_lengths, vocabulary)
         every = [Arrival(float(at), each) for at, each in zip(self._times(rows), requests, strict=True)]
         return _fitting(
             sorted(every, key=lambda arrival: arrival.at_s), self.max_model_len or served.max_model_len, vocabulary
         )
-
-    def _rows(self, kind: traces.TraceKind) -> list[traces.TraceRow]:
-        if self.trace is None:
-            return traces.made_up(self.num_prompts, self.seed)
-        return traces.read_trace(kind, self.trace, self.num_prompts)
 
     def _times(self, rows: Sequence[traces.TraceRow]) -> arrivals.Times:
         if not self.has_rate:

@@ -85,15 +85,11 @@ def trace_requests(rows: Sequence[TraceRow], scale: float, vocabulary: Vocabular
     def prompt(index: int, row: TraceRow) -> TokenIds:
         if not row.hash_ids:
             return vocabulary.draw(max(1, round(row.input_tokens * scale)), _BODY, index)
-        length = _scaled_by_block(row.input_tokens, block_tokens)
+        whole, rest = divmod(row.input_tokens, BLOCK_TOKENS)
+        length = max(1, whole * block_tokens + round(rest * block_tokens / BLOCK_TOKENS))
         return np.concatenate([block(each) for each in row.hash_ids])[:length]
 
     return [LoadRequest(prompt(index, row), max(1, round(row.output_tokens * scale))) for index, row in enumerate(rows)]
-
-
-def _scaled_by_block(tokens: int, block_tokens: int) -> int:
-    whole, rest = divmod(tokens, BLOCK_TOKENS)
-    return max(1, whole * block_tokens + round(rest * block_tokens / BLOCK_TOKENS))
 
 
 def warm_up_requests(like: Sequence[LoadRequest], count: int, vocabulary: Vocabulary) -> list[LoadRequest]:

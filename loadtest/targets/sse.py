@@ -22,14 +22,11 @@ class EventSplitter:
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Raises Malformed for an event above MAX_EVENT_BYTES."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
-        for line in lines:
-            yield from self._line(line.removesuffix(b"\r"))
+        for line in (line.removesuffix(b"\r") for line in lines):
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                data, self._data = b"\n".join(self._data), []
+                yield data
         if len(self._rest) + sum(map(len, self._data)) > MAX_EVENT_BYTES:
             raise Malformed(f"an event is larger than {MAX_EVENT_BYTES} bytes")
-
-    def _line(self, line: bytes) -> Iterator[bytes]:
-        if line.startswith(b"data:"):
-            self._data.append(line[5:].removeprefix(b" "))
-        elif not line and self._data:
-            data, self._data = b"\n".join(self._data), []
-            yield data

@@ -78,7 +78,7 @@ class _Events:
         if message is None:
             self._reader.check_ended()
             raise StopAsyncIteration
-        return self._reader.read(message)
+        return self._reader.read_event(message)
 
     async def _read(self) -> Any:
         try:
@@ -87,18 +87,14 @@ class _Events:
             raise explain(error, self._address) from None
         except asyncio.CancelledError:
             self._call.cancel()
-            if _this_task_is_cancelled():
+            # gRPC raises it for a call that was cancelled too; only the task's own may leave as it is.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
                 raise
             raise errors.Cancelled("the answer was closed while it was being read") from None
 
     def __del__(self) -> None:
         self._call.cancel()
-
-
-def _this_task_is_cancelled() -> bool:
-    """gRPC raises CancelledError for a call that was cancelled too; only the task's own may leave as it is."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _checked(address: str) -> str:
@@ -183,7 +179,7 @@ class AsyncClient:
         options = RequestOptions(n, stop, model, cache_salt, user_tag, keep_special_tokens)
         collector = Collector()
         async for event in self.generate(prompt, sampling=sampling, timeout_s=timeout_s, **vars(options), **fields):
-            collector.add(event)
+            collector.add_event(event)
         return collector.completion()
 
     async def embed(

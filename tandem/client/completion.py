@@ -43,7 +43,7 @@ class EventReader:
     def __init__(self) -> None:
         self._completed = False
 
-    def read(self, message: generation_pb2.GenerateEvent) -> Event:
+    def read_event(self, message: generation_pb2.GenerateEvent) -> Event:
         event = wire.event_from_wire(message)
         self._completed = isinstance(event, Completed)
         return event
@@ -55,7 +55,7 @@ class EventReader:
 
 
 @dataclass
-class _Parts:
+class _ChoiceParts:
     text: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
 
@@ -65,28 +65,25 @@ class Collector:
 
     def __init__(self) -> None:
         self._accepted = Accepted("", 0)
-        self._parts: dict[int, _Parts] = {}
+        self._parts: dict[int, _ChoiceParts] = {}
         self._choices: dict[int, Choice] = {}
         self._usage = Usage(0, 0)
 
-    def add(self, event: Event) -> None:
+    def add_event(self, event: Event) -> None:
         match event:
             case Accepted():
                 self._accepted = event
             case Delta():
-                parts = self._parts.setdefault(event.choice, _Parts())
+                parts = self._parts.setdefault(event.choice, _ChoiceParts())
                 parts.text.append(event.text)
                 parts.tokens.extend(event.tokens)
             case ChoiceFinished():
-                self._choices[event.choice] = self._finish(event)
+                parts = self._parts.get(event.choice, _ChoiceParts())
+                text, tokens = "".join(parts.text), tuple(parts.tokens)
+                choice = Choice(event.choice, text, tokens, event.reason, event.report, stop=event.stop)
+                self._choices[event.choice] = choice
             case Completed():
                 self._usage = event.usage
-
-    def _finish(self, event: ChoiceFinished) -> Choice:
-        parts = self._parts.get(event.choice, _Parts())
-        return Choice(
-            event.choice, "".join(parts.text), tuple(parts.tokens), event.reason, event.report, stop=event.stop
-        )
 
     def completion(self) -> Completion:
         choices = tuple(self._choices[index] for index in sorted(self._choices))
@@ -96,5 +93,5 @@ class Collector:
 def collect(events: Iterable[Event]) -> Completion:
     collector = Collector()
     for event in events:
-        collector.add(event)
+        collector.add_event(event)
     return collector.completion()

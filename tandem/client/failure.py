@@ -29,14 +29,11 @@ def explain(error: grpc.RpcError, address: str) -> errors.TandemError:
         return errors.Unavailable(f"cannot reach a Tandem router at {address}: {known.message}")
     if isinstance(known, errors.Overloaded) and "larger than max" in known.message:
         return errors.InvalidRequest(f"the request is too large for the router: {known.message}", field="prompt")
-    if isinstance(known, errors.Overloaded) or _turned_away(known):
+    # gRPC's server says no more than CANCELLED to calls beyond those that may wait (rpc.server_options).
+    turned_away = isinstance(known, errors.Cancelled) and not _ENDED_HERE.search(known.message)
+    if isinstance(known, errors.Overloaded) or turned_away:
         words = f"the router has more calls waiting than it takes, and its gRPC turned this one away: {known.message}"
         return errors.Overloaded(words, retry_after_ms=errors.RETRY_AFTER_MS)
     if isinstance(known, errors.DeadlineExceeded):
         return errors.DeadlineExceeded("the deadline (timeout_s) passed before the answer was complete")
     return known
-
-
-def _turned_away(known: errors.TandemError) -> bool:
-    """gRPC's server says no more than CANCELLED to calls beyond those that may wait (rpc.server_options)."""
-    return isinstance(known, errors.Cancelled) and not _ENDED_HERE.search(known.message)

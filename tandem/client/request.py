@@ -82,7 +82,11 @@ class EmbedOptions:
 
 def build_embed_request(inputs: str | Sequence[Prompt], options: EmbedOptions) -> generation_pb2.EmbedRequest:
     """Raises InvalidRequest, naming the field, for what no server could accept; the rest is the server's to judge."""
-    pooling, normalize = wire.embed_params_to_wire(EmbedParams(_pooling(options.pooling), bool(options.normalize)))
+    try:
+        params = EmbedParams(Pooling(options.pooling), bool(options.normalize))
+    except ValueError:
+        raise InvalidRequest(f"pooling must be last or mean, not {options.pooling!r}", field="pooling") from None
+    pooling, normalize = wire.embed_params_to_wire(params)
     request = generation_pb2.EmbedRequest(
         pooling=pooling,
         normalize=normalize,
@@ -102,13 +106,6 @@ def _listed(inputs: Sequence[Prompt]) -> list[Prompt]:
     if isinstance(inputs, Sequence) and not isinstance(inputs, bytes | bytearray):
         return list(inputs)
     raise InvalidRequest(f"inputs must be a list of prompts, not {type(inputs).__name__}", field="inputs")
-
-
-def _pooling(value: str) -> Pooling:
-    try:
-        return Pooling(value)
-    except ValueError:
-        raise InvalidRequest(f"pooling must be last or mean, not {value!r}", field="pooling") from None
 
 
 def _set_prompt(message: generation_pb2.GenerateRequest | generation_pb2.EmbedInput, prompt: Prompt) -> None:
@@ -183,14 +180,10 @@ def _token_ids(prompt: Sequence[int]) -> generation_pb2.TokenIds:
     try:
         return generation_pb2.TokenIds(ids=ids)
     except (TypeError, ValueError, OverflowError):
-        raise _bad_token_id(ids) from None
-
-
-def _bad_token_id(ids: list[int]) -> InvalidRequest:
-    """Looked for only when there is one: prompts are long."""
-    place = next((place for place, id_ in enumerate(ids) if not _is_token_id(id_)), 0)
-    words = f"prompt[{place}] must be a token id, a whole number in [0, 2^32), not {shown(ids[place])}"
-    return InvalidRequest(words, field="prompt")
+        # Looked for only when there is one: prompts are long.
+        place = next((place for place, id_ in enumerate(ids) if not _is_token_id(id_)), 0)
+        words = f"prompt[{place}] must be a token id, a whole number in [0, 2^32), not {shown(ids[place])}"
+        raise InvalidRequest(words, field="prompt") from None
 
 
 def _is_token_id(value: object) -> bool:

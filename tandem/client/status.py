@@ -153,23 +153,19 @@ def status_from_wire(message: generation_pb2.StatusResponse) -> ServiceStatus:
     )
 
 
-def _load_from_wire(message: registry_pb2.Load) -> Load:
-    return _plain(Load, message, kv_sent=_traffic(message.kv_sent), kv_received=_traffic(message.kv_received))
-
-
 def _traffic(by_transport: Mapping[str, registry_pb2.KVTraffic]) -> dict[str, KVTraffic]:
     return {name: _plain(KVTraffic, traffic) for name, traffic in by_transport.items()}
 
 
 def _worker_from_wire(message: generation_pb2.WorkerStatus) -> WorkerState:
-    hello: registry_pb2.Hello = message.hello
+    hello, load = message.hello, message.load
     return _plain(
         WorkerState,
         hello,
         roles=wire.roles_from_wire(list(hello.roles)),
         model=wire.model_from_wire(hello.model),
         transports=tuple(transport.name for transport in hello.transports),
-        load=_load_from_wire(message.load),
+        load=_plain(Load, load, kv_sent=_traffic(load.kv_sent), kv_received=_traffic(load.kv_received)),
         cached_blocks=message.cached_blocks,
         heartbeat_age_ms=message.heartbeat_age_ms,
         draining=message.draining,

@@ -67,7 +67,7 @@ class _Events:
     def __next__(self) -> Event:
         """Raises TandemError."""
         try:
-            return self._reader.read(next(self._call))
+            return self._reader.read_event(next(self._call))
         except StopIteration:
             self._reader.check_ended()
             raise

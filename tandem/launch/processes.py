@@ -215,10 +215,10 @@ class Supervisor:
         """The service goes on while each role is played, be it by somebody else's worker."""
         router = child.spec.name == "router"
         lost = frozenset() if router else self._leave(child.spec.name)
-        if router or (lost and not lost <= await self._played()):
-            self._fail(_early_exit(child))
-        else:
+        if not router and (not lost or lost <= await self._played()):
             log.error(WITHOUT, child.report())
+        elif self._failure is not None and not self._failure.done():
+            self._failure.set_exception(_early_exit(child))
 
     async def _played(self) -> frozenset[Role]:
         """Roles that workers play now, whoever started them."""
@@ -253,10 +253,6 @@ class Supervisor:
                 delay_s = backoff.after(0)
                 log.warning("cannot start %s: %s; trying again in %.1f s", spec.name, error.strerror, delay_s)
                 await asyncio.sleep(delay_s)
-
-    def _fail(self, error: TandemError) -> None:
-        if self._failure is not None and not self._failure.done():
-            self._failure.set_exception(error)
 
     async def wait(self) -> None:
         """Returns never; raises ConfigError when a child can no longer run. Cancel it, then stop()."""

@@ -83,9 +83,9 @@ async def watch_connections(port: int, whose: str) -> None:
         await asyncio.sleep(WATCH_S)
         try:
             # The lowest free descriptor is hardly above the number of those in use: to see it costs nothing.
-            if _lowest_free() < limit:
+            if lowest_free() < limit:
                 continue
-            count = await asyncio.to_thread(_count_connections, port)
+            count = await asyncio.to_thread(connections_of, port)
         except OSError as error:  # to count them takes a descriptor
             warning.warn("%s: its connections cannot be counted: %s", whose, error.strerror)
             continue
@@ -93,13 +93,14 @@ async def watch_connections(port: int, whose: str) -> None:
             warning.warn("%s has %d connections, the most it takes: further ones are closed at once", whose, count)
 
 
-def _lowest_free() -> int:
+def lowest_free() -> int:
+    """The descriptor that the next file of this process gets."""
     descriptor = os.open(os.devnull, os.O_RDONLY)
     os.close(descriptor)
     return descriptor
 
 
-def _count_connections(port: int) -> int:
+def connections_of(port: int) -> int:
     """This process's connections with this port at our end."""
     return sum(_is_connection(int(name), port) for name in os.listdir("/proc/self/fd"))
 

@@ -41,10 +41,10 @@ def configure(level: str = "info", format: str = "text", stream: TextIO | None =
     """From this level upwards, to stderr unless a stream is given. format: text or json."""
     target = stream or sys.stderr
     handler = logging.StreamHandler(target)
-    handler.setFormatter(_Json() if format == "json" else _Text(LINE))
+    handler.setFormatter(_JsonFormatter() if format == "json" else _TextFormatter(LINE))
     handler.addFilter(_stamp)
     if format == "json" and (ours := below(target)) is not None:
-        ours.say_lost = _say_lost_in_json
+        ours.say_lost = lambda count: json.dumps({**_record("warning", __name__, say_lost(count)), "lost_lines": count})
     lowest: int = getattr(logging, level.upper())
     logging.basicConfig(handlers=[handler])
     logging.getLogger().setLevel(max(lowest, logging.INFO))
@@ -53,7 +53,7 @@ def configure(level: str = "info", format: str = "text", stream: TextIO | None =
 
 
 def in_json() -> bool:
-    return any(isinstance(handler.formatter, _Json) for handler in logging.getLogger().handlers)
+    return any(isinstance(handler.formatter, _JsonFormatter) for handler in logging.getLogger().handlers)
 
 
 def relayed(process: str, line: str) -> str:
@@ -65,7 +65,7 @@ def relayed(process: str, line: str) -> str:
     return json.dumps({**(said if isinstance(said, dict) else _record("info", "", line)), "process": process})
 
 
-class _Text(logging.Formatter):
+class _TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         fields: Mapping[str, object] = getattr(record, "fields", {})
         pairs = "".join(f" {name}={_word(value)}" for name, value in fields.items())
@@ -76,7 +76,7 @@ class _Text(logging.Formatter):
         return "\n".join(f"    {line.translate(_CONTROL)}" for line in super().formatException(ei).split("\n"))
 
 
-class _Json(logging.Formatter):
+class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         said = _record(record.levelname.lower(), record.name, record.getMessage(), record.created)
         request_id = getattr(record, "request_id", "-")
@@ -90,10 +90,6 @@ class _Json(logging.Formatter):
 def _record(level: str, logger: str, message: str, at_s: float | None = None) -> dict[str, Any]:
     time = (datetime.now(UTC) if at_s is None else datetime.fromtimestamp(at_s, UTC)).isoformat(timespec="milliseconds")
     return {"time": time, "level": level, "logger": logger, "message": message}
-
-
-def _say_lost_in_json(count: int) -> str:
-    return json.dumps({**_record("warning", __name__, say_lost(count)), "lost_lines": count})
 
 
 def _word(value: object) -> str:

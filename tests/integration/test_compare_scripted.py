@@ -69,7 +69,7 @@ class Scripted:
     running: int = 0
 
     @asynccontextmanager
-    async def start(self, shape: model.ServiceServiceShape) -> AsyncIterator[str]:
+    async def start(self, shape: model.ServiceShape) -> AsyncIterator[str]:
         router = ScriptedRouter(Line(self.split_s if shape.is_split else self.colocated_s).answer, self._status(shape))
         with serving(router):
             self.routers[shape.name], self.running = router, self.running + 1
@@ -78,7 +78,7 @@ class Scripted:
             finally:
                 self.running -= 1
 
-    def _status(self, shape: model.ServiceServiceShape) -> generation_pb2.StatusResponse:
+    def _status(self, shape: model.ServiceShape) -> generation_pb2.StatusResponse:
         info = registry_pb2.ModelInfo(name="scripted", vocab_size=500, max_model_len=4096)
         status = generation_pb2.StatusResponse(models=[info])
         for index, pid in enumerate(self.pids):
@@ -114,10 +114,10 @@ class Notes:
 
     def watch(self, run: Run) -> None: ...
 
-    def ended(self, shape: model.ServiceServiceShape, run: model.Run, ending: Ending) -> None:
+    def ended(self, shape: model.ServiceShape, run: model.Run, ending: Ending) -> None:
         self.loads.append((shape.name, run, ending))
 
-    def failed(self, shape: model.ServiceServiceShape, why: str) -> None:
+    def failed(self, shape: model.ServiceShape, why: str) -> None:
         self.failed_shapes.append((shape.name, why))
 
 

@@ -63,7 +63,7 @@ class Killer:
     _armed: bool = False
 
     @asynccontextmanager
-    async def start(self, shape: model.ServiceServiceShape) -> AsyncIterator[str]:
+    async def start(self, shape: model.ServiceShape) -> AsyncIterator[str]:
         yield self.supervisors[shape.name].address
 
     def stage(self, words: str) -> None:
@@ -91,9 +91,9 @@ class Killer:
 
     def limits(self, goodput: Goodput) -> None: ...
 
-    def ended(self, shape: model.ServiceServiceShape, run: model.Run, ending: Ending) -> None: ...
+    def ended(self, shape: model.ServiceShape, run: model.Run, ending: Ending) -> None: ...
 
-    def failed(self, shape: model.ServiceServiceShape, why: str) -> None:
+    def failed(self, shape: model.ServiceShape, why: str) -> None:
         self.failed_shapes.append(shape.name)
 
 

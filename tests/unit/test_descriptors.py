@@ -22,7 +22,7 @@ LEFT = 40
 def few_descriptors() -> Iterator[None]:
     """This process may have no descriptor that is so far above the lowest free one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = descriptors._lowest_free() + LEFT
+    limit = descriptors.lowest_free() + LEFT
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,39 +19,38 @@ _POINTS_OF_CURVE, _POINTS_OF_PAGE = 400, 45_000
 _LEAST_MS = 0.1
 
 
-def _ttfts(answer: ShownAnswer) -> list[float]:
-    return [answer.arrivals_s[0] - answer.scheduled_s]
-
-
-def _tpots(answer: ShownAnswer) -> list[float]:
-    if answer.output_tokens < 2:
-        return []
-    return [(answer.arrivals_s[-1] - answer.arrivals_s[0]) / (answer.output_tokens - 1)]
-
-
-def _itls(answer: ShownAnswer) -> list[float]:
-    return [later - earlier for earlier, later in zip(answer.arrivals_s, answer.arrivals_s[1:], strict=False)]
-
-
-def _e2els(answer: ShownAnswer) -> list[float]:
-    return [answer.arrivals_s[-1] - answer.scheduled_s]
-
-
 @dataclass(frozen=True)
 class _Metric:
     key: str
     title: str
     share_of: str
-    seconds: Callable[[ShownAnswer], list[float]]
+    # Values of one answer, whose arrivals are given too.
+    seconds: Callable[[ShownAnswer, Sequence[float]], list[float]]
     # The objective whose line it shows.
     objective: str
 
 
 _METRICS = (
-    _Metric("ttft", "TTFT: to the first token", "requests", _ttfts, "ttft"),
-    _Metric("tpot", "TPOT: mean per further token", "requests", _tpots, "tpot"),
-    _Metric("itl", "ITL: waits between tokens", "waits", _itls, "tpot"),
-    _Metric("e2el", "E2EL: to the last token", "requests", _e2els, "e2el"),
+    _Metric(
+        "ttft", "TTFT: to the first token", "requests", lambda answer, at_s: [at_s[0] - answer.scheduled_s], "ttft"
+    ),
+    _Metric(
+        "tpot",
+        "TPOT: mean per further token",
+        "requests",
+        lambda answer, at_s: [(at_s[-1] - at_s[0]) / (answer.output_tokens - 1)] if answer.output_tokens > 1 else [],
+        "tpot",
+    ),
+    _Metric(
+        "itl",
+        "ITL: waits between tokens",
+        "waits",
+        lambda _, at_s: [later - earlier for earlier, later in pairwise(at_s)],
+        "tpot",
+    ),
+    _Metric(
+        "e2el", "E2EL: to the last token", "requests", lambda answer, at_s: [at_s[-1] - answer.scheduled_s], "e2el"
+    ),
 )
 
 
@@ -99,7 +99,7 @@ def _values(metric: _Metric, shapes: Sequence[Drawn]) -> _Values:
             max(_LEAST_MS, second * 1000)
             for answer in run.answers
             if answer.failure is None and answer.arrivals_s
-            for second in metric.seconds(answer)
+            for second in metric.seconds(answer, answer.arrivals_s)
         ]
         for each in shapes
         for run in each.measured.shown

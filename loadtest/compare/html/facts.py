@@ -34,14 +34,13 @@ def _date(text: str) -> str:
 
 
 def objectives(comparison: Comparison) -> str:
-    limits = " and ".join(_limit(name, comparison) for name in comparison.objectives)
-    return f"{limits or 'none'}, kept for {comparison.target_attainment:.0%} of the requests that were offered"
-
-
-def _limit(name: str, comparison: Comparison) -> str:
-    times = comparison.times_alone.get(name)
-    alone = "" if times is None else f" ({times:g} times what an answer takes alone)"
-    return f"{_UNITS.get(name, name)} ≤ {comparison.objectives[name]:g} ms{alone}"
+    limits = []
+    for name, limit_ms in comparison.objectives.items():
+        times = comparison.times_alone.get(name)
+        alone = "" if times is None else f" ({times:g} times what an answer takes alone)"
+        limits.append(f"{_UNITS.get(name, name)} ≤ {limit_ms:g} ms{alone}")
+    share = f"{comparison.target_attainment:.0%} of the requests that were offered"
+    return f"{' and '.join(limits) or 'none'}, kept for {share}"
 
 
 def _workload(comparison: Comparison) -> Iterator[str]:

@@ -70,16 +70,14 @@ def drawn(comparison: Comparison) -> list[Drawn]:
     counts, found = {True: 0, False: 0}, []
     for index, measured in enumerate(comparison.measured):
         split = measured.shape.is_split
-        found.append(Drawn(measured, _look(measured.shape.name, split, counts[split]), f"shape-{index}"))
+        place = counts[split]
+        colour = f"--{'warm' if split else 'cool'}-{place % _COLOURS}"
+        dash = _DASHES[place // _COLOURS % len(_DASHES)]
+        # Split and colocated shapes never share a marker before there are many of both.
+        look = Look(measured.shape.name, colour, dash, _SYMBOLS[(2 * place + split) % len(_SYMBOLS)])
+        found.append(Drawn(measured, look, f"shape-{index}"))
         counts[split] += 1
     return found
-
-
-def _look(name: str, split: bool, index: int) -> Look:
-    colour = f"--{'warm' if split else 'cool'}-{index % _COLOURS}"
-    dash = _DASHES[index // _COLOURS % len(_DASHES)]
-    # Split and colocated shapes never share a marker before there are many of both.
-    return Look(name, colour, dash, _SYMBOLS[(2 * index + split) % len(_SYMBOLS)])
 
 
 def requests_per_s(rate_rps: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, get_args
 
 from loadtest.compare.html.figure import Drawn, Figure, plain
@@ -18,8 +19,9 @@ _HEAD = 1.5
 def gantt(drawn: Drawn, run: ShownRun, window: Window) -> tuple[Figure, int]:
     """The picture, and how many requests in the window have no row in it."""
     found = lanes(run, window)
-    tops = list(_tops(found))
-    rows = tops[-1] if tops else _HEAD
+    # Where each lane's head begins, and where the last one ends.
+    tops = list(accumulate((_HEAD + max(1, len(lane.rows)) + 0.3 for lane in found.lanes), initial=0.0))
+    rows = tops[-1]
     bars = _bars(found, tops, run.answers, window)
     layout = {
         "barmode": "overlay",
@@ -38,15 +40,6 @@ def gantt(drawn: Drawn, run: ShownRun, window: Window) -> tuple[Figure, int]:
     height_px = round(rows * _ROW_PX) + _MARGIN_PX
     data = [*bars, _ticks(found, tops, window), *_failures(found, tops, window)]
     return Figure(f"timeline-{drawn.key}", label, height_px, data, layout, drawn.look.name), found.left_out
-
-
-def _tops(found: Lanes) -> Iterator[float]:
-    """Where each lane's head begins, and where the last one ends."""
-    top = 0.0
-    for lane in found.lanes:
-        yield top
-        top += _HEAD + max(1, len(lane.rows)) + 0.3
-    yield top
 
 
 def _placed(found: Lanes, tops: Sequence[float]) -> Iterator[tuple[Stay, float]]:
@@ -96,7 +89,11 @@ def _told(stay: Stay, span: Span, answer: ShownAnswer) -> str:
 
 def _ticks(found: Lanes, tops: Sequence[float], window: Window) -> dict[str, Any]:
     ticks = [
-        (at_s - window.start_s, row, f"request {stay.request + 1}: {_waited(wait_s)}")
+        (
+            at_s - window.start_s,
+            row,
+            f"request {stay.request + 1}: " + ("first token" if wait_s is None else f"token after {_ms(wait_s):g} ms"),
+        )
         for stay, row in _placed(found, tops)
         for at_s, wait_s in stay.ticks
         if window.start_s <= at_s <= window.end_s
@@ -111,10 +108,6 @@ def _ticks(found: Lanes, tops: Sequence[float], window: Window) -> dict[str, Any
         "customdata": [told for _, _, told in ticks],
         "hovertemplate": "%{customdata}<extra></extra>",
     }
-
-
-def _waited(wait_s: float | None) -> str:
-    return "first token" if wait_s is None else f"token after {_ms(wait_s):g} ms"
 
 
 def _failures(found: Lanes, tops: Sequence[float], window: Window) -> Iterator[dict[str, Any]]:

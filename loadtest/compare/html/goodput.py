@@ -103,7 +103,12 @@ def attainment(shapes: Sequence[Drawn], comparison: Comparison) -> Figure:
     data: list[dict[str, Any]] = []
     for each in shapes:
         probes = sorted(each.measured.probes, key=lambda run: run.rate_rps)
-        data += _curves(each, probes)
+        # All runs, and once more those that can be compared: what a stopped one would have attained, nobody knows.
+        whole = [run for run in probes if not stopped_early(run)]
+        data += [
+            _line(each, whole) | {"mode": "lines", "line": each.look.line | {"width": 3}, "hoverinfo": "skip"},
+            _line(each, probes) | {"mode": "lines+markers", **_marks(each, probes)},
+        ]
     rates = [run.rate_rps for each in shapes for run in each.measured.probes]
     target = comparison.target_attainment
     layout = {
@@ -125,15 +130,6 @@ def attainment(shapes: Sequence[Drawn], comparison: Comparison) -> Figure:
         ],
     }
     return Figure("attainment", "Attainment over the offered rate, for each shape", 360, data, layout)
-
-
-def _curves(drawn: Drawn, probes: Sequence[Run]) -> list[dict[str, Any]]:
-    """All runs, and once more those that can be compared: what a stopped one would have attained, nobody knows."""
-    whole = [run for run in probes if not stopped_early(run)]
-    return [
-        _line(drawn, whole) | {"mode": "lines", "line": drawn.look.line | {"width": 3}, "hoverinfo": "skip"},
-        _line(drawn, probes) | {"mode": "lines+markers", **_marks(drawn, probes)},
-    ]
 
 
 def _line(drawn: Drawn, probes: Sequence[Run]) -> dict[str, Any]:

@@ -113,14 +113,14 @@ def worst_window(run: ShownRun) -> Window:
     if not excess.any():
         return busiest_window(run, length_s)
     middles = (found.start_s + found.end_s) / 2
+
+    def telling(start_s: float) -> float:
+        """What was lost there; a window that has calm tokens too shows the difference."""
+        lost = excess[(middles > start_s) & (middles < start_s + length_s)]
+        return float(lost.sum() * (0.1 + min(0.25, (lost == 0).mean())))
+
     starts = middles[np.argsort(excess)[-_CANDIDATES:]] - length_s / 2
-    return Window(max(0.0, float(max(starts, key=lambda start: _telling(start, length_s, middles, excess)))), length_s)
-
-
-def _telling(start_s: float, length_s: float, middles: Floats, excess: Floats) -> float:
-    """What was lost there; a window that has calm tokens too shows the difference."""
-    lost = excess[(middles > start_s) & (middles < start_s + length_s)]
-    return float(lost.sum() * (0.1 + min(0.25, (lost == 0).mean())))
+    return Window(max(0.0, float(max(starts, key=telling))), length_s)
 
 
 def busiest_window(run: ShownRun, length_s: float) -> Window:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -60,7 +60,10 @@ class Lane:
     rows: list[list[Stay]] = field(default_factory=list)
 
     def put(self, stay: Stay, most_rows: int) -> bool:
-        free = next((row for row in self.rows if all(_apart(stay, other) for other in row)), None)
+        def is_free(row: list[Stay]) -> bool:
+            return all(stay.end_s <= other.start_s or other.end_s <= stay.start_s for other in row)
+
+        free = next(filter(is_free, self.rows), None)
         if free is None:
             if len(self.rows) >= most_rows:
                 return False
@@ -76,13 +79,10 @@ class Lanes:
     left_out: int
 
 
-def _apart(one: Stay, other: Stay) -> bool:
-    return one.end_s <= other.start_s or other.end_s <= one.start_s
-
-
 def lanes(run: ShownRun, window: Window) -> Lanes:
     """Requests that only wait get the rows that are left."""
-    there = [stay for stay in _stays(run.answers) if stay.is_within(window)]
+    stays = (stay for index, answer in enumerate(run.answers) for stay in _stays_of(index, answer))
+    there = [stay for stay in stays if stay.is_within(window)]
     there.sort(key=lambda stay: (not stay.works_within(window), stay.start_s))
     names = [use.worker for use in run.use]
     names += sorted({stay.worker for stay in there} - set(names))
@@ -90,11 +90,6 @@ def lanes(run: ShownRun, window: Window) -> Lanes:
     most_rows = max(_MIN_ROWS_OF_WORKER, _MAX_ROWS // max(1, len(names)))
     left_out = sum(not found[stay.worker].put(stay, most_rows) for stay in there)
     return Lanes(list(found.values()), left_out)
-
-
-def _stays(answers: Sequence[ShownAnswer]) -> Iterator[Stay]:
-    for index, answer in enumerate(answers):
-        yield from _stays_of(index, answer)
 
 
 def _stays_of(index: int, answer: ShownAnswer) -> Iterator[Stay]:

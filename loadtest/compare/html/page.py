@@ -27,16 +27,16 @@ def render(comparison: Comparison) -> str:
     """The whole page."""
     shapes = drawn(comparison)
     content = _content(comparison, shapes)
-    figures = [figure.as_json() for figure in _figures(content)]
+    figures = json.dumps([figure.as_json() for figure in _figures(content)], separators=(",", ":"), allow_nan=False)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    scripts = [_script(_plotly()), _script(_file("page.js"))]
+    scripts = [_script(_plotly_source()), _script(_file("page.js"))]
     return environment.from_string(_file("page.html")).render(
         **content,
         told=_Told.of(comparison),
         comparison=comparison,
         style=Markup(_file("page.css")),
         policy=_policy(scripts),
-        figures_json=Markup(_inert_json(figures)),
+        figures_json=Markup(figures.replace("<", "\\u003c")),  # it cannot end the element that it stands in
         scripts=[Markup(script) for script in scripts],
     )
 
@@ -94,11 +94,6 @@ def _figures(content: dict[str, Any]) -> list[Figure]:
     ]
 
 
-def _inert_json(value: Any) -> str:
-    """JSON that cannot end the element that it stands in."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
 def _script(source: str) -> str:
     # Inside JavaScript's strings, the only place where it can stand, `<\/` is the same.
     return source.replace("\r\n", "\n").replace("</script", "<\\/script")
@@ -110,9 +105,7 @@ def _policy(scripts: list[str]) -> str:
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-@cache
-def _plotly() -> str:
-    return str(get_plotlyjs())
+_plotly_source = cache(get_plotlyjs)
 
 
 @cache

@@ -103,20 +103,17 @@ def _rate(chosen: Sequence[Drawn]) -> float | None:
 def _scenes(chosen: Sequence[Drawn], rate_rps: float) -> list[_Scene]:
     """The colocated shape decides on the window; the split one shows the same seconds if its requests are the same."""
     runs = [(each, run) for each in chosen if (run := at_rate(each, rate_rps))]
-    window = worst_window(runs[0][1])
-    return [_Scene(each, run, waits(run.answers), _same_window(run, runs[0][1], window)) for each, run in runs]
+    first = runs[0][1]
+    window, scenes = worst_window(first), []
+    for each, run in runs:
+        found = waits(run.answers)
+        same = _asked(run) == _asked(first) and len(found.within(window.start_s, window.end_s)) > 0
+        scenes.append(_Scene(each, run, found, window if same else busiest_window(run, window.length_s)))
+    return scenes
 
 
-def _same_window(run: ShownRun, first: ShownRun, window: Window) -> Window:
-    decodes = len(waits(run.answers).within(window.start_s, window.end_s)) > 0
-    return window if decodes and _same_requests(run, first) else busiest_window(run, window.length_s)
-
-
-def _same_requests(one: ShownRun, other: ShownRun) -> bool:
-    def asked(run: ShownRun) -> list[tuple[float, int]]:
-        return [(round(answer.scheduled_s, 3), answer.prompt_tokens) for answer in run.answers]
-
-    return asked(one) == asked(other)
+def _asked(run: ShownRun) -> list[tuple[float, int]]:
+    return [(round(answer.scheduled_s, 3), answer.prompt_tokens) for answer in run.answers]
 
 
 def _picture(scene: _Scene, scenes: Sequence[_Scene]) -> Picture:
@@ -164,10 +161,6 @@ def _but(scenes: Sequence[_Scene]) -> str:
     return f" So {scenes[1].name} waits {more} here, though for no prefill on the worker that decodes."
 
 
-def _share(found: Waits) -> str:
-    return f"{found.ms[found.disturbed].sum() / found.ms.sum():.0%}" if found.ms.any() else "–"
-
-
 def _at_most(found: Waits, percentile: float) -> str:
     return milliseconds(float(np.percentile(found.ms, percentile))) if len(found) else "–"
 
@@ -177,7 +170,7 @@ def _wait_row(drawn: Drawn, run: ShownRun) -> WaitRow:
     return WaitRow(
         drawn.look,
         f"{len(found):,}",
-        _share(found),
+        f"{found.ms[found.disturbed].sum() / found.ms.sum():.0%}" if found.ms.any() else "–",
         _median(found.ms[found.disturbed]),
         _median(found.ms[~found.disturbed]),
         _at_most(found, 99),
