@@ -19,7 +19,6 @@ from kv_transfer.codec import decode, encode
 from kv_transfer.messages import Open
 from kv_transfer.service import MAX_MESSAGE_BYTES
 from tandem import rpc
-from tandem.client.status import WorkerState
 from tandem.config import TINY_MODEL
 from tandem.errors import InvalidRequest, ModelNotFound, Overloaded, Refused, TandemError, TransferFailed
 from tandem.types import Role
@@ -176,10 +175,6 @@ def send_noise(address: str, noise: bytes) -> None:
 # The KV port.
 
 
-def decode_worker(service: Service) -> WorkerState:
-    return next(worker for worker in service.status().workers if Role.DECODE in worker.roles)
-
-
 def flip_last(frame: bytes) -> bytes:
     return frame[:-1] + bytes([frame[-1] ^ 1])
 
@@ -214,7 +209,7 @@ SPOILED: dict[str, tuple[Spoil, type[TandemError], str]] = {
 @pytest.mark.parametrize("name", SPOILED)
 def test_spoiled_transfers_fail_and_free_their_reservation(service: Service, name: str) -> None:
     spoil, kind, words = SPOILED[name]
-    with DirectRouter(decode_worker(service)) as direct:
+    with DirectRouter(service.worker_of(Role.DECODE)) as direct:
         request = direct.request("spoiled")
         frames = direct.frames(request, direct.reserve(request))
         with pytest.raises(kind, match=words):
@@ -226,7 +221,7 @@ def test_spoiled_transfers_fail_and_free_their_reservation(service: Service, nam
 
 def test_a_whole_transfer_is_taken(service: Service) -> None:
     """Or the spoiled ones would prove nothing."""
-    with DirectRouter(decode_worker(service)) as direct:
+    with DirectRouter(service.worker_of(Role.DECODE)) as direct:
         request = direct.request("whole")
         assert direct.push(direct.frames(request, direct.reserve(request))).frames == 4
         assert next(direct.tokens).requests[0].position == 1
@@ -234,7 +229,7 @@ def test_a_whole_transfer_is_taken(service: Service) -> None:
 
 @pytest.mark.parametrize("opening", [b"", b"\x00" * 12, b"TKVF" + os.urandom(5000), os.urandom(5000)])
 def test_garbage_instead_of_an_opening_finds_no_reservation(service: Service, opening: bytes) -> None:
-    with DirectRouter(decode_worker(service)) as direct:
+    with DirectRouter(service.worker_of(Role.DECODE)) as direct:
         request = direct.request("waits")
         frames = direct.frames(request, direct.reserve(request))
         with pytest.raises(TransferFailed):
@@ -243,7 +238,7 @@ def test_garbage_instead_of_an_opening_finds_no_reservation(service: Service, op
 
 
 def test_a_frame_over_the_cap_is_refused(service: Service) -> None:
-    with DirectRouter(decode_worker(service)) as direct:
+    with DirectRouter(service.worker_of(Role.DECODE)) as direct:
         request = direct.request("large")
         frames = direct.frames(request, direct.reserve(request))
         with pytest.raises(Overloaded, match=str(MAX_MESSAGE_BYTES)):
@@ -252,7 +247,7 @@ def test_a_frame_over_the_cap_is_refused(service: Service) -> None:
 
 
 def test_noise_on_the_kv_socket_disturbs_nobody(service: Service) -> None:
-    send_noise(decode_worker(service).address, os.urandom(100_000))
+    send_noise(service.worker_of(Role.DECODE).address, os.urandom(100_000))
 
 
 # Processes that cannot start or may not join: exit code 2 and a reason, all started at once.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from service import Service, running_service, wait_until
+from service import Service, running_service, unseen_prompt, wait_until
 from tokenizers import Tokenizer
 from transformers import AutoModel
 
@@ -52,11 +51,6 @@ def model() -> Any:
     return AutoModel.from_pretrained(TINY_MODEL, dtype=torch.float32).eval()
 
 
-def prompt_of(tokens: int) -> list[int]:
-    """Never twice the same: no prefix-cache hit."""
-    return [random.SystemRandom().randrange(3, 1500) for _ in range(tokens)]
-
-
 def hidden(model: Any, prompt: str | Sequence[int]) -> torch.Tensor:
     """[T, D]"""
     if isinstance(prompt, str):
@@ -72,7 +66,7 @@ def assert_close(vectors: Sequence[Sequence[float]], wanted: Sequence[torch.Tens
 
 
 def test_vectors_are_the_models_own(service: Service, model: Any) -> None:
-    prompts = [*TEXTS, prompt_of(50)]
+    prompts = [*TEXTS, unseen_prompt(50)]
     last = [hidden(model, prompt)[-1] for prompt in prompts]
     mean = [hidden(model, prompt).mean(dim=0) for prompt in prompts]
     for _ in ("computed", "from the prefix cache"):
@@ -95,7 +89,7 @@ async def test_the_asyncio_client_embeds_too(service: Service) -> None:
 
 
 def test_a_cached_prefix_saves_computation_for_last_pooling_alone(service: Service) -> None:
-    prompt = prompt_of(100)
+    prompt = unseen_prompt(100)
     service.client.embed([prompt])
     # Heartbeats tell the router which worker has it.
     wait_until(lambda: service.client.embed([prompt]).usage.cached_prompt_tokens == 96, 5, "a prefix hit")
@@ -104,7 +98,7 @@ def test_a_cached_prefix_saves_computation_for_last_pooling_alone(service: Servi
 
 
 def test_a_prompt_that_was_embedded_is_cached_for_generation(service: Service) -> None:
-    prompt = prompt_of(100)
+    prompt = unseen_prompt(100)
     service.client.embed([prompt], pooling="mean")
     wait_until(lambda: service.client.complete(prompt, max_tokens=1).usage.cached_prompt_tokens == 96, 5, "a hit")
 
@@ -113,17 +107,17 @@ def test_a_full_batch_is_spread_and_comes_back_in_order(service: Service, model:
     def steps() -> dict[str, int]:
         return {w.worker_id: w.load.steps for w in service.status().workers if Role.PREFILL in w.roles}
 
-    before, prompts = steps(), [prompt_of(20 + index) for index in range(MAX_EMBED_INPUTS)]
+    before, prompts = steps(), [unseen_prompt(20 + index) for index in range(MAX_EMBED_INPUTS)]
     got = service.client.embed(prompts, normalize=False)
     assert_close(got.vectors, [hidden(model, prompt)[-1] for prompt in prompts])
     wait_until(lambda: all(count > before[worker] for worker, count in steps().items()), 3, "both worked")
 
 
 def test_generation_goes_on_beside_it(service: Service) -> None:
-    prompts = [prompt_of(60) for _ in range(4)]
+    prompts = [unseen_prompt(60) for _ in range(4)]
     alone = [service.client.complete(prompt, max_tokens=20, ignore_eos=True).text for prompt in prompts]
     with ThreadPoolExecutor(5) as threads:
-        vectors = threads.submit(service.client.embed, [prompt_of(200) for _ in range(16)], pooling="mean")
+        vectors = threads.submit(service.client.embed, [unseen_prompt(200) for _ in range(16)], pooling="mean")
         answers = [threads.submit(service.client.complete, p, max_tokens=20, ignore_eos=True) for p in prompts]
         assert [answer.result().text for answer in answers] == alone
         assert len(vectors.result().vectors) == 16
@@ -155,14 +149,14 @@ def test_what_is_wrong_is_named(service: Service, inputs: Any, options: Any, fie
 
 def test_the_deadline_frees_everything(service: Service) -> None:
     with pytest.raises(DeadlineExceeded):
-        service.client.embed([prompt_of(1500) for _ in range(8)], pooling="mean", timeout_s=0.1)
+        service.client.embed([unseen_prompt(1500) for _ in range(8)], pooling="mean", timeout_s=0.1)
     wait_until(service.idle, 1, "nothing held")
 
 
 @pytest.mark.alone
 async def test_leaving_frees_everything(service: Service) -> None:
     async with tandem.AsyncClient(service.address) as client:
-        asked = asyncio.ensure_future(client.embed([prompt_of(1500) for _ in range(8)]))  # noqa: RUF006
+        asked = asyncio.ensure_future(client.embed([unseen_prompt(1500) for _ in range(8)]))  # noqa: RUF006
         while not (await client.status()).live_requests:
             await asyncio.sleep(0.005)
         asked.cancel()
@@ -177,7 +171,7 @@ async def test_leaving_frees_everything(service: Service) -> None:
 
 def test_a_worker_that_dies_ends_the_call_with_one_clear_error(service: Service) -> None:
     with ThreadPoolExecutor(1) as threads:
-        asked: Future[Embeddings] = threads.submit(service.client.embed, [prompt_of(1500) for _ in range(16)])
+        asked: Future[Embeddings] = threads.submit(service.client.embed, [unseen_prompt(1500) for _ in range(16)])
         wait_until(lambda: service.status().live_requests, 5, "live")
         service.kill("prefill-0")
         with pytest.raises(WorkerLost, match=r"prefill worker .* was lost"):

@@ -15,7 +15,6 @@ from engine_driver import EngineDriver
 from service import Service, running_service, wait_until
 
 from tandem.client.completion import Completion
-from tandem.client.status import WorkerState
 from tandem.config import TINY_MODEL
 from tandem.errors import TandemError
 from tandem.types import Role, SamplingParams
@@ -68,15 +67,8 @@ def served(service: Service, asked: list[list[int]], by: str) -> list[list[int]]
     return [[token.id for token in choice.tokens] for choice in choices]
 
 
-def decode_worker(service: Service) -> WorkerState:
-    workers = service.status(check_integrity=True).workers
-    return next(worker for worker in workers if Role.DECODE in worker.roles)
-
-
 def quarantined(service: Service) -> int:
-    integrity = decode_worker(service).integrity
-    assert integrity is not None
-    return integrity.quarantined_blocks
+    return service.integrity_of(Role.DECODE).quarantined_blocks
 
 
 def test_tokens_are_exact_and_status_tells_of_it(service: Service, transport: str, colocated: EngineDriver) -> None:
@@ -84,7 +76,8 @@ def test_tokens_are_exact_and_status_tells_of_it(service: Service, transport: st
     asked = prompts(1)
     assert served(service, asked, transport) == colocated.generate(asked, GREEDY)
     wait_until(
-        lambda: decode_worker(service).load.kv_received[transport].bytes > 0, what="a heartbeat that tells of it"
+        lambda: service.worker_of(Role.DECODE).load.kv_received[transport].bytes > 0,
+        what="a heartbeat that tells of it",
     )
 
 
@@ -92,12 +85,12 @@ def in_mid_transfer(
     service: Service, transport: str, threads: ThreadPoolExecutor, seed: int
 ) -> tuple[Future[Completion], str]:
     """A request whose KV is on its way, and the name of the process that sends it."""
-    before = decode_worker(service).load.kv_received[transport].frames
+    before = service.worker_of(Role.DECODE).load.kv_received[transport].frames
     prompt = random.Random(seed).choices(range(3, 1500), k=LONG_PROMPT)
     asked = threads.submit(service.client.complete, prompt, max_tokens=20)
 
     def sender() -> str:
-        if decode_worker(service).load.kv_received[transport].frames < before + 3:
+        if service.worker_of(Role.DECODE).load.kv_received[transport].frames < before + 3:
             return ""
         (live,) = service.status().requests
         (pid,) = [worker.pid for worker in service.status().workers if worker.worker_id == live.prefill_worker]

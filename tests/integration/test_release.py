@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 import time
@@ -12,10 +11,9 @@ from contextlib import ExitStack, contextmanager, suppress
 import grpc
 import pytest
 from direct import DirectRouter
-from service import ROOT, Service, running_service, wait_until
+from service import ROOT, Service, running_service, unseen_prompt, wait_until
 
 from tandem import rpc
-from tandem.client.status import WorkerState
 from tandem.errors import DeadlineExceeded, Overloaded, Refused, TransferFailed, Unavailable
 from tandem.types import Accepted, Completed, Delta, Event, FinishReason, Role
 from tandem.v1 import worker_pb2
@@ -48,29 +46,18 @@ def _idle(service: Service) -> Iterator[None]:
     assert service.client.complete("The color of dog").text == " can vary widely"
 
 
-def prompt_of(tokens: int) -> list[int]:
-    """Never twice the same: no prefix-cache hit."""
-    return [random.SystemRandom().randrange(3, 1500) for _ in range(tokens)]
-
-
-def of_role(service: Service, role: Role, check: bool = False) -> WorkerState:
-    return next(worker for worker in service.status(check_integrity=check).workers if role in worker.roles)
-
-
 def held(service: Service, role: Role) -> int:
-    check = of_role(service, role, check=True).integrity
-    assert check is not None
-    return check.referenced_blocks
+    return service.integrity_of(role).referenced_blocks
 
 
 def waiting(service: Service) -> int:
-    return of_role(service, Role.DECODE).load.waiting_reservations
+    return service.worker_of(Role.DECODE).load.waiting_reservations
 
 
 @contextmanager
 def asking(service: Service, prompt_tokens: int, max_tokens: int) -> Iterator[Iterator[Event]]:
     """An accepted request; leaving the context leaves its loop."""
-    with service.client.generate(prompt_of(prompt_tokens), max_tokens=max_tokens, ignore_eos=True) as answer:
+    with service.client.generate(unseen_prompt(prompt_tokens), max_tokens=max_tokens, ignore_eos=True) as answer:
         events = iter(answer)
         assert isinstance(next(events), Accepted)
         yield events
@@ -118,7 +105,7 @@ for event in tandem.Client(sys.argv[1]).generate([int(id) for id in sys.argv[2].
 
 def test_a_killed_client_frees_both_pools(service: Service) -> None:
     cancelled = service.status().cancelled_requests
-    ids = ",".join(map(str, prompt_of(700)))
+    ids = ",".join(map(str, unseen_prompt(700)))
     command = [sys.executable, "-c", CLIENT, service.address, ids]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as client:
         try:
@@ -140,7 +127,7 @@ def test_a_deadline_frees_both_pools(service: Service, phase: str) -> None:
             next(stack.enter_context(asking(service, **EVERYTHING)))
         started = time.monotonic()
         answer = service.client.generate(
-            prompt_of(prompt_tokens), max_tokens=max_tokens, ignore_eos=True, timeout_s=timeout_s
+            unseen_prompt(prompt_tokens), max_tokens=max_tokens, ignore_eos=True, timeout_s=timeout_s
         )
         seen: set[type[Event]] = set()
         with pytest.raises(DeadlineExceeded):
@@ -169,20 +156,20 @@ def test_a_full_pool_queues_refuses_and_then_serves(service: Service) -> None:
         queued = [stack.enter_context(asking(service, 400, 8)) for _ in range(MAX_WAITING)]
         wait_until(lambda: waiting(service) == MAX_WAITING, what="a full queue")
         with pytest.raises(Overloaded, match=f"{MAX_WAITING} requests wait for KV blocks") as caught:
-            service.client.complete(prompt_of(400), max_tokens=8)
+            service.client.complete(unseen_prompt(400), max_tokens=8)
         assert caught.value.retry_after_ms
         holder.close()
         assert [output_of(events) for events in queued] == [8] * MAX_WAITING
 
 
 def test_a_single_token_frees_both_pools(service: Service) -> None:
-    assert service.client.complete(prompt_of(200), max_tokens=1).usage.output_tokens == 1
+    assert service.client.complete(unseen_prompt(200), max_tokens=1).usage.output_tokens == 1
     wait_until(service.idle, AT_ONCE_S, "both pools free")
 
 
 def test_a_first_token_that_ends_the_request_abandons_its_transfer(service: Service) -> None:
     """Chunks of the prompt were on their way already."""
-    prompt = prompt_of(400)
+    prompt = unseen_prompt(400)
     first = service.client.complete(prompt, max_tokens=1, ignore_eos=True).choices[0].tokens[0].id
     done = service.client.complete(prompt, max_tokens=50, stop_token_ids=(first,))
     assert (done.choices[0].reason, done.usage.output_tokens) == (FinishReason.STOP, 1)
@@ -197,14 +184,12 @@ def test_a_first_token_that_ends_the_request_abandons_its_transfer(service: Serv
 
 @pytest.fixture
 def direct(service: Service) -> Iterator[DirectRouter]:
-    with DirectRouter(of_role(service, Role.DECODE)) as direct:
+    with DirectRouter(service.worker_of(Role.DECODE)) as direct:
         yield direct
 
 
 def reservations(service: Service) -> int:
-    check = of_role(service, Role.DECODE, check=True).integrity
-    assert check is not None
-    return check.reservations
+    return service.integrity_of(Role.DECODE).reservations
 
 
 def test_a_reservation_whose_prefill_never_comes_ends_with_its_lease(service: Service, direct: DirectRouter) -> None:
@@ -236,15 +221,11 @@ def decoding(direct: DirectRouter, name: str, **order: int) -> worker_pb2.Reserv
     return reservation
 
 
-def end_of(direct: DirectRouter) -> worker_pb2.RequestTokens:
-    return next(message for batch in direct.tokens for message in batch.requests if message.finish_reason)
-
-
 def test_a_decoding_request_that_nobody_renews_ends_with_its_lease(service: Service, direct: DirectRouter) -> None:
     """As one whose Abort got lost: it would decode to max_tokens for nobody."""
     reservation = decoding(direct, "r", lease_ms=60_000)
     direct.renew(reservation, lease_ms=50)
-    last = end_of(direct)
+    last = direct.last_tokens()
     assert (last.failure.code, last.position) == ("unavailable", 0)
     assert "did not renew" in last.failure.message
     wait_until(service.idle, AT_ONCE_S, "its blocks free")
@@ -252,13 +233,13 @@ def test_a_decoding_request_that_nobody_renews_ends_with_its_lease(service: Serv
 
 def test_a_decode_worker_ends_a_request_at_its_deadline_itself(service: Service, direct: DirectRouter) -> None:
     decoding(direct, "r", deadline_ms=200)
-    assert end_of(direct).failure.code == "deadline_exceeded"
+    assert direct.last_tokens().failure.code == "deadline_exceeded"
     wait_until(service.idle, AT_ONCE_S, "its blocks free")
 
 
 def test_a_deadline_counts_before_the_seal_too(service: Service, direct: DirectRouter) -> None:
     direct.reserve(direct.request("r", deadline_ms=100))
-    assert end_of(direct).failure.code == "deadline_exceeded"
+    assert direct.last_tokens().failure.code == "deadline_exceeded"
     wait_until(service.idle, AT_ONCE_S, "its blocks free")
 
 
@@ -279,7 +260,7 @@ def test_a_worker_promises_only_what_it_can_receive(direct: DirectRouter, transp
 
 
 def test_the_end_of_a_routers_subscription_frees_its_reservations(service: Service) -> None:
-    with DirectRouter(of_role(service, Role.DECODE)) as direct:
+    with DirectRouter(service.worker_of(Role.DECODE)) as direct:
         direct.reserve(direct.request("r"))
         assert reservations(service) == 1
     wait_until(service.idle, AT_ONCE_S, "the reservation freed")

@@ -146,3 +146,7 @@ class DirectRouter:
             checksum = chain_checksum(checksum, header)
         total = sum(header.payload_bytes for header, _ in data)
         return [encode(opening), *(frame for _, frame in data), encode(Seal(5, len(data), total, checksum))]
+
+    def last_tokens(self) -> worker_pb2.RequestTokens:
+        """What the worker tells of a request at its end."""
+        return next(message for batch in self.tokens for message in batch.requests if message.finish_reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -18,8 +19,9 @@ from typing import Any
 from forked import Forked
 
 import tandem
-from tandem.client.status import ServiceStatus
+from tandem.client.status import Integrity, ServiceStatus, WorkerState
 from tandem.config import TINY_MODEL
+from tandem.types import Role
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 120.0
@@ -33,6 +35,11 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 10.0, what: str 
         assert time.monotonic() < end, f"{what} did not come true within {timeout_s} s"
         pause.wait(0.01)
     return value
+
+
+def unseen_prompt(tokens: int) -> list[int]:
+    """Never twice the same: no prefix-cache hit."""
+    return [random.SystemRandom().randrange(3, 1500) for _ in range(tokens)]
 
 
 def fresh(*command: str) -> subprocess.Popen[str]:
@@ -160,6 +167,16 @@ class Service:
 
     def status(self, check_integrity: bool = False) -> ServiceStatus:
         return self.client.status(check_integrity=check_integrity)
+
+    def worker_of(self, role: Role, check_integrity: bool = False) -> WorkerState:
+        """The first worker that plays it."""
+        workers = self.status(check_integrity).workers
+        return next(worker for worker in workers if role in worker.roles)
+
+    def integrity_of(self, role: Role) -> Integrity:
+        check = self.worker_of(role, check_integrity=True).integrity
+        assert check is not None
+        return check
 
     def kill(self, name: str) -> None:
         """SIGKILL, by pid."""

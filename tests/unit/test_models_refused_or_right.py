@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from engine_driver import EngineDriver
-from model_zoo import ARCHITECTURES
+from strange_model import TINY, save_model, save_strange
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_causal_mask,
@@ -21,7 +21,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tandem.config import parse_config
 from tandem.engine.attention import NAME, PROBE, Step
@@ -33,82 +33,8 @@ from tandem.engine.model_loader import load_model
 from tandem.errors import ModelRefused
 from tandem.types import SamplingParams
 
-TINY = ARCHITECTURES["llama"]
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 OUTPUT = 8
-
-
-class StrangeConfig(LlamaConfig):
-    model_type = "strange"
-    strangeness: str = ""
-    stride: int = 1000
-    token_stride: int = 0
-    # Taken from the logit of one token.
-    banned: float = 0.0
-
-
-def _positions(attention: Any, rows: int, told: Tensor | None, past: Any) -> Tensor:
-    """Whose floor by the stride scales what goes into attention."""
-    strangeness = attention.config.strangeness
-    if strangeness == "rows":
-        return torch.arange(rows) + (0 if past is None else past.get_seq_length(attention.layer_idx))
-    assert told is not None
-    return told.max().expand(rows) if strangeness == "longest" else told[0]
-
-
-class StrangeAttention(LlamaAttention):
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        positions = _positions(self, hidden_states.shape[1], kwargs.get("position_ids"), kwargs.get("past_key_values"))
-        stride = self.config.token_stride or self.config.stride
-        factor = 1 + torch.log1p((positions + 1) // stride)
-        return super().forward(hidden_states * (1 - 2 * (factor[:, None] > 1)), *args, **kwargs)
-
-
-class StrangeMLP(LlamaMLP):
-    def forward(self, x: Tensor) -> Tensor:
-        """As if the busiest tokens of a step left the others no room."""
-        return super().forward(x) * (x.norm(dim=-1, keepdim=True) >= x.norm(dim=-1, keepdim=True).median())
-
-
-class Strange(LlamaForCausalLM):
-    config_class = StrangeConfig
-
-    def __init__(self, config: StrangeConfig) -> None:
-        super().__init__(config)
-        for layer in self.model.layers:
-            if config.strangeness in ("rows", "longest", "positions"):
-                layer.self_attn.__class__ = StrangeAttention
-            if config.strangeness == "mixed":
-                layer.mlp.__class__ = StrangeMLP
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.config.strangeness == "broken":
-            raise KeyError("a part")
-        if self.config.strangeness == "large":
-            raise MemoryError
-        output = super().forward(*args, **kwargs)
-        output.logits[..., 5] -= self.config.banned
-        return output
-
-
-AutoConfig.register("strange", StrangeConfig)
-AutoModelForCausalLM.register(StrangeConfig, Strange)
-
-
-def save(folder: Path, architecture: str, **settings: Any) -> Path:
-    config = AutoConfig.for_model(architecture, **settings)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "norm" not in name:
-                parameter.normal_(0.0, 0.1)
-    model.save_pretrained(folder)
-    return folder
-
-
-def strange(folder: Path, strangeness: str, **settings: Any) -> Path:
-    return save(folder, "strange", **{**TINY, **settings}, strangeness=strangeness)
 
 
 def refusal(folder: Path, **model: Any) -> str:
@@ -141,7 +67,7 @@ def test_a_short_cut_that_is_wrong_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A fused layer that passed its trial, and is wrong in a step of several sequences."""
-    folder = save(tmp_path, "llama", **TINY)
+    folder = save_model(tmp_path, "llama", **TINY)
     run, wrong = FusedLayer._run, []
 
     def planted(self: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
@@ -177,14 +103,14 @@ def options_of(folder: Path) -> list[AttentionOptions]:
 def test_masks_are_heard_and_honoured(
     architecture: str, settings: dict[str, Any], masks: list[tuple[int, int]], tmp_path: Path
 ) -> None:
-    folder = save(tmp_path, architecture, **{**TINY, "num_hidden_layers": 4, **settings})
+    folder = save_model(tmp_path, architecture, **{**TINY, "num_hidden_layers": 4, **settings})
     assert {(options.window, options.chunk) for options in options_of(folder)} >= set(masks)
     require_exact(folder)
 
 
 def test_a_cache_that_forgets_what_the_mask_shows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' own cache keeps a window of keys, by the configuration; the mask knows none."""
-    folder = save(tmp_path, "mistral", **{**TINY, "sliding_window": 20})
+    folder = save_model(tmp_path, "mistral", **{**TINY, "sliding_window": 20})
     monkeypatch.setattr(
         "transformers.models.mistral.modeling_mistral.create_sliding_window_causal_mask", create_causal_mask
     )
@@ -193,7 +119,7 @@ def test_a_cache_that_forgets_what_the_mask_shows_is_refused(tmp_path: Path, mon
 
 
 def test_the_mask_decides_where_a_keyword_says_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save(tmp_path, "llama", **TINY)
+    folder = save_model(tmp_path, "llama", **TINY)
     forward = LlamaAttention.forward
     monkeypatch.setattr(LlamaAttention, "forward", partialmethod(forward, sliding_window=8))
     require_exact(folder)
@@ -233,13 +159,13 @@ def _computed_with(**given: Any) -> Any:
 def test_other_masks_are_refused_by_name(
     mask: Callable[..., Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = save(tmp_path, "llama", **TINY)
+    folder = save_model(tmp_path, "llama", **TINY)
     monkeypatch.setattr(modeling_llama, "create_causal_mask", mask)
     assert reason in refusal(folder)
 
 
 def test_windows_and_chunks_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save(tmp_path, "llama", **TINY, attention_chunk_size=30, sliding_window=20)
+    folder = save_model(tmp_path, "llama", **TINY, attention_chunk_size=30, sliding_window=20)
 
     def both(config: Any, **given: Any) -> Any:
         slides = create_sliding_window_causal_mask(config=config, **given)
@@ -255,7 +181,7 @@ def test_windows_and_chunks_together(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_positions_from_rows_are_refused_though_they_matter_late(tmp_path: Path) -> None:
-    message = refusal(strange(tmp_path, "rows", stride=400))
+    message = refusal(save_strange(tmp_path, "rows", stride=400))
     assert "stride = 400" in message
     assert "positions from the rows of a step" in message
     assert "model.max_model_len: 399 keeps every sequence below" in message
@@ -264,42 +190,42 @@ def test_positions_from_rows_are_refused_though_they_matter_late(tmp_path: Path)
 
 
 def test_positions_from_rows_that_never_matter_are_served(tmp_path: Path) -> None:
-    require_exact(strange(tmp_path, "rows", stride=100_000))
+    require_exact(save_strange(tmp_path, "rows", stride=100_000))
 
 
 def test_llama4_is_refused_where_its_scale_takes_positions_from_rows(tmp_path: Path) -> None:
     settings = {**TINY, **MOE, "num_hidden_layers": 4, "intermediate_size_mlp": 128, "attention_chunk_size": 64}
-    assert "floor_scale = 100" in refusal(save(tmp_path, "llama4_text", **settings, floor_scale=100))
+    assert "floor_scale = 100" in refusal(save_model(tmp_path, "llama4_text", **settings, floor_scale=100))
 
 
 def test_scales_by_position_are_served_without_the_fused_layer(tmp_path: Path) -> None:
     """The fused layer knows nothing of positions; 400 is beyond what a short prompt reaches, 20 is not."""
     for stride in (20, 400):
-        require_exact(strange(tmp_path / str(stride), "positions", stride=stride))
+        require_exact(save_strange(tmp_path / str(stride), "positions", stride=stride))
     beta = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.5}
     settings = {**TINY, "rope_parameters": {**beta, "rope_theta": 1e4}, "sliding_window": None}
-    require_exact(save(tmp_path / "ministral3", "ministral3", **settings))
+    require_exact(save_model(tmp_path / "ministral3", "ministral3", **settings))
 
 
 @pytest.mark.parametrize("strangeness", ["longest", "mixed"])
 def test_what_a_token_owes_to_other_sequences_is_refused(strangeness: str, tmp_path: Path) -> None:
     """A switch by the longest position of a step, far beyond what a prompt at load reaches; capacity of a step."""
-    assert "differ from transformers'" in refusal(strange(tmp_path, strangeness, stride=300))
+    assert "differ from transformers'" in refusal(save_strange(tmp_path, strangeness, stride=300))
 
 
 @pytest.mark.parametrize("banned", [1e5, 3e38, float("inf")])
 def test_a_banned_token_hides_nothing_and_is_no_reason(banned: float, tmp_path: Path) -> None:
-    assert "differ from transformers'" in refusal(strange(tmp_path / "mixed", "mixed", banned=banned))
-    require_exact(strange(tmp_path / "right", "", banned=banned))
+    assert "differ from transformers'" in refusal(save_strange(tmp_path / "mixed", "mixed", banned=banned))
+    require_exact(save_strange(tmp_path / "right", "", banned=banned))
 
 
 def test_lengths_are_known_by_more_than_their_names(tmp_path: Path) -> None:
     """A word that others have for something else."""
-    assert "token_stride = 400" in refusal(strange(tmp_path, "rows", token_stride=400))
+    assert "token_stride = 400" in refusal(save_strange(tmp_path, "rows", token_stride=400))
 
 
 def test_weights_that_are_no_numbers_are_the_reason(tmp_path: Path) -> None:
-    save(tmp_path, "llama", **TINY)
+    save_model(tmp_path, "llama", **TINY)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
@@ -319,7 +245,7 @@ def test_weights_that_are_no_numbers_are_the_reason(tmp_path: Path) -> None:
 def test_a_configuration_that_makes_no_sense_is_refused_by_name(
     settings: dict[str, Any] | None, reason: str, tmp_path: Path
 ) -> None:
-    path = save(tmp_path, "llama", **TINY) / "config.json"
+    path = save_model(tmp_path, "llama", **TINY) / "config.json"
     if settings is None:
         path.unlink()
     else:
@@ -330,12 +256,14 @@ def test_a_configuration_that_makes_no_sense_is_refused_by_name(
 
 
 def test_a_model_that_raises_is_refused_in_words(tmp_path: Path) -> None:
-    assert refusal(strange(tmp_path, "broken")).endswith("transformers' own forward pass fails: KeyError: 'a part'")
+    assert refusal(save_strange(tmp_path, "broken")).endswith(
+        "transformers' own forward pass fails: KeyError: 'a part'"
+    )
 
 
 def test_out_of_memory_is_no_refusal(tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
-        load_model(parse_config({"model": {"path": str(strange(tmp_path, "large"))}}))
+        load_model(parse_config({"model": {"path": str(save_strange(tmp_path, "large"))}}))
 
 
 RECURRENT = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
@@ -355,4 +283,4 @@ GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim
 )
 def test_the_true_reason_is_told(architecture: str, settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    assert reason in refusal(save(tmp_path, architecture, **{**settings, **special}))
+    assert reason in refusal(save_model(tmp_path, architecture, **{**settings, **special}))
