@@ -48,7 +48,7 @@ class Judge:
         self._taken = len(outcomes)
         still_open = []
         for outcome, tokens in (*self._open, *due):
-            lost = bool(self._missed_by(outcome, tokens, now_s))
+            lost = bool(self.missed_by(outcome, tokens, now_s))
             self._lost += lost
             if not lost and not outcome.ended:
                 still_open.append((outcome, tokens))
@@ -58,10 +58,10 @@ class Judge:
     def causes(self, outcomes: Sequence[Outcome], now_s: float) -> dict[str, int]:
         """How many requests missed each objective, by now and for certain; one may have missed several."""
         each = zip(outcomes, self._arrivals, strict=False)
-        missed_by = (self._missed_by(outcome, arrival.request.output_tokens, now_s) for outcome, arrival in each)
+        missed_by = (self.missed_by(outcome, arrival.request.output_tokens, now_s) for outcome, arrival in each)
         return dict(Counter(name for names in missed_by for name in names))
 
-    def _missed_by(self, outcome: Outcome, tokens: int, now_s: float) -> list[Metric] | list[str]:
+    def missed_by(self, outcome: Outcome, tokens: int, now_s: float) -> list[Metric] | list[str]:
         if outcome.failure not in (None, "interrupted"):
             return [FAILED]
         # One that was interrupted counts for what it had missed until then.

@@ -24,7 +24,7 @@ WATCH_S = 1.0
 WARN_EVERY_S = 60.0
 
 
-def raise_limit() -> None:
+def raisedescriptor_limit() -> None:
     """Lets this process open as many descriptors as its hard limit says."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
@@ -36,7 +36,7 @@ def raise_limit() -> None:
         log.warning("this process may have %d file descriptors, and cannot have %d: %s", soft, wanted, error)
 
 
-def _limit() -> int:
+def descriptor_limit() -> int:
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
@@ -47,12 +47,12 @@ def most_connections(wanted: int = GRPC_CONNECTIONS) -> int:
     So a router's two ports leave a quarter to files, to links with workers, and to connections that are being taken in
     or turned away; a worker may have as many connections to its peers as they have to it.
     """
-    return min(wanted, _limit() * 3 // 8)
+    return min(wanted, descriptor_limit() * 3 // 8)
 
 
 def backlog() -> int:
     """Connections that the kernel takes in before we do, of a listening socket: there are descriptors for them all."""
-    return max(8, min(MOST_BACKLOG, _limit() // 16))
+    return max(8, min(MOST_BACKLOG, descriptor_limit() // 16))
 
 
 class RateLimitedWarning:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import grpc
@@ -77,11 +78,12 @@ async def test_inputs_spread_over_the_prefill_workers_a_few_at_a_time(house: Hou
         worker.hold("embed")
     asked = asyncio.ensure_future(answer(call(house, *[[number] * 5 for number in range(1, 41)])))
     await house.cluster.saw("embed", MAX_AT_ONCE)
-    await asyncio.sleep(0.05)
     assert [len(worker.embed_requests) for worker in workers] == [MAX_AT_ONCE // 2] * 2
     for worker in workers:
         worker.let("embed")
     assert [vector[0] for vector in (await asked).vectors] == list(range(1, 41))
+    steps = {"embed": 1, "embed_done": -1}
+    assert max(accumulate(steps.get(what, 0) for _, what, _ in house.cluster.log)) == MAX_AT_ONCE
     assert min(len(worker.embed_requests) for worker in workers) > 5
     assert house.cluster.workers["d1"].embed_requests == []
 

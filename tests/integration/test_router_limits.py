@@ -46,7 +46,7 @@ async def test_leases_are_renewed_until_the_end_and_not_after() -> None:
         await eventually(lambda: len(decode.renewed) >= renewed + 2)
         decode.let("decode")
         await collect(call)
-        # A renewal may be on its way.
+        # A renewal may be on its way; of a lease of 0.3 s three would come in this time.
         renewed = len(decode.renewed) + 1
         await asyncio.sleep(0.35)
         assert len(decode.renewed) <= renewed
@@ -112,7 +112,7 @@ async def test_a_call_that_grpc_breaks_off_is_no_loss_of_its_worker(
     prefill, _ = await house.pair()
     with monkeypatch.context() as patch:
         # As gRPC itself would: with a status, and nothing of Tandem's.
-        patch.setattr(prefill, "_prefill", lambda _, __, context: context.abort(grpc.StatusCode.CANCELLED))
+        patch.setattr(prefill, "run_prefill", lambda _, __, context: context.abort(grpc.StatusCode.CANCELLED))
         await _broken_off(house)
     await collect(house.call())
     await house.check_empty()

@@ -200,7 +200,7 @@ async def test_a_failing_choice_ends_its_siblings(house: House) -> None:
     with pytest.raises(errors.Unavailable, match="torn"):
         await collect(call)
     assert len(house.cluster.happened("abort")) == 2
-    decode._decodes.pop(request_id).cancel()
+    decode.drop_decode(request_id)
     await house.check_empty()
 
 

@@ -58,8 +58,7 @@ async def test_the_reason_for_which_no_worker_can_start_is_told_once(caplog: pyt
 
 
 async def test_last_words_that_nobody_saw_are_quoted() -> None:
-    service = Service(model={"name": "crash"})
-    service.supervisor._output = None
+    service = Service(relays=False, model={"name": "crash"})
     with pytest.raises(Unavailable, match=r"exited with code 3; its last lines:\n    out of luck"):
         await service.supervisor.start()
 
@@ -75,8 +74,7 @@ async def test_a_router_that_cannot_start_is_reported() -> None:
 
 
 async def test_a_worker_that_never_joins_is_bounded() -> None:
-    service = Service(model={"name": "never-join"})
-    service.supervisor._start_timeout_s = 3.0
+    service = Service(start_timeout_s=3.0, model={"name": "never-join"})
     with pytest.raises(Unavailable, match="not ready within 3 s"):
         await service.supervisor.start()
     assert service.supervisor.pids() == {}

@@ -69,7 +69,7 @@ class ScriptedOpenAI:
             request.transport.abort()
         return response
 
-    async def _serve(self, started: threading.Event, stop: asyncio.Event) -> None:
+    async def serve(self, started: threading.Event, stop: asyncio.Event) -> None:
         app = web.Application(client_max_size=1 << 24)
         app.add_routes([web.get("/v1/models", self._models), web.post("/v1/completions", self._complete)])
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
@@ -84,5 +84,5 @@ class ScriptedOpenAI:
 
 @contextmanager
 def serving(endpoint: ScriptedOpenAI) -> Iterator[ScriptedOpenAI]:
-    with serving_by(endpoint._serve):
+    with serving_by(endpoint.serve):
         yield endpoint

@@ -84,9 +84,9 @@ class ScriptedRouter(generation_pb2_grpc.GenerationServicer):
     async def ListModels(self, request: generation_pb2.ListModelsRequest, context: Any) -> Any:
         return generation_pb2.ListModelsResponse(models=self.status.models)
 
-    async def _serve(self, started: threading.Event, stop: asyncio.Event) -> None:
-        server = rpc.make_server()
-        generation_pb2_grpc.add_GenerationServicer_to_server(self, server)
+    async def serve(self, started: threading.Event, stop: asyncio.Event) -> None:
+        server = rpc.makeserver()
+        generation_pb2_grpc.add_GenerationServicer_toserver(self, server)
         self.port = rpc.bind(server, "127.0.0.1", 0)
         await server.start()
         started.set()
@@ -96,5 +96,5 @@ class ScriptedRouter(generation_pb2_grpc.GenerationServicer):
 
 @contextmanager
 def serving(router: ScriptedRouter) -> Iterator[ScriptedRouter]:
-    with serving_by(router._serve):
+    with serving_by(router.serve):
         yield router

@@ -193,13 +193,13 @@ class ScriptedWorker(
         self.prefill_requests.append(request)
         request_id = request.request.request_id
         try:
-            await self._prefill(request, request_id, context)
+            await self.run_prefill(request, request_id, context)
             self.note("prefill_done", request_id)
         except asyncio.CancelledError:
             self.note("prefill_cancelled", request_id)
             raise
 
-    async def _prefill(self, request: worker_pb2.PrefillRequest, request_id: str, context: Any) -> None:
+    async def run_prefill(self, request: worker_pb2.PrefillRequest, request_id: str, context: Any) -> None:
         await rpc.say_counted_from(context, self.next_heartbeat)
         await self.reach("start", request_id)
         started = worker_pb2.PrefillStarted(queued_ms=1, cached_tokens=2)
@@ -236,6 +236,10 @@ class ScriptedWorker(
         request = self._reservations.pop(reservation_id)
         request_id = request.request.request_id
         self._decodes[request_id] = asyncio.create_task(self._decode(request, request_id))
+
+    def drop_decode(self, request_id: str) -> None:
+        """Tells no more of it."""
+        self._decodes.pop(request_id).cancel()
 
     async def _decode(self, request: worker_pb2.ReserveRequest, request_id: str) -> None:
         try:

@@ -24,12 +24,13 @@ BOUND_S = 30.0
 class Service:
     """A supervisor with stand-ins, and what they said."""
 
-    def __init__(self, **settings: dict[str, Any]) -> None:
+    def __init__(self, *, relays: bool = True, start_timeout_s: float = BOUND_S, **settings: dict[str, Any]) -> None:
+        """relays: what the stand-ins say comes into `lines`."""
         self.lines: list[tuple[str, str]] = []
         self.supervisor = Supervisor(
             config_of(**settings),
-            output=lambda name, line: self.lines.append((name, line)),
-            start_timeout_s=BOUND_S,
+            output=(lambda name, line: self.lines.append((name, line))) if relays else None,
+            start_timeout_s=start_timeout_s,
             environment=ENVIRONMENT,
             router_module="standin_router",
             worker_module="standin_worker",

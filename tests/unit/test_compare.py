@@ -116,9 +116,9 @@ def test_looking_at_a_long_load_costs_what_is_under_way() -> None:
     looks: list[Outcome] = []
 
     class Counting(Judge):
-        def _missed_by(self, outcome: Outcome, tokens: int, now_s: float) -> list[Metric] | list[str]:
+        def missed_by(self, outcome: Outcome, tokens: int, now_s: float) -> list[Metric] | list[str]:
             looks.append(outcome)
-            return super()._missed_by(outcome, tokens, now_s)
+            return super().missed_by(outcome, tokens, now_s)
 
     request = LoadRequest(np.zeros(4, dtype=np.uint32), 5)
     judge, outcomes = Counting([Arrival(0.0, request)] * 1000, TTFT, 0.5), list[Outcome]()

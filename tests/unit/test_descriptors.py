@@ -72,5 +72,5 @@ async def test_the_watch_outlives_the_last_descriptor(
 def test_a_port_has_as_many_connections_as_it_wants_or_three_eighths_of_the_descriptors(
     monkeypatch: pytest.MonkeyPatch, wanted: int, most: int
 ) -> None:
-    monkeypatch.setattr(descriptors, "_limit", lambda: 256)
+    monkeypatch.setattr(descriptors, "descriptor_limit", lambda: 256)
     assert descriptors.most_connections(wanted) == most

@@ -81,7 +81,7 @@ async def test_a_prompt_that_waits_for_blocks_costs_nothing_and_goes_on_when_the
     events: asyncio.Queue[EngineEvent] = asyncio.Queue()
     sequence = Sequence(REQUEST, events.put_nowait, decode_here=False)
     await thread.call(lambda: engine.add(sequence))
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)  # a thread that spun would make thousands of steps
     assert steps[0] == 1
     assert engine.load.waiting == 1
     everything.release()
