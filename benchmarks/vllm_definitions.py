@@ -40,7 +40,7 @@ def made_up_answers(count: int) -> list[tuple[Outcome, RequestFuncOutput]]:
         tokens, failed = len(arrivals_s) * draw.choice([1, 1, 2]), draw.random() < 0.1
         ours = Outcome(sent_s, 50 + index, sent_s, arrivals_s, tokens)
         if failed:
-            ours.fail("made_up", "made up")
+            ours.set_failure("made_up", "made up")
         theirs = RequestFuncOutput(
             success=not failed,
             latency=arrivals_s[-1] - sent_s,

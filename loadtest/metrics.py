@@ -59,7 +59,7 @@ class Outcome:
             return 0
         return len(self.arrivals_s) if self.counted_tokens is None else self.counted_tokens
 
-    def fail(self, kind: str, error: str) -> None:
+    def set_failure(self, kind: str, error: str) -> None:
         self.failure, self.error = kind, one_line(error)
 
     @property

@@ -88,11 +88,11 @@ class Runner:
     async def _one(self, request: LoadRequest, outcome: Outcome) -> None:
         try:
             async with self._slots:
-                await self._target.send(request, outcome)
+                await self._target.send_request(request, outcome)
             if outcome.ok and not outcome.arrivals_s:
-                outcome.fail("no_tokens", "the answer ended without a token")
+                outcome.set_failure("no_tokens", "the answer ended without a token")
         except asyncio.CancelledError:
-            outcome.fail("interrupted", "the run was stopped before this answer ended")
+            outcome.set_failure("interrupted", "the run was stopped before this answer ended")
             raise
         finally:
             outcome.ended = True

@@ -115,7 +115,7 @@ class Comparing:
         self._search_deadline_s: float | None = None
         self._cut = False
 
-    async def run(self, command: str) -> model.Comparison:
+    async def compare(self, command: str) -> model.Comparison:
         """Raises TandemError when a service does not start, all of them break, or the time limit is over before a
         measurement; NothingFound when stopped before one.
 
@@ -193,7 +193,7 @@ class Comparing:
         self._reporter.report_stage(f"warming up {contender.shape.name}")
         await contender.warm_up(plan, self._stop)
         for _ in range(TRIES):
-            await contender.ready(plan, self._stop, self._stop.is_set)
+            await contender.until_ready(plan, self._stop, self._stop.is_set)
             self._check_stop()
             alone = await contender.alone(plan, count, self._stop)
             self._check_stop()
@@ -263,7 +263,7 @@ class Comparing:
         halted, tries = partial(self._halted, deadline_s), Counter[bool]()
         while True:
             self._reporter.report_stage(f"{entry.shape.name}: {rate_rps:.2f} requests/s")
-            await entry.contender.ready(plan, self._stop, halted)
+            await entry.contender.until_ready(plan, self._stop, halted)
             offered = await entry.contender.offer(
                 plan, self._measuring, self._question.target, halted, self._reporter.report_run, whole=draw > 0
             )

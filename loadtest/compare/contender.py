@@ -122,7 +122,7 @@ class Contender:
                 await target.close()
             yield cls(shape, address, client, served, await client.status(), sending)
 
-    async def ready(self, plan: Plan, stop: asyncio.Event, halted: Callable[[], bool]) -> None:
+    async def until_ready(self, plan: Plan, stop: asyncio.Event, halted: Callable[[], bool]) -> None:
         """Until as many workers serve as at first; those that were started again are warmed up. Returns if halted, as
         one that is stopped is.
 

@@ -30,12 +30,12 @@ class GrpcTarget:
             raise ModelNotFound(f"no worker serves a model {wanted}")
         return Served(found.name, found.vocab_size, found.max_model_len)
 
-    async def send(self, request: LoadRequest, outcome: Outcome) -> None:
+    async def send_request(self, request: LoadRequest, outcome: Outcome) -> None:
         outcome.sent_s = time.perf_counter()
         try:
             await self._stream(request, outcome)
         except TandemError as error:
-            outcome.fail(error.code, error.message)
+            outcome.set_failure(error.code, error.message)
 
     async def _stream(self, request: LoadRequest, outcome: Outcome) -> None:
         sampling = SamplingParams(

@@ -109,18 +109,18 @@ class OpenAITarget:
         except (Malformed, TypeError, KeyError):
             raise Refused(f"{self._base}/v1/models did not answer with a list of models") from None
 
-    async def send(self, request: LoadRequest, outcome: Outcome) -> None:
+    async def send_request(self, request: LoadRequest, outcome: Outcome) -> None:
         outcome.sent_s = time.perf_counter()
         try:
             await self._stream(request, outcome)
         except _Failed as failed:
-            outcome.fail(failed.kind, str(failed))
+            outcome.set_failure(failed.kind, str(failed))
         except TimeoutError:
-            outcome.fail("deadline_exceeded", f"no whole answer within {self._options.timeout_s:g} s")
+            outcome.set_failure("deadline_exceeded", f"no whole answer within {self._options.timeout_s:g} s")
         except _BROKEN as error:
-            outcome.fail("connection", what_broke(error))
+            outcome.set_failure("connection", what_broke(error))
         except Malformed as error:
-            outcome.fail("bad_stream", f"not the stream of an OpenAI endpoint: {error}")
+            outcome.set_failure("bad_stream", f"not the stream of an OpenAI endpoint: {error}")
 
     def _payload(self, request: LoadRequest) -> dict[str, Any]:
         payload: dict[str, Any] = {

@@ -39,7 +39,7 @@ class LoadTarget(Protocol):
     async def describe(self) -> Served:
         """Asks what is served. Raises TandemError when nobody answers, or not as it should."""
 
-    async def send(self, request: LoadRequest, outcome: Outcome) -> None:
+    async def send_request(self, request: LoadRequest, outcome: Outcome) -> None:
         """One request, to its end: fills in the outcome, failures included. Raises nothing but CancelledError."""
 
     async def close(self) -> None: ...

@@ -71,8 +71,8 @@ class ChildProcess:
     """A running child. It ends with this process, whatever happens to this process (tandem/launch/parent.py).
 
     All that it prints goes to `output`, save two lines: the one that says it is ready, and its very last if that says
-    why it failed; `report` has that one, and nobody reads it twice. What an `output` that raises OSError does not take
-    is lost, and counted.
+    why it failed; `exit_report` has that one, and nobody reads it twice. What an `output` that raises OSError does not
+    take is lost, and counted.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class ChildProcess:
             with suppress(ProcessLookupError):  # gone, and not reaped yet
                 self._process.send_signal(number)
 
-    def report(self) -> str:
+    def exit_report(self) -> str:
         """How it ended and why, for an error message; its last lines if they are all there is, and nobody saw them."""
         ended = f"{self.spec.name} {describe_exit(self._process.returncode)}"
         if self.error:

@@ -87,7 +87,7 @@ class Supervisor:
             async with asyncio.timeout(self._start_timeout_s):
                 return await self._start()
         except TimeoutError:
-            names = "; ".join([", ".join(self._children), *(child.report() for child in self._refused)])
+            names = "; ".join([", ".join(self._children), *(child.exit_report() for child in self._refused)])
             await self.stop()
             raise Unavailable(f"the service was not ready within {self._start_timeout_s:g} s ({names})") from None
         except OSError as error:
@@ -106,7 +106,7 @@ class Supervisor:
         if status.http_port:
             self._fix_router(http_port=status.http_port)
         for child in self._refused:
-            log.error(WITHOUT, child.report())
+            log.error(WITHOUT, child.exit_report())
         self._watchers = [asyncio.create_task(self._watch(child)) for child in self._staying()]
         return status
 
@@ -178,7 +178,7 @@ class Supervisor:
         self._refused.append(child)
         if self._leave(child.spec.name):
             # Often all for one reason: it is said once.
-            raise ConfigError("; ".join({each.error: each.report() for each in self._refused}.values()))
+            raise ConfigError("; ".join({each.error: each.exit_report() for each in self._refused}.values()))
 
     def _leave(self, name: str) -> frozenset[Role]:
         """A worker stays away: returns the roles that no worker of this service plays any more."""
@@ -207,7 +207,7 @@ class Supervisor:
                 await self._note_refused(child)
                 return
             delay_s = backoff.after(child.lived_s)
-            log.warning("%s (pid %d); starting it again in %.1f s", child.report(), child.pid, delay_s)
+            log.warning("%s (pid %d); starting it again in %.1f s", child.exit_report(), child.pid, delay_s)
             await asyncio.sleep(delay_s)
             child = await self._relaunch(child.spec, backoff)
 
@@ -216,7 +216,7 @@ class Supervisor:
         router = child.spec.name == "router"
         lost = frozenset() if router else self._leave(child.spec.name)
         if not router and (not lost or lost <= await self._played()):
-            log.error(WITHOUT, child.report())
+            log.error(WITHOUT, child.exit_report())
         elif self._failure is not None and not self._failure.done():
             self._failure.set_exception(_early_exit(child))
 
@@ -325,4 +325,4 @@ def roles_of(names: Iterable[str]) -> frozenset[Role]:
 
 def _early_exit(child: ChildProcess) -> TandemError:
     kind: Callable[[str], TandemError] = ConfigError if child.returncode == CONFIG_EXIT else Unavailable
-    return kind(child.report())
+    return kind(child.exit_report())

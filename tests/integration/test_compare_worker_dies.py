@@ -66,11 +66,11 @@ class Killer:
     async def start(self, shape: model.ServiceShape) -> AsyncIterator[str]:
         yield self.supervisors[shape.name].address
 
-    def stage(self, words: str) -> None:
+    def report_stage(self, words: str) -> None:
         self._shape, _, load = words.rpartition(": ")
         self._armed = bool(load) and self.deaths.get(self._shape, 0) > 0
 
-    def watch(self, run: Run) -> None:
+    def report_run(self, run: Run) -> None:
         if not self._armed:
             return
         pids = self.supervisors[self._shape].pids()
@@ -89,11 +89,11 @@ class Killer:
         os.kill(pid, signal.SIGKILL)
         self.killed.append((self._shape, pid))
 
-    def limits(self, goodput: Goodput) -> None: ...
+    def report_limits(self, goodput: Goodput) -> None: ...
 
-    def ended(self, shape: model.ServiceShape, run: model.Run, ending: Ending) -> None: ...
+    def report_ended(self, shape: model.ServiceShape, run: model.Run, ending: Ending) -> None: ...
 
-    def failed(self, shape: model.ServiceShape, why: str) -> None:
+    def report_failed(self, shape: model.ServiceShape, why: str) -> None:
         self.failed_shapes.append(shape.name)
 
 
@@ -119,7 +119,7 @@ async def compared(services: dict[str, Supervisor], deaths: dict[str, int]) -> t
         draws=1,
         start_rps=200.0,
     )
-    found = await Comparing(question, killer.start, asyncio.Event(), killer).run("tandem bench compare")
+    found = await Comparing(question, killer.start, asyncio.Event(), killer).compare("tandem bench compare")
     assert all(count == 0 for count in deaths.values()), "every fault took effect"
     return found, killer
 

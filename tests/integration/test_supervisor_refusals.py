@@ -132,7 +132,7 @@ async def test_an_error_that_was_not_the_last_word_is_passed_on(tmp_path: Path) 
     assert lines == ["error: not so bad", "on it goes"]
     child.pass_on_last_words()
     assert lines[2:] == ["error: the end"]
-    assert child.report() == "chatty exited with code 0: the end"
+    assert child.exit_report() == "chatty exited with code 0: the end"
     child.pass_on_last_words()
     assert len(lines) == 3
 

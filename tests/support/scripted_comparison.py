@@ -128,6 +128,6 @@ async def compared(
     stop = asyncio.Event()
     notes = Notes(stop, stop_after, at_load or (lambda shape: None))
     try:
-        return await Comparing(asked, scripted.start, stop, notes).run("tandem bench compare"), notes
+        return await Comparing(asked, scripted.start, stop, notes).compare("tandem bench compare"), notes
     finally:
         assert scripted.running == 0

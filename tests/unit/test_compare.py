@@ -145,8 +145,8 @@ def test_a_slow_answer_is_lost_before_it_has_ended() -> None:
 
 def test_a_failure_is_lost_and_an_interruption_is_not() -> None:
     failed, interrupted = waiting(0.0), waiting(0.0)
-    failed.fail("unavailable", "")
-    interrupted.fail("interrupted", "")
+    failed.set_failure("unavailable", "")
+    interrupted.set_failure("interrupted", "")
     assert judge_of(2).causes([failed, interrupted], 0.5) == {"failed": 1}
 
 

@@ -15,7 +15,7 @@ from tandem.client import Client
 from tandem.config import load_config
 from tandem.errors import ConfigError, Refused
 from tandem.launch.ray import hosted
-from tandem.launch.ray.hosted import Hosted, Node, Phase, on_node, serve_spec
+from tandem.launch.ray.hosted import Hosted, MemberPhase, Node, on_node, serve_spec
 from tandem.launch.ray.plan import wanted_specs
 
 NODE = Node("127.0.0.1", slots=2)
@@ -25,7 +25,7 @@ def never(code: int) -> None:
     raise AssertionError(f"the process would end with {code}")
 
 
-def in_phase(it: Hosted, phase: Phase, timeout_s: float = 10.0) -> None:
+def in_phase(it: Hosted, phase: MemberPhase, timeout_s: float = 10.0) -> None:
     wait_until(lambda: it.phase is phase, timeout_s, f"phase {phase}, now {it.phase} {it.error}")
 
 
@@ -46,12 +46,12 @@ def until_stopped(begin: threading.Event) -> Callable[[Hosted], None]:
 def test_a_service_starts_serves_and_leaves() -> None:
     begin = threading.Event()
     it = Hosted(until_stopped(begin), never)
-    assert it.phase is Phase.STARTING
+    assert it.phase is MemberPhase.STARTING
     begin.set()
-    in_phase(it, Phase.SERVING)
+    in_phase(it, MemberPhase.SERVING)
     assert (it.address, it.worker_id) == ("127.0.0.1:1", "worker-1")
     it.drain()
-    in_phase(it, Phase.LEFT)
+    in_phase(it, MemberPhase.LEFT)
     it.drain()  # again, with nobody left to hear it
 
 
@@ -60,7 +60,7 @@ def test_one_that_is_drained_before_it_serves_leaves_too() -> None:
     it = Hosted(until_stopped(begin), never)
     it.drain()
     begin.set()
-    in_phase(it, Phase.LEFT)
+    in_phase(it, MemberPhase.LEFT)
 
 
 def test_a_refusal_is_told_and_the_process_stays() -> None:
@@ -68,7 +68,7 @@ def test_a_refusal_is_told_and_the_process_stays() -> None:
         raise Refused("block_size 32 against 16")
 
     it = Hosted(refused, never)
-    in_phase(it, Phase.FAILED)
+    in_phase(it, MemberPhase.FAILED)
     assert (it.error, it.code) == ("block_size 32 against 16", Refused.code)
 
 
@@ -77,7 +77,7 @@ def test_a_node_without_a_package_says_which() -> None:
         raise ImportError("No module named 'torch'", name="torch")
 
     it = Hosted(broken, never)
-    in_phase(it, Phase.FAILED)
+    in_phase(it, MemberPhase.FAILED)
     assert "No module named 'torch'" in it.error
 
 
@@ -100,7 +100,7 @@ def test_a_crash_ends_the_process_after_a_pause(monkeypatch: pytest.MonkeyPatch)
 def test_a_spec_that_is_wrong_fails_with_its_key() -> None:
     spec = wanted_specs(load_config(), "127.0.0.1")["router"].replace('"lease_s": 10.0', '"lease_s": -1')
     it = Hosted(lambda it: serve_spec(spec, NODE, it), never)
-    in_phase(it, Phase.FAILED)
+    in_phase(it, MemberPhase.FAILED)
     assert "router.lease_s" in it.error
     assert it.code == ConfigError.code
 
@@ -109,11 +109,11 @@ def test_a_router_serves_in_a_thread_and_leaves() -> None:
     (port,) = free_ports(1)
     spec = wanted_specs(load_config(overrides={"router": {"port": port, "http_port": -1}}), "127.0.0.1")["router"]
     it = Hosted(lambda it: serve_spec(spec, NODE, it), never)
-    in_phase(it, Phase.SERVING, START_S)
+    in_phase(it, MemberPhase.SERVING, START_S)
     with Client(it.address) as client:
         assert client.status().workers == ()
     it.drain()
-    in_phase(it, Phase.LEFT)
+    in_phase(it, MemberPhase.LEFT)
 
 
 def test_a_node_gives_its_address_and_a_share_of_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ def answered(scheduled: float, sent: float, *arrivals: float, prompt: int = 10, 
 
 def failed(kind: str) -> Outcome:
     outcome = Outcome(0.0, 10, 0.0)
-    outcome.fail(kind, "words")
+    outcome.set_failure(kind, "words")
     return outcome
 
 

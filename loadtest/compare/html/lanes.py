@@ -59,7 +59,7 @@ class Lane:
     worker: str
     rows: list[list[Stay]] = field(default_factory=list)
 
-    def put(self, stay: Stay, most_rows: int) -> bool:
+    def place_stay(self, stay: Stay, most_rows: int) -> bool:
         def is_free(row: list[Stay]) -> bool:
             return all(stay.end_s <= other.start_s or other.end_s <= stay.start_s for other in row)
 
@@ -88,7 +88,7 @@ def lanes(run: ShownRun, window: Window) -> Lanes:
     names += sorted({stay.worker for stay in there} - set(names))
     found = {name: Lane(name) for name in names}
     most_rows = max(_MIN_ROWS_OF_WORKER, _MAX_ROWS // max(1, len(names)))
-    left_out = sum(not found[stay.worker].put(stay, most_rows) for stay in there)
+    left_out = sum(not found[stay.worker].place_stay(stay, most_rows) for stay in there)
     return Lanes(list(found.values()), left_out)
 
 

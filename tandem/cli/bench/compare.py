@@ -114,7 +114,7 @@ async def _compared(question: Question, settings: TandemConfig) -> tuple[Compari
 
     console = make_console(stderr=True)
     with stopping() as stop, Bar(console) as bar:
-        found = await Comparing(question, start, stop, _Reporter(bar, console)).run(
+        found = await Comparing(question, start, stop, _Reporter(bar, console)).compare(
             shlex.join(["tandem", *sys.argv[1:]])
         )
         return found, stop.is_set()

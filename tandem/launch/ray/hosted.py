@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 STABLE_S, CRASH_PAUSE_S = 60.0, 3.0
 
 
-class Phase(StrEnum):
+class MemberPhase(StrEnum):
     STARTING = "starting"
     SERVING = "serving"
     # Trying again would not help; `Hosted.error` says why.
@@ -53,7 +53,7 @@ class Hosted:
 
     def __init__(self, serve: Callable[[Hosted], None], end_process: Callable[[int], object] = os._exit) -> None:
         """`serve` runs in the new thread until it is stopped; it calls `stoppable` and `ready` from its event loop."""
-        self.phase = Phase.STARTING
+        self.phase = MemberPhase.STARTING
         self.address = self.worker_id = ""
         # Why it failed, and the error's code.
         self.error = self.code = ""
@@ -75,7 +75,7 @@ class Hosted:
 
     def ready(self, address: str, worker_id: str = "") -> None:
         self.address, self.worker_id = address, worker_id
-        self.phase = Phase.SERVING
+        self.phase = MemberPhase.SERVING
 
     def drain(self) -> None:
         """The service finishes what is live and leaves; one that has not started yet leaves as soon as it has."""
@@ -101,11 +101,11 @@ class Hosted:
                 time.sleep(CRASH_PAUSE_S)
             self._end_process(1)
         else:
-            self.phase = Phase.LEFT
+            self.phase = MemberPhase.LEFT
 
     def _fail(self, error: TandemError) -> None:
         self.error, self.code = error.message, error.code
-        self.phase = Phase.FAILED  # last: whoever sees it reads the others
+        self.phase = MemberPhase.FAILED  # last: whoever sees it reads the others
 
 
 def serve_spec(text: str, node: Node, hosted: Hosted) -> None:

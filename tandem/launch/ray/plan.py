@@ -67,7 +67,7 @@ class Member:
     """A member of the service as it was last seen. One that did not answer has no spec."""
 
     spec: str = ""
-    # See tandem.launch.ray.hosted.Phase; empty while it has no process, or the process does not answer.
+    # See tandem.launch.ray.hosted.MemberPhase; empty while it has no process, or the process does not answer.
     phase: str = ""
     address: str = ""
     worker_id: str = ""
