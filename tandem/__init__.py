@@ -54,49 +54,8 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_HOMES = {
-    "tandem.client": (
-        "AsyncClient",
-        "AsyncGeneration",
-        "Choice",
-        "Client",
-        "Completion",
-        "Embeddings",
-        "Generation",
-        "ServiceStatus",
-    ),
-    "tandem.errors": (
-        "Cancelled",
-        "ConfigError",
-        "DeadlineExceeded",
-        "InternalError",
-        "InvalidRequest",
-        "ModelNotFound",
-        "ModelRefused",
-        "Overloaded",
-        "Refused",
-        "TandemError",
-        "TransferFailed",
-        "Unavailable",
-        "WorkerLost",
-    ),
-    "tandem.timeline": ("Phase", "Timeline"),
-    "tandem.types": (
-        "Accepted",
-        "ChoiceFinished",
-        "Completed",
-        "Delta",
-        "Event",
-        "FinishReason",
-        "ModelInfo",
-        "Pooling",
-        "RequestReport",
-        "SamplingParams",
-        "Token",
-        "Usage",
-    ),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+# Where the names below are looked for; the client's last, for it imports gRPC.
+_HOMES = ("tandem.errors", "tandem.timeline", "tandem.types", "tandem.client")
 
 __all__ = [
     "Accepted",
@@ -141,9 +100,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
-    if name not in _HOME_OF:
+    modules = map(importlib.import_module, _HOMES if name in __all__ else ())
+    home = next((module for module in modules if hasattr(module, name)), None)
+    if home is None:
         raise AttributeError(f"module 'tandem' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    return getattr(home, name)
 
 
 def _version() -> str:
