@@ -110,7 +110,7 @@ def _logprob_table(deltas: Sequence[Delta]) -> Table:
         table.add_column(header)
     rows = [(token, delta.text if token is delta.tokens[-1] else "") for delta in deltas for token in delta.tokens]
     for place, (token, text) in enumerate(rows):
-        table.add_logprob_row(str(place), *_logprob_row(token, text, bool(best)))
+        table.add_row(str(place), *_logprob_row(token, text, bool(best)))
     return table
 
 

@@ -24,7 +24,7 @@ WATCH_S = 1.0
 WARN_EVERY_S = 60.0
 
 
-def raisedescriptor_limit() -> None:
+def raise_limit() -> None:
     """Lets this process open as many descriptors as its hard limit says."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)

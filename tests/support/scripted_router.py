@@ -85,8 +85,8 @@ class ScriptedRouter(generation_pb2_grpc.GenerationServicer):
         return generation_pb2.ListModelsResponse(models=self.status.models)
 
     async def serve(self, started: threading.Event, stop: asyncio.Event) -> None:
-        server = rpc.makeserver()
-        generation_pb2_grpc.add_GenerationServicer_toserver(self, server)
+        server = rpc.make_server()
+        generation_pb2_grpc.add_GenerationServicer_to_server(self, server)
         self.port = rpc.bind(server, "127.0.0.1", 0)
         await server.start()
         started.set()

@@ -10,8 +10,8 @@ from tandem import __version__
 from tandem.config import TandemConfig, load_config
 from tandem.errors import ConfigError, Refused, TandemError, Unavailable
 from tandem.launch.ray.plan import (
+    Changes,
     Member,
-    Plan,
     Spec,
     cannot_serve,
     config_of,
@@ -142,13 +142,13 @@ def test_a_spec_of_another_version_is_refused() -> None:
 
 
 def test_the_same_service_again_changes_nothing() -> None:
-    assert plan_changes(specs(), running(specs())) == Plan()
+    assert plan_changes(specs(), running(specs())) == Changes()
 
 
 def test_other_counts_change_only_these() -> None:
     seen = running(specs(serve={"prefill": 1, "decode": 3}))
     plan = plan_changes(specs(serve={"prefill": 2, "decode": 1}), seen)
-    assert plan == Plan(start=["prefill-1"], leave=["decode-1", "decode-2"])
+    assert plan == Changes(start=["prefill-1"], leave=["decode-1", "decode-2"])
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_other_counts_change_only_these() -> None:
     ],
 )
 def test_changed_settings_replace_those_that_they_concern(settings: dict[str, Any], replaced: list[str]) -> None:
-    assert plan_changes(specs(**settings), running(specs())) == Plan(replace=replaced)
+    assert plan_changes(specs(**settings), running(specs())) == Changes(replace=replaced)
 
 
 def test_members_that_ended_are_replaced_and_silent_ones_waited_for() -> None:
     seen = running(specs()) | {"prefill-0": Member(), "decode-0": Member(phase="failed", error="no model")}
-    assert plan_changes(specs(), seen) == Plan(replace=["decode-0"])
+    assert plan_changes(specs(), seen) == Changes(replace=["decode-0"])
 
 
 def test_a_running_service_tells_its_configuration() -> None:
