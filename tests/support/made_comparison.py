@@ -168,7 +168,7 @@ def made_run(shape: ServiceShape, rate_rps: float, count: int = 120, seed: int =
     duration_s = max(job.arrivals_s[-1] for job in jobs)
     outcomes = [metrics.Outcome(job.due_s, job.prompt, job.due_s, job.arrivals_s, job.output) for job in jobs]
     for each in outcomes[:failures]:
-        each.fail("overloaded", "no room")
+        each.set_failure("overloaded", "no room")
     figures = metrics.summarize(outcomes, duration_s, (50, 90, 95, 99), OBJECTIVES)
     missed = (metrics.missed(each, each.scheduled_s, OBJECTIVES) if each.ok else ["failed"] for each in outcomes)
     figures["missed"] = dict(Counter(name for names in missed for name in names))
