@@ -22,16 +22,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kv_transfer.base import Source, Target, TransferSummary, Transport
-from kv_transfer.grpc_transport import GrpcTransport
-from kv_transfer.layout import KVLayout
-from kv_transfer.nixl_transport import NixlTransport
-from kv_transfer.plasma import connect
-from kv_transfer.ray_transport import RayTransport
-from kv_transfer.runs import Runs
-from kv_transfer.service import MAX_MESSAGE_BYTES, KVService
-from kv_transfer.shared_memory import SharedMemory
-from kv_transfer.shm_transport import ShmTransport
+from kv_transfer.base import Source, TransferSummary, TransferTarget, Transport
+from kv_transfer.carriers.table import make_carriers
+from kv_transfer.ends.carrier import PoolMemory
+from kv_transfer.ends.link import MAX_MESSAGE_BYTES
+from kv_transfer.ends.service import KVService
+from kv_transfer.ends.transport import PushTransport
+from kv_transfer.frames.layout import KVLayout
+from kv_transfer.frames.runs import Runs
 from tandem.config import TandemConfig, parse_config
 from tandem.engine.backends.cpu.memory import use_huge_pages
 from tandem.engine.kv_cache import Allocate, KVCache
@@ -58,13 +56,15 @@ def pool(allocate: Allocate | None = None) -> Tensor:
     return memory
 
 
-class Landing:
+class IncomingTransfer:
     local = False
     cached_tokens = attempt = 0
 
     def __init__(self, memory: Tensor, blocks: Sequence[int], request_id: str) -> None:
         self.pool, self.blocks, self.request_id = memory, blocks, request_id
         self.prompt_tokens = int(request_id.split("-")[1])
+
+    def claim(self) -> None: ...
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -82,20 +82,21 @@ class Landing:
         print(f"a transfer failed: {error}", file=sys.stderr)
 
 
-class Landings:
+class IncomingTransfers:
     fingerprint = FINGERPRINT
 
-    def __init__(self, memory: SharedMemory) -> None:
+    def __init__(self, memory: PoolMemory) -> None:
         self._pool = pool(memory.allocate)
         self._blocks = tuple(torch.randperm(self._pool.shape[2]).tolist())
 
-    def find(self, reservation_id: str) -> Landing:
-        return Landing(self._pool, self._blocks, reservation_id)
+    def find(self, reservation_id: str) -> IncomingTransfer:
+        return IncomingTransfer(self._pool, self._blocks, reservation_id)
 
 
 async def receive(config: TandemConfig) -> None:
-    memory = SharedMemory()
-    service = KVService(Landings(memory), config, plasma=connect(), memory=memory)
+    memory = PoolMemory("cpu")
+    carriers = make_carriers(config, memory)
+    service = KVService(IncomingTransfers(memory), config, carriers)
     server = make_server(MAX_MESSAGE_BYTES)
     server.add_generic_rpc_handlers((service,))
     port = bind(server, "127.0.0.1", 0)
@@ -107,12 +108,8 @@ async def receive(config: TandemConfig) -> None:
 
 
 async def send(config: TandemConfig, port: int) -> None:
-    plasma = connect()
-    transports: dict[str, Transport] = {"grpc": GrpcTransport(config), "shm": ShmTransport(config)}
-    if config.worker.nixl_devices:
-        transports["nixl"] = NixlTransport(config)
-    if plasma is not None:
-        transports["ray"] = RayTransport(config, plasma)
+    carriers = make_carriers(config, PoolMemory("cpu", receives=False))
+    transports = {carrier.name: PushTransport(carrier) for carrier in carriers}
     memory = pool()
     source = Source(memory, tuple(torch.randperm(memory.shape[2]).tolist()), KVLayout.of(FINGERPRINT))
     say(ready=True)
@@ -120,13 +117,13 @@ async def send(config: TandemConfig, port: int) -> None:
     while line := await asyncio.to_thread(sys.stdin.readline):
         case, number = json.loads(line), number + 1
         name = f"{number}-{case['tokens']}"
-        target = Target(name, name, 0, f"127.0.0.1:{port}", 0, case["tokens"], FINGERPRINT)
+        target = TransferTarget(name, name, 0, f"127.0.0.1:{port}", 0, case["tokens"], FINGERPRINT)
         say(seconds=await transfer(transports[case["transport"]], source, target))
     for transport in transports.values():
         await transport.aclose()
 
 
-async def transfer(transport: Transport, source: Source, target: Target) -> float:
+async def transfer(transport: Transport, source: Source, target: TransferTarget) -> float:
     """Seconds from the opening to the seal's acknowledgement."""
     started = asyncio.get_running_loop().time()
     async with transport.open(source, target) as sender:

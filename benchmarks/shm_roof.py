@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kv_transfer.cells import Cells
-from kv_transfer.layout import KVLayout, cut
-from kv_transfer.shared_memory import PeerMemory, SharedMemory
+from kv_transfer.carriers.shm.memory import PeerMemory, SharedMemory
+from kv_transfer.frames.cells import Cells
+from kv_transfer.frames.layout import KVLayout, cut
 from tandem.config import load_config
 from tandem.engine.backends.cpu.memory import use_huge_pages
 from tandem.engine.process import tune_process

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from kv_transfer.cells import Cells
-from kv_transfer.layout import KVLayout, cut
-from kv_transfer.wire_dtype import WireDtype, wire_dtype
+from kv_transfer.frames.cells import Cells, Native
+from kv_transfer.frames.layout import KVLayout, cut
+from kv_transfer.frames.wire_dtype import wire_dtype
 from tandem.config import TINY_MODEL, parse_config
 from tandem.engine.process import tune_process
 
@@ -34,7 +34,7 @@ SHAPES = {"float32": (12, 64), "bfloat16": (8, 128), "float16": (8, 128)}
 POOL_TOKENS = 1024
 
 
-def frames(wire: WireDtype, layers: int, tokens: int) -> list[tuple[range, range]]:
+def frames(wire: Native, layers: int, tokens: int) -> list[tuple[range, range]]:
     chunks = [range(start, min(start + CHUNK, tokens)) for start in range(0, tokens, CHUNK)]
     return [frame for chunk in chunks for frame in cut(range(layers), chunk, FRAME_BYTES // wire.cell_bytes)]
 
@@ -55,7 +55,7 @@ def _copies(dtype: str, heads: int, head_dim: int) -> dict[str, Any]:
     targets = [replace(cells, pool=target) for cells in sources]
     sent = [int8.pieces(cells).gathered() for cells in sources]
 
-    def gather(wire: WireDtype) -> None:
+    def gather(wire: Native) -> None:
         for cells in sources:
             wire.pieces(cells).gathered()
 

@@ -6,8 +6,10 @@ from tandem.process.standard_streams import never_block
 if __name__ == "__main__":
     never_block()
     with starting():
+        from tandem.types import Role
         from tandem.worker.arguments import parse_arguments
     arguments = parse_arguments("python -m decode_worker", "A decode worker.")
     with starting():  # torch: seconds
-        from decode_worker.run import run
-    end_process(run(*arguments))
+        from decode_worker.service import DecodeService
+        from tandem.worker.main import WorkerKind, run_worker
+    end_process(run_worker(WorkerKind(frozenset({Role.DECODE}), {Role.DECODE: DecodeService}), *arguments))

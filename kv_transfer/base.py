@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kv_transfer.layout import KVLayout
+from kv_transfer.frames.layout import KVLayout
 from tandem.errors import TandemError
 from tandem.types import Fingerprint
 from tandem.v1 import registry_pb2
@@ -23,7 +23,7 @@ class Source:
     or on another one that the writer has synchronized.
     """
 
-    # [L, 2, N, P, K, D], see kv_transfer/layout.py.
+    # [L, 2, N, P, K, D], see kv_transfer/frames/layout.py.
     pool: Tensor
     # The prompt's block table.
     blocks: Sequence[int]
@@ -31,7 +31,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Target:
+class TransferTarget:
     """What the router told the sender about the reservation that waits for the KV."""
 
     reservation_id: str
@@ -42,7 +42,7 @@ class Target:
     # Leading positions that the receiver has already: they do not travel.
     cached_tokens: int
     prompt_tokens: int
-    # Of the sender's own model.
+    # The sender's own model's.
     fingerprint: Fingerprint
     # The request's deadline, from now; both ends give up then.
     deadline_s: float | None = None
@@ -56,12 +56,12 @@ class Target:
 class TransferSummary:
     """What moved, as one of the ends saw it."""
 
-    # Of payload, in the wire dtype and without headers; 0 when nothing had to be copied.
+    # Payload alone, in the wire dtype and without headers; 0 when nothing had to be copied.
     bytes: int
     frames: int
     # At the sender the time in which something was under way, at the receiver from the opening to the seal.
     seconds: float
-    # Of the sender's, what lay before the end of prefill: hidden under compute.
+    # Seconds of the sender that lay before the end of prefill: hidden under compute.
     hidden_seconds: float = 0.0
 
 
@@ -73,7 +73,7 @@ class Counters:
     failures: int = 0
     bytes: int = 0
     frames: int = 0
-    # Of sealed transfers; see TransferSummary.
+    # Sums over sealed transfers; see TransferSummary.
     seconds: float = 0.0
     hidden_seconds: float = 0.0
     # Frames that came to this end and failed a checksum.
@@ -125,7 +125,7 @@ class Transport(Protocol):
     @property
     def counters(self) -> Counters: ...
 
-    def open(self, source: Source, target: Target) -> AbstractAsyncContextManager[Sender]:
+    def open(self, source: Source, target: TransferTarget) -> AbstractAsyncContextManager[Sender]:
         """Leaving the context without a seal aborts the transfer; no thread reads the source's blocks after it.
 
         Raises Refused when source and target do not fit.
@@ -135,10 +135,10 @@ class Transport(Protocol):
         """Transfers still open fail; what the transport holds for others is gone on return."""
 
 
-class Landing(Protocol):
+class IncomingTransfer(Protocol):
     """A reservation, as the receiving end sees it. All calls come from the event loop.
 
-    Implementations are compared by identity (no dataclass equality) and take one transfer in their life.
+    claim ──▶ writing, touch ──▶ sealed, abandoned or failed
     """
 
     @property
@@ -163,6 +163,9 @@ class Landing(Protocol):
     @property
     def local(self) -> bool:
         """The prompt is computed in place, into these very blocks: no KV may come from anywhere else."""
+
+    def claim(self) -> None:
+        """A transfer opens it. Raises TransferFailed for a second one, whatever became of the first."""
 
     def writing(self) -> AbstractContextManager[None]:
         """Keeps the blocks from reuse while inside, even if the lease breaks: a late write lands nowhere.
@@ -192,11 +195,11 @@ class Landing(Protocol):
         """
 
 
-class Landings(Protocol):
+class IncomingTransfers(Protocol):
     """The reservations of a worker."""
 
     @property
     def fingerprint(self) -> Fingerprint: ...
 
-    def find(self, reservation_id: str) -> Landing:
+    def find(self, reservation_id: str) -> IncomingTransfer:
         """Raises TransferFailed for an id that is unknown or expired. Ids are secrets that the worker made."""

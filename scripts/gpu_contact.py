@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from kv_transfer.cells import Cells
+from kv_transfer.frames.cells import Cells
 from tandem.config import parse_config
 from tandem.engine.batch import AttentionOptions, PagedBatch
 from tandem.engine.cuda_attention import FLASH, paged_attention_cuda

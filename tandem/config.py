@@ -190,9 +190,10 @@ class RouterConfig(Section):
     # A worker that is silent for this long is out of routing and its requests fail.
     # Below 5 s, so that a host that was cut off is out of it within 5 s.
     heartbeat_timeout_s: Seconds = Field(4.0, ge=0.1, le=3600)
-    # How KV goes between two workers. "auto": the best that both share, as docs/kv_transfer.md says; any other name: by
-    # that one, or not at all. Either way the second attempt after a failed transfer goes by grpc.
-    transport: Literal["auto", "shm", "grpc", "ray", "nixl"] = "auto"
+    # How KV goes between two workers. "auto": the best that both share, as docs/kv_transfer.md says; a carrier's name
+    # (grpc, shm, ray, nixl): by that one, or not at all; workers refuse to start with a name that they do not know.
+    # Either way the second attempt after a failed transfer goes by grpc.
+    transport: str = "auto"
     # A stopping router takes no new requests, and waits this long for live ones.
     drain_timeout_s: Seconds = Field(30.0, ge=0, le=_YEAR_S)
     # A request message, the body of an HTTP request, or the vectors of an Embed call may be this large; workers, who

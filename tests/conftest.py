@@ -28,7 +28,7 @@ def nixl() -> None:
 @pytest.fixture
 def by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every KV copy is made by a thread, as large ones are: a test may hold it up, and the event loop goes on."""
-    monkeypatch.setattr("kv_transfer.wire_dtype.QUICK_BYTES", 0)
+    monkeypatch.setattr("kv_transfer.frames.cells.QUICK_BYTES", 0)
 
 
 @pytest.fixture(scope="session")

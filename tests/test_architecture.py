@@ -61,12 +61,10 @@ ROOMS = {
     "tandem.v1": Room(frozenset(), HEAVY),
     "tandem.client": Room(SHARED, HEAVY),
     "tandem.engine": Room(VALUES | {"tandem.hub", "tandem.out_of_memory", "tandem.tokenizer"}, WEB | {"ray"}),
-    "tandem.worker": Room(SHARED | {"tandem", "tandem.engine"}, frozenset({"ray"})),
+    "tandem.worker": Room(SHARED | {"tandem", "tandem.engine", "kv_transfer"}, frozenset({"ray"})),
     "tandem.cli": Room(EVERYTHING),
     "tandem.launch": Room(EVERYTHING),
-    "router": Room(SHARED | {"tandem", "router.life", "router.pool"}, HEAVY - {"transformers"}),
-    "router.life": Room(SHARED | {"router", "router.pool"}, HEAVY),
-    "router.pool": Room(SHARED | {"tandem", "router"}, HEAVY),
+    "router": Room(SHARED | {"tandem"}, HEAVY - {"transformers"}),
     "prefill_worker": Room(WORKER, frozenset({"ray"})),
     "decode_worker": Room(WORKER, frozenset({"ray"})),
     "kv_transfer": Room(SHARED | {"tandem.out_of_memory"}, frozenset({"transformers"})),
@@ -74,7 +72,7 @@ ROOMS = {
 }
 # The only modules that know Ray: everything else runs without it.
 KNOW_RAY = frozenset(
-    map(Path, ("kv_transfer/plasma.py", "tandem/launch/ray/cluster.py", "tandem/launch/ray/member.py"))
+    map(Path, ("kv_transfer/carriers/ray/plasma.py", "tandem/launch/ray/cluster.py", "tandem/launch/ray/member.py"))
 )
 # Whatever reads these runs code that a peer wrote.
 UNPICKLERS = frozenset({"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle"})
@@ -143,16 +141,15 @@ def test_imports_point_downward_only() -> None:
     ("path", "source"),
     [
         ("router/app.py", "import torch"),
-        ("router/app.py", "def f():\n    from kv_transfer.codec import encode"),
+        ("router/app.py", "def f():\n    from kv_transfer.frames.codec import encode"),
         ("router/app.py", "from tandem.engine.engine import Engine"),
         ("router/app.py", "from tandem import engine"),
-        ("router/pool/worker.py", "from router.life.output import Step"),
         ("prefill_worker/service.py", "from decode_worker import service"),
         ("decode_worker/service.py", "import router.app"),
-        ("kv_transfer/codec.py", "import tandem.engine.batch"),
+        ("kv_transfer/frames/codec.py", "import tandem.engine.batch"),
         ("tandem/engine/engine.py", "import grpc.aio"),
         ("tandem/engine/engine.py", "from tandem import rpc"),
-        ("tandem/engine/engine.py", "if TYPE_CHECKING:\n    from kv_transfer.codec import Frame"),
+        ("tandem/engine/engine.py", "if TYPE_CHECKING:\n    from kv_transfer.frames.codec import Frame"),
         ("tandem/worker/host.py", "import prefill_worker"),
         ("tandem/client/aio.py", "from torch import nn"),
         ("tandem/client/aio.py", "from tandem.launch import processes"),
@@ -169,7 +166,7 @@ def test_a_forbidden_import_is_seen(path: str, source: str) -> None:
     ("path", "source"),
     [
         ("router/app.py", "from tandem import errors, rpc, wire\nimport grpc"),
-        ("prefill_worker/service.py", "import kv_transfer.sender, torch\nfrom tandem.worker.host import Host"),
+        ("prefill_worker/service.py", "import kv_transfer.ends.sender, torch\nfrom tandem.worker.host import Host"),
         ("tandem/engine/engine.py", "import torch, transformers\nfrom tandem.engine.batch import StepBatch"),
         ("tandem/client/aio.py", "from . import request\nfrom ..types import Event"),
         ("tandem/cli/main.py", "import router, torch"),

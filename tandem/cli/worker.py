@@ -85,6 +85,6 @@ def worker(
         # Not before either: it imports torch, which counts the cores it may use.
         with starting():
             from tandem.launch.worker import worker_kind
-            from tandem.worker.main import run_rooms
+            from tandem.worker.main import run_worker
 
-        end_process(run_rooms(worker_kind(role.roles), settings, router))
+        end_process(run_worker(worker_kind(role.roles), settings, router))

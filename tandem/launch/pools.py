@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kv_transfer.carriers.table import check_known, check_shared
 from tandem.config import TandemConfig
 from tandem.errors import ConfigError
 
@@ -25,16 +26,6 @@ def check_pools(config: TandemConfig, on_ray: bool) -> None:
             raise ConfigError(
                 f"worker.{key} can belong to one worker only, and this starts more", field=f"worker.{key}"
             )
+    check_known(config)
     if serve.prefill and serve.decode:
-        _check_transport(config, on_ray)
-
-
-def _check_transport(config: TandemConfig, on_ray: bool) -> None:
-    """One that no two of these workers would share: the service would come up, and refuse every request."""
-    lacks = {
-        "nixl": "" if config.worker.nixl_devices else "worker.nixl_devices, which names no device",
-        "ray": "" if on_ray else "workers on a Ray cluster: tandem serve --ray",
-        "shm": "" if config.engine.device == "cpu" else "KV pools in the memory of the cpu",
-    }.get(config.router.transport)
-    if lacks:
-        raise ConfigError(f"router.transport {config.router.transport} needs {lacks}", field="router.transport")
+        check_shared(config, on_ray)

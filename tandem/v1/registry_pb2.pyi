@@ -53,14 +53,18 @@ class ModelInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., hidden_size: _Optional[int] = ...) -> None: ...
 
 class Transport(_message.Message):
-    __slots__ = ("name", "domain", "node")
+    __slots__ = ("name", "domain", "node", "rank", "least_kv_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    LEAST_KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     domain: str
     node: str
-    def __init__(self, name: _Optional[str] = ..., domain: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
+    rank: int
+    least_kv_bytes: int
+    def __init__(self, name: _Optional[str] = ..., domain: _Optional[str] = ..., node: _Optional[str] = ..., rank: _Optional[int] = ..., least_kv_bytes: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("worker_id", "address", "roles", "model", "version", "total_blocks", "transports", "pid", "device", "prefix_cache", "instance")

@@ -39,24 +39,24 @@ class EngineThread:
         """
         self.engine: Engine
         self._calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._stopping = False
+        self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         # Gets an exception when the thread dies of a bug: nothing steps any more, so the process must end.
         self.crashed: asyncio.Future[None] | None = None
         built: Future[None] = Future()
-        build = partial(Engine, config, self._publish, allocate)
+        build = partial(Engine, config, partial(self._call_in_loop, self._deliver), allocate)
         self._thread = threading.Thread(target=self._run, args=(build, built), name="engine", daemon=True)
         self._thread.start()
         built.result()
 
     def start(self) -> None:
-        """What steps bring is told in the running event loop; no call or sequence may come before this."""
+        """What steps bring is delivered in the running event loop; no call or sequence may come before this."""
         self._loop = asyncio.get_running_loop()
         self.crashed = self._loop.create_future()
 
     def stop(self) -> None:
         """Ends after the step under way. Blocks for it."""
-        self.post(self._mark_stopping)
+        self.post(self._stopping.set)
         self._thread.join()
 
     def post(self, call: Callable[[], object]) -> None:
@@ -65,7 +65,7 @@ class EngineThread:
 
     def wake(self) -> None:
         """Blocks came back: whoever waited for them may go on."""
-        self.post(_nothing)
+        self.post(lambda: None)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Runs `function` between steps and returns its result, or raises what it raised."""
@@ -76,9 +76,9 @@ class EngineThread:
             try:
                 result = function()
             except Exception as error:
-                self._tell(_settle, done, error, None)
+                self._call_in_loop(_settle, done, error, None)
             else:
-                self._tell(_settle, done, None, result)
+                self._call_in_loop(_settle, done, None, result)
 
         self._calls.put(run)
         return await done
@@ -86,21 +86,18 @@ class EngineThread:
     def _run(self, build: Callable[[], Engine], built: Future[None]) -> None:
         try:
             self.engine = build()
-        except BaseException as error:  # of whoever waits for it
+        except BaseException as error:  # whoever waits for it gets it
             built.set_exception(error)
             return
         built.set_result(None)
         try:
-            self._step_until_stopped()
+            stuck = False
+            while not self._stopping.is_set():
+                self._drain_calls(block=stuck or not self.engine.has_work)
+                stuck = self.engine.has_work and not self.engine.step()
         except Exception as error:
             log.exception("the engine's thread crashed")
-            self._tell(_settle, self.crashed, error, None)
-
-    def _step_until_stopped(self) -> None:
-        stuck = False
-        while not self._stopping:
-            self._drain_calls(block=stuck or not self.engine.has_work)
-            stuck = self.engine.has_work and not self.engine.step()
+            self._call_in_loop(_settle, self.crashed, error, None)
 
     def _drain_calls(self, block: bool) -> None:
         try:
@@ -109,12 +106,6 @@ class EngineThread:
                 block = False
         except queue.Empty:
             return
-
-    def _mark_stopping(self) -> None:
-        self._stopping = True
-
-    def _publish(self, emissions: list[Emission]) -> None:
-        self._tell(self._deliver, emissions)
 
     def _deliver(self, emissions: list[Emission]) -> None:
         for sequence, event in emissions:
@@ -125,17 +116,13 @@ class EngineThread:
                 logs.of_request(__name__, sequence.request.request_id).exception("its listener failed")
                 self.post(partial(self.engine.abort, sequence))
 
-    def _tell(self, callback: Callable[..., None], *arguments: object) -> None:
+    def _call_in_loop(self, callback: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(callback, *arguments)
         except RuntimeError:
             # The loop closed while a step was under way: the process is leaving and nobody listens.
             log.debug("event loop closed; dropped an engine event")
-
-
-def _nothing() -> None:
-    pass
 
 
 def _settle(done: asyncio.Future[T], error: Exception | None, result: T) -> None:

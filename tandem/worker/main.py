@@ -7,15 +7,17 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 
+from kv_transfer.carriers.table import make_carriers
+from kv_transfer.ends.carrier import PoolMemory
 from tandem.addresses import ANY_ADDRESS, check_listening
 from tandem.config import TandemConfig, WorkerConfig
 from tandem.engine.cuda_device import DeviceLost, first_line, is_lost
-from tandem.engine.kv_cache import Allocate
 from tandem.engine.process import tune_process
 from tandem.errors import ConfigError, TandemError
 from tandem.process import descriptors, logs
@@ -23,7 +25,7 @@ from tandem.process.entry import INTERRUPTED, on_stop_signals
 from tandem.process.standard_streams import say_last_words
 from tandem.types import Role
 from tandem.worker.engine_thread import EngineThread
-from tandem.worker.host import Room, WorkerHost, make_worker_server
+from tandem.worker.host import RoleService, WorkerHost, make_worker_server
 from tandem.worker.join import keep_joined
 
 log = logging.getLogger(__name__)
@@ -31,32 +33,33 @@ log = logging.getLogger(__name__)
 # Between two looks at the engine's device.
 WATCH_S = 1.0
 # Last words have this long to reach their readers.
-HANG_UP_S = 1.0
+LAST_TOKENS_S = 1.0
 
 
 @dataclass(frozen=True)
 class WorkerKind:
     """What a worker process can play."""
 
+    # What it plays from the start; the router may order others that it has a service for (SetRoles).
     roles: frozenset[Role]
-    # Builds its rooms on its host.
-    make_rooms: Callable[[WorkerHost], list[Room]]
-    # Largest message that its server takes: its KV frames.
-    max_message_bytes: int
-    # Gives the memory of its KV pool; None: torch does.
-    allocate: Allocate | None = None
-    # Raises ConfigError for a worker.nixl_devices that its rooms cannot use.
-    check_devices: Callable[[str], None] = lambda devices: None
+    # Builds the service of a role on the worker's host.
+    services: Mapping[Role, Callable[[WorkerHost], RoleService]]
 
 
-def run_rooms(kind: WorkerKind, config: TandemConfig, router: str) -> int:
+def run_worker(kind: WorkerKind, config: TandemConfig, router: str) -> int:
     """The life of a process: a worker until SIGTERM or SIGINT; returns the exit code, for `end_process`.
 
     2 means that trying again would not help: bad configuration, a refused model, an unwelcome worker.
     """
     logs.configure(config.log.level, config.log.format)
     try:
-        serve_rooms(kind, config, router, _drain_on_signals, lambda host: print(f"ready {host.address}", flush=True))
+        serve_worker(
+            kind,
+            config,
+            router,
+            lambda host: on_stop_signals(host.drain, host.drain),
+            lambda host: print(f"ready {host.address}", flush=True),
+        )
     except TandemError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2
@@ -70,7 +73,7 @@ def run_rooms(kind: WorkerKind, config: TandemConfig, router: str) -> int:
     return 0
 
 
-def serve_rooms(
+def serve_worker(
     kind: WorkerKind,
     config: TandemConfig,
     router: str,
@@ -85,10 +88,11 @@ def serve_rooms(
     descriptors.raise_limit()
     # Before the minutes that a model may take to load.
     check_address(config.worker)
-    kind.check_devices(config.worker.nixl_devices)
+    memory = PoolMemory(config.engine.device, receives=Role.DECODE in kind.services)
+    carriers = make_carriers(config, memory)
     tune_process(config.engine)
     try:
-        thread = EngineThread(config, kind.allocate)
+        thread = EngineThread(config, memory.allocate)
     except Exception as error:
         if is_lost(error, config.engine.device):
             raise DeviceLost(f"the device is lost: {first_line(error)}") from error
@@ -97,13 +101,9 @@ def serve_rooms(
     # 0.2 s, and takes a second when the process ends.
     gc.freeze()
     try:
-        asyncio.run(_serve(kind, config, router, thread, started, ready))
+        asyncio.run(_serve(kind, partial(WorkerHost, config, thread, kind.roles, carriers), router, started, ready))
     finally:
         thread.stop()
-
-
-def _drain_on_signals(host: WorkerHost) -> None:
-    on_stop_signals(host.drain, host.drain)
 
 
 def check_address(worker: WorkerConfig) -> None:
@@ -119,26 +119,25 @@ def check_address(worker: WorkerConfig) -> None:
 
 async def _serve(
     kind: WorkerKind,
-    config: TandemConfig,
+    make_host: Callable[[], WorkerHost],
     router: str,
-    thread: EngineThread,
     started: Callable[[WorkerHost], None],
     ready: Callable[[WorkerHost], None],
 ) -> None:
-    host = WorkerHost(config, thread, kind.roles)
+    host = make_host()
     started(host)
-    rooms = kind.make_rooms(host)
-    server = await make_worker_server(host, rooms, kind.max_message_bytes)
+    host.services = {role: make(host) for role, make in kind.services.items()}
+    server = await make_worker_server(host)
     await server.start()
     watch = asyncio.create_task(descriptors.watch_connections(host.port, f"worker {host.worker_id}"))
-    thread.start()
+    host.thread.start()
     try:
         await _work(host, router, server, ready)
     finally:
         watch.cancel()
         await server.stop(grace=None)
-        for room in rooms:
-            await room.aclose()
+        for service in host.services.values():
+            await service.aclose()
 
 
 async def _work(host: WorkerHost, router: str, server: grpc.aio.Server, ready: Callable[[WorkerHost], None]) -> None:
@@ -151,31 +150,22 @@ async def _work(host: WorkerHost, router: str, server: grpc.aio.Server, ready: C
     assert crashed is not None, "the thread was started"
     joined = asyncio.create_task(keep_joined(host, router))
     leaving = asyncio.create_task(_leave(host, server))
-    telling = asyncio.create_task(_say_ready(host, ready))
-    watching = asyncio.create_task(_watch_device(host))
+    reporting = asyncio.create_task(_report_ready(host, ready))
+    watching = asyncio.create_task(watch_device(host))
     try:
         done, _ = await asyncio.wait({joined, leaving, crashed, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if crashed in done:
-            raise _crash(crashed.exception())
-        if watching in done:
-            watching.result()
-        if joined in done:
-            joined.result()
+        if crashed in done and not isinstance(error := crashed.exception(), DeviceLost):
+            raise RuntimeError("the engine's thread crashed") from error
+        for task in done:
+            task.result()
     finally:
-        for task in (joined, leaving, telling, watching):
+        tasks = (joined, leaving, reporting, watching)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(joined, leaving, telling, watching, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _crash(error: BaseException | None) -> BaseException:
-    if isinstance(error, DeviceLost):
-        return error
-    crash = RuntimeError("the engine's thread crashed")
-    crash.__cause__ = error
-    return crash
-
-
-async def _watch_device(host: WorkerHost) -> None:
+async def watch_device(host: WorkerHost) -> None:
     """Never returns by itself. Raises DeviceLost: a copy of KV may be what met the error, in a worker that steps no
     more because every transfer to it fails.
     """
@@ -186,18 +176,19 @@ async def _watch_device(host: WorkerHost) -> None:
         await host.thread.call(host.engine.require_device)
 
 
-async def _say_ready(host: WorkerHost, ready: Callable[[WorkerHost], None]) -> None:
+async def _report_ready(host: WorkerHost, ready: Callable[[WorkerHost], None]) -> None:
     await host.joined.wait()
     ready(host)
 
 
 async def _leave(host: WorkerHost, server: grpc.aio.Server) -> None:
     """Joined to the end: a router that saw the Join stream break would fail what is on its way to it."""
-    await host.leaving.wait()
+    await host.draining.wait()
     log.info("worker %s drains", host.worker_id)
     try:
         await asyncio.wait_for(host.until_idle(), host.config.worker.drain_timeout_s)
     except TimeoutError:
         log.warning("worker %s leaves with live requests", host.worker_id)
-    host.hang_up()
-    await server.stop(HANG_UP_S)
+    for service in host.services.values():
+        service.close_streams()
+    await server.stop(LAST_TOKENS_S)

@@ -163,7 +163,7 @@ except RuntimeError as error:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kv_leaves_and_enters_gpu_memory_bit_by_bit(dtype: torch.dtype) -> None:
-    from kv_transfer.cells import Cells
+    from kv_transfer.frames.cells import Cells
 
     source = torch.randn(3, 2, 8, 16, 2, 32, device="cuda").to(dtype)
     target = torch.zeros_like(source)
@@ -177,9 +177,9 @@ def test_kv_leaves_and_enters_gpu_memory_bit_by_bit(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_int8_on_the_gpu_is_int8_on_the_host(dtype: str) -> None:
-    from kv_transfer.cells import Cells
-    from kv_transfer.int8 import Int8
-    from kv_transfer.layout import KVLayout
+    from kv_transfer.frames.cells import Cells
+    from kv_transfer.frames.int8 import Int8
+    from kv_transfer.frames.layout import KVLayout
 
     wire = Int8(KVLayout(3, 2, 64, 16, dtype))
     pool = torch.randn(3, 2, 8, 16, 2, 64, device="cuda").to(getattr(torch, dtype))

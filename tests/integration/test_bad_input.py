@@ -15,9 +15,9 @@ from direct import DirectRouter
 from model_zoo import save_model
 from service import Process, Service, running_service, wait_until
 
-from kv_transfer.codec import decode, encode
-from kv_transfer.messages import Open
-from kv_transfer.service import MAX_MESSAGE_BYTES
+from kv_transfer.ends.link import MAX_MESSAGE_BYTES
+from kv_transfer.frames.codec import decode, encode
+from kv_transfer.frames.messages import Open
 from tandem import rpc
 from tandem.config import TINY_MODEL
 from tandem.errors import InvalidRequest, ModelNotFound, Overloaded, Refused, TandemError, TransferFailed

@@ -13,8 +13,8 @@ import torch
 from kv_rig import FINGERPRINT, POOL_BLOCKS, RIGS, Job, Rig, config_with, until
 from links import FlippingLink
 
-from kv_transfer.cells import Cells
-from kv_transfer.runs import Runs
+from kv_transfer.frames.cells import Cells
+from kv_transfer.frames.runs import Runs
 from tandem.errors import TransferFailed
 from tandem.types import Fingerprint
 
@@ -75,7 +75,7 @@ async def sizes(rig: Rig, link: FlippingLink) -> dict[str, int]:
 async def fail_by(rig: Rig, link: FlippingLink, kind: str, bit: int) -> None:
     """One transfer with one flipped bit: it fails, the end that got the frame counts it, and both ends are free."""
     job = rig.job(PROMPT)
-    others = [block for block in range(POOL_BLOCKS) if block not in job.landing.blocks]
+    others = [block for block in range(POOL_BLOCKS) if block not in job.reservation.blocks]
     before = rig.receiving_pool[:, :, others].clone()
     receiver, sender = rig.received.corrupt_frames, rig.transport.counters.corrupt_frames
     link.flip_next(kind, bit)
@@ -83,25 +83,25 @@ async def fail_by(rig: Rig, link: FlippingLink, kind: str, bit: int) -> None:
         await send(rig, job, abandon=kind == "abandon")
     assert link.flipped == [(kind, bit)], "the fault took effect"
     if kind == "open":
-        assert not job.landing.ended, "it waits for its true sender"
+        assert not job.reservation.ended, "it waits for its true sender"
         await rig.transfer(job)
         job.assert_arrived()
-    await until(lambda: job.landing.ended)
+    await until(lambda: job.reservation.ended)
     assert_never_wrong(job)
     assert torch.equal(rig.receiving_pool[:, :, others], before), "nobody else's blocks were written"
     if kind in FROM_RECEIVER:
         sender += 1
     else:
         receiver += 1
-        assert kind == "open" or len(job.landing.errors) == 1
+        assert kind == "open" or len(job.reservation.errors) == 1
     assert (rig.received.corrupt_frames, rig.transport.counters.corrupt_frames) == (receiver, sender)
-    await until(lambda: job.landing.writers == 0)
+    await until(lambda: job.reservation.writers == 0)
     rig.forget(job)
 
 
 def assert_never_wrong(job: Job) -> None:
     """Decode starts on what was sealed, and on nothing else."""
-    if job.landing.first_token is not None:
+    if job.reservation.first_token is not None:
         assert torch.equal(job.received(), job.expected)
 
 
@@ -148,8 +148,8 @@ async def test_a_bit_anywhere_in_large_frames(link: FlippingLink) -> None:
             with pytest.raises(TransferFailed, match="checksum"):
                 await rig.transfer(job, chunk=120)
             assert len(link.flipped) == 1
-            await until(partial(lambda landing: landing.ended, job.landing))
-            assert job.landing.first_token is None
+            await until(partial(lambda reservation: reservation.ended, job.reservation))
+            assert job.reservation.first_token is None
             rig.forget(job)
         assert rig.received.corrupt_frames == 6
         await rig.assert_healthy()
@@ -187,7 +187,7 @@ async def test_a_bit_of_the_shared_memory(link: FlippingLink, monkeypatch: pytes
         with pytest.raises(TransferFailed, match=r"payload of KV frame \d fails its checksum"):
             await rig.transfer(job)
         assert spoiled, "the fault took effect"
-        await until(lambda: job.landing.ended and not job.landing.writers)
-        assert job.landing.first_token is None
+        await until(lambda: job.reservation.ended and not job.reservation.writers)
+        assert job.reservation.first_token is None
         assert rig.received.corrupt_frames == 1
         await rig.assert_healthy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kv_transfer.channels import Channels
+from kv_transfer.ends.transport import Channels
 from tandem.errors import Overloaded
 
 

@@ -19,12 +19,13 @@ from kv_house import House, open_house, said_next, stop, waiting_sender, wake
 from kv_peer import peer
 from kv_rig import FINGERPRINT, POOL_BLOCKS, Rig, config_with, until
 
-import kv_transfer.shm_transport
-from kv_transfer.base import Landing
-from kv_transfer.messages import Data
-from kv_transfer.shared_memory import PeerMemory, SharedMemory
-from kv_transfer.wire_dtype import WireDtype
-from kv_transfer.written import WrittenIntake
+import kv_transfer.carriers.shm.carrier
+from kv_transfer.carriers.shm.carrier import ShmCarrier
+from kv_transfer.carriers.shm.memory import PeerMemory, SharedMemory
+from kv_transfer.ends.one_sided import WrittenIntake
+from kv_transfer.ends.transport import PushTransport
+from kv_transfer.frames.cells import Cells, Native
+from kv_transfer.frames.messages import Data
 from tandem.errors import TransferFailed
 
 
@@ -78,18 +79,18 @@ async def test_the_service_closes_while_a_writer_is_waited_for(either_house: Hou
 
 
 async def test_what_was_written_is_verified_where_it_lies(either_house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    land = WrittenIntake.land
+    store = WrittenIntake.store
 
-    def spoil(self: WrittenIntake, landing: Landing, wire: WireDtype, data: Data, payload: memoryview) -> None:
+    def spoil(self: WrittenIntake, cells: Cells, wire: Native, data: Data, payload: memoryview) -> None:
         if data.sequence == 0:
-            landing.pool[data.layer_start, 1, landing.blocks[0], 3, 1, 5] += 1
-        land(self, landing, wire, data, payload)
+            cells.pool[data.layer_start, 1, cells.blocks[0], 3, 1, 5] += 1
+        store(self, cells, wire, data, payload)
 
-    monkeypatch.setattr(WrittenIntake, "land", spoil)
-    job, landing = either_house.job("r1")
+    monkeypatch.setattr(WrittenIntake, "store", spoil)
+    job, reservation = either_house.job("r1")
     with pytest.raises(TransferFailed, match="payload of KV frame 0 fails its checksum"):
         await either_house.rig.transfer(job)
-    assert landing.first_token is None
+    assert reservation.first_token is None
     assert either_house.rig.received.corrupt_frames == 1
 
 
@@ -102,10 +103,10 @@ async def test_blocks_of_a_writer_that_was_stopped_wait_for_its_last_write(house
         assert house.pool.num_quarantined == len(late.blocks)
 
         # Others use every block that may be had, and one is served meanwhile.
-        job, landing = house.job("another")
+        job, reservation = house.job("another")
         await house.rig.transfer(job)
         rest = house.take_all()
-        assert not {*late.blocks} & {*landing.blocks, *rest.blocks}
+        assert not {*late.blocks} & {*reservation.blocks, *rest.blocks}
         house.rig.receiving_pool[:, :, list(rest.blocks)] = 7
         assert house.pool.acquire(1) is None
         assert house.pool.num_quarantined == len(late.blocks)
@@ -116,7 +117,7 @@ async def test_blocks_of_a_writer_that_was_stopped_wait_for_its_last_write(house
         job.assert_arrived()
         assert (house.state(rest) == 7).all()
         assert "lease" in await said_next(process)
-        for table in (landing.table, rest):
+        for table in (reservation.table, rest):
             table.release()
         assert [type(error) for error in late.errors] == [TransferFailed]
 
@@ -155,14 +156,14 @@ async def test_a_sender_that_is_given_up_for_dead_is_waited_for(house: House) ->
 async def test_a_seal_over_blocks_that_are_still_locked_is_refused(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, landing = house.job("r1")
-    held: list[kv_transfer.shm_transport._ShmLink] = []
-    rest = kv_transfer.shm_transport._ShmLink.rest
-    monkeypatch.setattr(kv_transfer.shm_transport._ShmLink, "rest", lambda self: held.append(self))
+    job, reservation = house.job("r1")
+    held: list[kv_transfer.carriers.shm.carrier._ShmLink] = []
+    rest = kv_transfer.carriers.shm.carrier._ShmLink.rest
+    monkeypatch.setattr(kv_transfer.carriers.shm.carrier._ShmLink, "rest", lambda self: held.append(self))
     with pytest.raises(TransferFailed, match="may still write into"):
         await house.rig.transfer(job)
-    assert landing.first_token is None
-    assert house.pool.num_quarantined == len(landing.blocks)
+    assert reservation.first_token is None
+    assert house.pool.num_quarantined == len(reservation.blocks)
     rest(held[0])
 
 
@@ -171,15 +172,15 @@ async def test_a_cancel_while_a_transfer_ends_waits_for_the_last_copy(
 ) -> None:
     """A failure is on its way out when the cancel comes: copies still go on, and the lock is still to be given up."""
     gates, begun = [threading.Event(), threading.Event()], []
-    pack = kv_transfer.shm_transport._ShmLink.pack
+    pack = kv_transfer.carriers.shm.carrier._ShmLink.pack
 
-    def held(self: kv_transfer.shm_transport._ShmLink, sequence: int, *frame: Any) -> tuple[Data, bytes]:
+    def held(self: kv_transfer.carriers.shm.carrier._ShmLink, sequence: int, *frame: Any) -> tuple[Data, bytes]:
         begun.append(sequence)
         assert gates[sequence].wait(30)
         return pack(self, sequence, *frame)
 
-    monkeypatch.setattr(kv_transfer.shm_transport._ShmLink, "pack", held)
-    job, landing = house.job("r1")
+    monkeypatch.setattr(kv_transfer.carriers.shm.carrier._ShmLink, "pack", held)
+    job, reservation = house.job("r1")
 
     async def fail_in_mid_copy() -> None:
         async with house.rig.transport.open(job.source, job.target) as sender:
@@ -189,12 +190,12 @@ async def test_a_cancel_while_a_transfer_ends_waits_for_the_last_copy(
 
     sending = asyncio.create_task(fail_in_mid_copy())
     await until(lambda: len(begun) == 2)
-    await until(lambda: landing.ended)
+    await until(lambda: reservation.ended)
     sending.cancel()
     gates[0].set()
     await asyncio.wait([sending], timeout=0.2)
     assert not sending.done()
-    assert house.pool.num_quarantined == len(landing.blocks)
+    assert house.pool.num_quarantined == len(reservation.blocks)
     gates[1].set()
     with pytest.raises(asyncio.CancelledError):
         await sending
@@ -204,16 +205,16 @@ async def test_a_cancel_while_a_transfer_ends_waits_for_the_last_copy(
 
 async def test_nothing_is_granted_without_the_lock(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PeerMemory, "lock", lambda self, key: None)
-    job, landing = house.job("r1")
-    before = house.state(landing.table)
+    job, reservation = house.job("r1")
+    before = house.state(reservation.table)
     with pytest.raises(TransferFailed, match="does not hold the lock"):
         await house.rig.transfer(job)
-    assert torch.equal(house.state(landing.table), before)
+    assert torch.equal(house.state(reservation.table), before)
 
 
 async def test_memory_of_a_peer_that_is_gone_is_let_go() -> None:
     """A mapping would keep all of it."""
-    transport = kv_transfer.shm_transport.ShmTransport(config_with())
+    transport = PushTransport(ShmCarrier(config_with().worker, SharedMemory()))
     gc.collect()  # of the tests before
     before = mapped_pools()
     async with peer("receive", "--shm") as (process, port):

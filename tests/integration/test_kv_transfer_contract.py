@@ -32,7 +32,7 @@ def make_rig(request: pytest.FixtureRequest) -> MakeRig:
 async def rig(make_rig: MakeRig) -> AsyncIterator[Rig]:
     async with make_rig(FINGERPRINT, config_with()) as rig:
         yield rig
-        await until(lambda: all(landing.writers == 0 for landing in rig.landings.by_id.values()))
+        await until(lambda: all(reservation.writers == 0 for reservation in rig.reservations.by_id.values()))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -44,11 +44,11 @@ async def test_bytes_are_exact(make_rig: MakeRig, dtype: str, heads: int, head_d
             foreign = rig.receiving_pool.clone()
             summary = await rig.transfer(job, first_token=42)
             job.assert_arrived()
-            assert job.landing.first_token == 42
+            assert job.reservation.first_token == 42
             assert summary.bytes == rig.bytes_of(range(cached, prompt), chunk=9)
-            assert job.landing.summary is not None
-            assert job.landing.summary.bytes == summary.bytes
-            _assert_untouched_elsewhere(rig, foreign, job.landing.blocks)
+            assert job.reservation.summary is not None
+            assert job.reservation.summary.bytes == summary.bytes
+            _assert_untouched_elsewhere(rig, foreign, job.reservation.blocks)
 
 
 def _assert_untouched_elsewhere(rig: Rig, before: torch.Tensor, blocks: tuple[int, ...]) -> None:
@@ -103,19 +103,19 @@ async def test_a_layer_that_was_not_sent_is_missed_at_the_seal(rig: Rig) -> None
     job = rig.job(prompt_tokens=10)
     async with rig.transport.open(job.source, job.target) as sender:
         await sender.send(range(2), range(10))
-        await until(lambda: job.landing.touches > 0)
+        await until(lambda: job.reservation.touches > 0)
         with pytest.raises(TransferFailed, match="layer 2, positions"):
             await sender.seal(7)
-    await until(lambda: job.landing.ended)
-    assert job.landing.first_token is None
+    await until(lambda: job.reservation.ended)
+    assert job.reservation.first_token is None
 
 
 async def test_the_lease_is_touched_as_kv_comes(rig: Rig) -> None:
     job = rig.job()
     async with rig.transport.open(job.source, job.target) as sender:
         await sender.send(rig.layers, range(10))
-        await until(lambda: job.landing.touches > 0)
-        assert not job.landing.ended
+        await until(lambda: job.reservation.touches > 0)
+        assert not job.reservation.ended
         await sender.send(rig.layers, range(10, 21))
         await sender.seal(1)
     job.assert_arrived()
@@ -125,12 +125,12 @@ async def test_a_seal_before_the_last_token_is_refused(rig: Rig) -> None:
     job = rig.job()
     async with rig.transport.open(job.source, job.target) as sender:
         await sender.send(rig.layers, range(20))
-        # Before that the receiver may not have heard of the transfer, and then its landing goes on waiting.
-        await until(lambda: job.landing.touches > 0)
+        # Before that the receiver may not have heard of the transfer, and then its reservation goes on waiting.
+        await until(lambda: job.reservation.touches > 0)
         with pytest.raises(TransferFailed, match=r"positions \[20, 21\) is missing"):
             await sender.seal(7)
-    await until(lambda: job.landing.ended)
-    assert job.landing.first_token is None
+    await until(lambda: job.reservation.ended)
+    assert job.reservation.first_token is None
     await rig.assert_healthy()
 
 
@@ -143,21 +143,21 @@ async def test_ranges_must_ascend_without_gaps(rig: Rig, second: range, why: str
     job = rig.job()
     async with rig.transport.open(job.source, job.target) as sender:
         await sender.send(rig.layers, range(10))
-        await until(lambda: job.landing.touches > 0)
+        await until(lambda: job.reservation.touches > 0)
         with pytest.raises(TransferFailed, match=why):
             await sender.send(rig.layers, second)
-    await until(lambda: job.landing.ended)
-    assert job.landing.first_token is None
+    await until(lambda: job.reservation.ended)
+    assert job.reservation.first_token is None
 
 
 @pytest.mark.parametrize("wrong", ["reservation_id", "request_id", "attempt"])
-async def test_a_stranger_is_refused_and_the_landing_waits_on(rig: Rig, wrong: str) -> None:
+async def test_a_stranger_is_refused_and_the_reservation_waits_on(rig: Rig, wrong: str) -> None:
     job = rig.job(attempt=2)
     stranger = replace(job.target, **{wrong: 1 if wrong == "attempt" else "somebody-else"})
     with pytest.raises(TransferFailed):
         await rig.transfer(replace(job, target=stranger))
-    assert not job.landing.ended
-    assert job.landing.touches == 0
+    assert not job.reservation.ended
+    assert job.reservation.touches == 0
     await rig.transfer(job)
     job.assert_arrived()
 
@@ -165,11 +165,11 @@ async def test_a_stranger_is_refused_and_the_landing_waits_on(rig: Rig, wrong: s
 async def test_kv_that_comes_another_way_than_promised_is_refused(rig: Rig) -> None:
     """Above all into blocks that the receiving worker computes in, by whoever learnt the reservation's id."""
     job = rig.job()
-    job.landing.local = not job.landing.local
+    job.reservation.local = not job.reservation.local
     with pytest.raises(TransferFailed, match="is to be"):
         await rig.transfer(job)
-    assert not job.landing.ended
-    job.landing.local = not job.landing.local
+    assert not job.reservation.ended
+    job.reservation.local = not job.reservation.local
     await rig.transfer(job)
     job.assert_arrived()
 
@@ -179,8 +179,8 @@ async def test_another_model_is_refused_by_name(rig: Rig) -> None:
     other = replace(job.target, fingerprint=replace(FINGERPRINT, weights_hash="x" * 64))
     with pytest.raises(Refused, match=r"weights_hash wwww.* against xxxx"):
         await rig.transfer(replace(job, target=other))
-    await until(lambda: job.landing.ended)
-    assert isinstance(job.landing.errors[0], Refused)
+    await until(lambda: job.reservation.ended)
+    assert isinstance(job.reservation.errors[0], Refused)
     await rig.assert_healthy()
 
 
@@ -189,7 +189,7 @@ async def test_both_ends_must_agree_on_what_travels(rig: Rig, change: dict[str, 
     job = rig.job()
     with pytest.raises(TransferFailed, match="the sender offers positions"):
         await rig.transfer(replace(job, target=replace(job.target, **change)))
-    await until(lambda: job.landing.ended)
+    await until(lambda: job.reservation.ended)
 
 
 async def test_a_source_of_another_layout_is_refused_before_anything_is_sent(rig: Rig) -> None:
@@ -202,7 +202,7 @@ async def test_a_source_of_another_layout_is_refused_before_anything_is_sent(rig
     ):
         with pytest.raises(Refused):
             await _open_and_leave(rig, replace(job, source=source).source, job.target.reservation_id)
-    assert job.landing.touches == 0
+    assert job.reservation.touches == 0
 
 
 async def _open_and_leave(rig: Rig, source: Source, reservation_id: str) -> None:
@@ -211,11 +211,11 @@ async def _open_and_leave(rig: Rig, source: Source, reservation_id: str) -> None
         pytest.fail(f"{reservation_id} opened")
 
 
-async def test_a_landing_takes_one_transfer(rig: Rig) -> None:
+async def test_a_reservation_takes_one_transfer(rig: Rig) -> None:
     job = rig.job()
     async with rig.transport.open(job.source, job.target) as sender:
         await sender.send(rig.layers, range(10))
-        await until(lambda: job.landing.touches > 0)
+        await until(lambda: job.reservation.touches > 0)
         with pytest.raises(TransferFailed, match="already has its transfer"):
             await rig.transfer(job)
         await sender.send(rig.layers, range(10, 21))
@@ -230,9 +230,9 @@ async def test_leaving_without_a_seal_aborts(rig: Rig) -> None:
     job = rig.job()
     async with rig.transport.open(job.source, job.target) as sender:
         await sender.send(rig.layers, range(10))
-        await until(lambda: job.landing.touches > 0)
-    await until(lambda: job.landing.ended)
-    assert [type(error) for error in job.landing.errors] == [TransferFailed]
+        await until(lambda: job.reservation.touches > 0)
+    await until(lambda: job.reservation.ended)
+    assert [type(error) for error in job.reservation.errors] == [TransferFailed]
     assert rig.received.failures == 1
     await rig.assert_healthy()
 
@@ -244,8 +244,8 @@ async def test_an_abandoned_transfer_frees_both_ends_and_is_no_failure(rig: Rig,
     async with rig.transport.open(job.source, job.target) as sender:
         await sender.send(rig.layers, range(sent))
         await sender.abandon()
-        assert job.landing.given_up
-    assert job.landing.errors == []
+        assert job.reservation.given_up
+    assert job.reservation.errors == []
     for counters in (rig.transport.counters, rig.received):
         assert (counters.transfers, counters.failures) == (0, 0)
     await rig.assert_healthy()
@@ -254,12 +254,12 @@ async def test_an_abandoned_transfer_frees_both_ends_and_is_no_failure(rig: Rig,
 async def test_a_cancel_in_mid_transfer_aborts(rig: Rig) -> None:
     job = rig.job()
     task = asyncio.create_task(rig.transfer_in_halves(job, between=asyncio.Event().wait))
-    await until(lambda: job.landing.touches > 0)
+    await until(lambda: job.reservation.touches > 0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await until(lambda: job.landing.ended)
-    assert [type(error) for error in job.landing.errors] == [TransferFailed]
+    await until(lambda: job.reservation.ended)
+    assert [type(error) for error in job.reservation.errors] == [TransferFailed]
     await rig.assert_healthy()
 
 
@@ -271,8 +271,8 @@ async def test_an_error_of_the_sender_aborts(rig: Rig) -> None:
 
     with pytest.raises(ZeroDivisionError):
         await rig.transfer_in_halves(job, between=fail)
-    await until(lambda: job.landing.ended)
-    assert len(job.landing.errors) == 1
+    await until(lambda: job.reservation.ended)
+    assert len(job.reservation.errors) == 1
 
 
 async def test_a_broken_lease_ends_the_transfer(rig: Rig) -> None:
@@ -282,29 +282,29 @@ async def test_a_broken_lease_ends_the_transfer(rig: Rig) -> None:
 
     async def break_lease() -> None:
         # Some write for as long as they are open, the others have done with the first half.
-        await until(lambda: job.landing.writers == (1 if rig.shared_pool or rig.one_sided else 0))
-        job.landing.break_lease()
+        await until(lambda: job.reservation.writers == (1 if rig.shared_pool or rig.one_sided else 0))
+        job.reservation.break_lease()
         before.append(job.received().clone())
         if not rig.shared_pool:
-            await until(lambda: job.landing.ended)
+            await until(lambda: job.reservation.ended)
 
     with pytest.raises(TransferFailed, match="lease"):
         await rig.transfer_in_halves(job, between=break_lease)
-    await until(lambda: job.landing.ended)
-    assert len(job.landing.errors) == 1
+    await until(lambda: job.reservation.ended)
+    assert len(job.reservation.errors) == 1
     if not rig.one_sided:  # where blocks stay in use until the sender is gone, what is in them concerns nobody
         assert torch.equal(job.received(), before[0])
-    await until(lambda: job.landing.writers == 0)
+    await until(lambda: job.reservation.writers == 0)
     await rig.assert_healthy()
 
 
-async def test_a_landing_that_refuses_the_seal_fails_it(rig: Rig) -> None:
+async def test_a_reservation_that_refuses_the_seal_fails_it(rig: Rig) -> None:
     job = rig.job()
-    job.landing.refuse_seal = TransferFailed("the lease broke before the seal")
+    job.reservation.refuse_seal = TransferFailed("the lease broke before the seal")
     with pytest.raises(TransferFailed, match="before the seal"):
         await rig.transfer(job)
-    await until(lambda: job.landing.ended)
-    assert [error.message for error in job.landing.errors] == ["the lease broke before the seal"]
+    await until(lambda: job.reservation.ended)
+    assert [error.message for error in job.reservation.errors] == ["the lease broke before the seal"]
 
 
 async def test_the_deadline_ends_both_ends(rig: Rig) -> None:
@@ -316,9 +316,9 @@ async def test_the_deadline_ends_both_ends(rig: Rig) -> None:
         await rig.transfer_in_halves(
             replace(job, target=target), between=lambda: until(lambda: loop.time() - started > 0.35)
         )
-    await until(lambda: job.landing.ended)
+    await until(lambda: job.reservation.ended)
     # The sender's end, when its clock is first, looks like any other leaving.
-    assert type(job.landing.errors[0]) in (DeadlineExceeded, TransferFailed)
+    assert type(job.reservation.errors[0]) in (DeadlineExceeded, TransferFailed)
     await rig.assert_healthy()
 
 
@@ -326,5 +326,5 @@ async def test_a_surrounding_timeout_is_a_cancel(rig: Rig) -> None:
     job = rig.job()
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(rig.transfer_in_halves(job, between=asyncio.Event().wait), 0.3)
-    await until(lambda: job.landing.ended)
-    assert len(job.landing.errors) == 1
+    await until(lambda: job.reservation.ended)
+    assert len(job.reservation.errors) == 1

@@ -13,10 +13,10 @@ import pytest
 from kv_peer import peer
 from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, stands_still, until
 
-import kv_transfer.grpc_transport
-from kv_transfer.cells import Cells
-from kv_transfer.codec import frame_of
-from kv_transfer.messages import Data
+import kv_transfer.ends.link
+from kv_transfer.frames.cells import Cells
+from kv_transfer.frames.codec import frame_of
+from kv_transfer.frames.messages import Data
 from tandem.errors import DeadlineExceeded, TransferFailed, WorkerLost
 
 
@@ -24,15 +24,15 @@ from tandem.errors import DeadlineExceeded, TransferFailed, WorkerLost
 async def rig() -> AsyncIterator[Rig]:
     async with grpc_rig(FINGERPRINT, config_with()) as rig:
         yield rig
-        await until(lambda: all(landing.writers == 0 for landing in rig.landings.by_id.values()))
+        await until(lambda: all(reservation.writers == 0 for reservation in rig.reservations.by_id.values()))
 
 
 class Gate:
-    """Holds every scatter into one landing's blocks until it is opened."""
+    """Holds every scatter into one reservation's blocks until it is opened."""
 
     def __init__(self, job: Job) -> None:
         self.held = 0
-        self._blocks = job.landing.blocks
+        self._blocks = job.reservation.blocks
         self._open = threading.Event()
 
     def hold(self, cells: Cells) -> None:
@@ -76,11 +76,11 @@ async def test_a_cancelled_transfer_gives_no_block_back_under_a_writing_thread(s
             await sending
         # Over the same connection, so the server has seen the cancel by the time that this is done.
         await rig.assert_healthy()
-        assert job.landing.writers == 1
-        assert not job.landing.ended
+        assert job.reservation.writers == 1
+        assert not job.reservation.ended
         gate.open()
-        await until(lambda: job.landing.ended)
-        assert len(job.landing.errors) == 1
+        await until(lambda: job.reservation.ended)
+        assert len(job.reservation.errors) == 1
 
 
 async def test_a_frame_that_cannot_be_made_fails_its_transfer_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,12 +91,12 @@ async def test_a_frame_that_cannot_be_made_fails_its_transfer_alone(rig: Rig, mo
             raise ZeroDivisionError
         return frame_of(sequence, *rest)
 
-    monkeypatch.setattr(kv_transfer.grpc_transport, "frame_of", failing)
+    monkeypatch.setattr(kv_transfer.ends.link, "frame_of", failing)
     job = rig.job()
     with pytest.raises(ZeroDivisionError):
         await rig.transfer(job)
-    await until(lambda: job.landing.ended)
-    assert job.landing.first_token is None
+    await until(lambda: job.reservation.ended)
+    assert job.reservation.first_token is None
     monkeypatch.undo()
     await rig.assert_healthy()
 
@@ -117,9 +117,9 @@ async def test_a_frame_that_cannot_be_written_fails_its_transfer_alone(
     job = rig.job()
     with pytest.raises(TransferFailed):
         await rig.transfer(job)
-    await until(lambda: job.landing.ended and not job.landing.writers)
+    await until(lambda: job.reservation.ended and not job.reservation.writers)
     assert len(written) >= 3
-    assert job.landing.first_token is None
+    assert job.reservation.first_token is None
     monkeypatch.undo()
     await rig.assert_healthy()
 
@@ -135,15 +135,15 @@ async def test_a_slow_receiver_bounds_what_is_in_memory(
         made.append(sequence)
         return frame_of(sequence, *rest)
 
-    monkeypatch.setattr(kv_transfer.grpc_transport, "frame_of", counting)
+    monkeypatch.setattr(kv_transfer.ends.link, "frame_of", counting)
     async with grpc_rig(fingerprint, config_with(frame_bytes=16384, frames_in_flight=4)) as rig:
         job = rig.job(prompt_tokens=200)
         gate = shut(job)
         sending = asyncio.create_task(rig.transfer(job, chunk=200))
-        await until(lambda: job.landing.writers == 4)
+        await until(lambda: job.reservation.writers == 4)
         await stands_still(lambda: len(made))
         total = 200 * 16
-        assert job.landing.writers == 4
+        assert job.reservation.writers == 4
         assert rig.transport.counters.frames >= len(made) - 2, "gathered and not yet written"
         assert len(made) * 16384 < 12 << 20, "held by both processes and HTTP/2 together"
         assert len(made) < total / 4
@@ -164,7 +164,7 @@ async def test_an_abandoned_send_stops_at_its_next_frame(shut: Callable[[Job], G
             abandoning = asyncio.create_task(sender.abandon())
             gate.open()
             await asyncio.gather(sending, abandoning)
-        assert job.landing.given_up
+        assert job.reservation.given_up
         assert rig.transport.counters.frames < 200 * 16
         assert rig.transport.counters.failures == rig.received.failures == 0
 
@@ -178,7 +178,7 @@ async def test_a_killed_receiver_is_a_lost_worker(rig: Rig) -> None:
             process.send_signal(signal.SIGKILL)
             assert await process.wait() == -signal.SIGKILL
 
-        job.landing.touches = 1  # the landing that counts is in the other process
+        job.reservation.touches = 1  # the reservation that counts is in the other process
         with pytest.raises(WorkerLost):
             await rig.transfer_in_halves(replace(job, target=target), between=kill)
     with pytest.raises(WorkerLost):
@@ -186,16 +186,16 @@ async def test_a_killed_receiver_is_a_lost_worker(rig: Rig) -> None:
     await rig.assert_healthy()
 
 
-async def test_a_killed_sender_fails_the_landing(rig: Rig) -> None:
+async def test_a_killed_sender_fails_the_reservation(rig: Rig) -> None:
     job = rig.job()
     async with peer("send", rig.address) as (process, said):
         assert said == "half"
-        await until(lambda: job.landing.touches > 0)
-        assert not job.landing.ended
+        await until(lambda: job.reservation.touches > 0)
+        assert not job.reservation.ended
         process.send_signal(signal.SIGKILL)
         assert await process.wait() == -signal.SIGKILL
-        await until(lambda: job.landing.ended, seconds=5)
-    assert [type(error) for error in job.landing.errors] == [TransferFailed]
+        await until(lambda: job.reservation.ended, seconds=5)
+    assert [type(error) for error in job.reservation.errors] == [TransferFailed]
     await rig.assert_healthy()
 
 
@@ -204,10 +204,10 @@ async def test_the_deadline_ends_the_receiver_of_a_frozen_sender(rig: Rig) -> No
     async with peer("send", rig.address, "--deadline", "2.0") as (process, said):
         assert said == "half"
         process.send_signal(signal.SIGSTOP)
-        await until(lambda: job.landing.touches > 0)
-        assert not job.landing.ended
-        await until(lambda: job.landing.ended, seconds=10)
-    assert [type(error) for error in job.landing.errors] == [DeadlineExceeded]
+        await until(lambda: job.reservation.touches > 0)
+        assert not job.reservation.ended
+        await until(lambda: job.reservation.ended, seconds=10)
+    assert [type(error) for error in job.reservation.errors] == [DeadlineExceeded]
     await rig.assert_healthy()
 
 
@@ -215,7 +215,7 @@ async def test_closing_the_transport_fails_its_transfers(rig: Rig) -> None:
     job = rig.job()
     with pytest.raises(TransferFailed, match="closed in mid-transfer"):
         await rig.transfer_in_halves(job, between=rig.transport.aclose)
-    await until(lambda: job.landing.ended)
+    await until(lambda: job.reservation.ended)
 
 
 async def test_closing_the_transport_is_no_cancel_of_the_sender(rig: Rig, shut: Callable[[Job], Gate]) -> None:
@@ -228,7 +228,7 @@ async def test_closing_the_transport_is_no_cancel_of_the_sender(rig: Rig, shut: 
     with pytest.raises(TransferFailed, match="closed in mid-transfer"):
         await sending
     gate.open()
-    await until(lambda: job.landing.ended)
+    await until(lambda: job.reservation.ended)
 
 
 async def test_closing_waits_for_copies_and_the_event_loop_goes_on(rig: Rig) -> None:
@@ -239,7 +239,7 @@ async def test_closing_waits_for_copies_and_the_event_loop_goes_on(rig: Rig) -> 
     late = threading.Timer(20, ends.set)  # or a loop that stands still would do so for ever
     late.start()
     for each in (rig.transport, rig.service):
-        each._threads.submit(ends.wait)  # type: ignore[union-attr]
+        each.threads.submit(ends.wait)  # type: ignore[union-attr]
         closing.append(asyncio.create_task(each.aclose()))
     done, _ = await asyncio.wait(closing, timeout=0.2)
     assert not done
@@ -249,10 +249,10 @@ async def test_closing_waits_for_copies_and_the_event_loop_goes_on(rig: Rig) -> 
     late.cancel()
 
 
-async def test_stopping_the_server_fails_the_landing_and_loses_the_worker() -> None:
+async def test_stopping_the_server_fails_the_reservation_and_loses_the_worker() -> None:
     async with grpc_rig(FINGERPRINT, config_with()) as rig:
         job = rig.job()
         with pytest.raises(WorkerLost):
             await rig.transfer_in_halves(job, between=rig.stop)
-        await until(lambda: job.landing.ended)
-        assert len(job.landing.errors) == 1
+        await until(lambda: job.reservation.ended)
+        assert len(job.reservation.errors) == 1

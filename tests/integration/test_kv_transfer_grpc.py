@@ -13,13 +13,13 @@ import grpc
 import pytest
 from kv_rig import FINGERPRINT, Job, Rig, config_with, grpc_rig, until
 
-import kv_transfer.receiver
-import kv_transfer.sender
-from kv_transfer.cells import Cells
-from kv_transfer.codec import MAX_FRAME_BYTES, decode, encode, frame_of
-from kv_transfer.messages import Data, Done, Seal
-from kv_transfer.sender import opening_of
-from kv_transfer.service import MAX_MESSAGE_BYTES
+import kv_transfer.ends.receiver
+import kv_transfer.ends.sender
+from kv_transfer.ends.link import MAX_MESSAGE_BYTES
+from kv_transfer.ends.sender import opening_of
+from kv_transfer.frames.cells import Cells
+from kv_transfer.frames.codec import MAX_FRAME_BYTES, decode, encode, frame_of
+from kv_transfer.frames.messages import Data, Done, Seal
 from tandem.errors import Refused, TransferFailed
 from tandem.rpc import client_options, error_from_rpc, make_channel
 
@@ -28,7 +28,7 @@ from tandem.rpc import client_options, error_from_rpc, make_channel
 async def rig() -> AsyncIterator[Rig]:
     async with grpc_rig(FINGERPRINT, config_with()) as rig:
         yield rig
-        await until(lambda: all(landing.writers == 0 for landing in rig.landings.by_id.values()))
+        await until(lambda: all(reservation.writers == 0 for reservation in rig.reservations.by_id.values()))
 
 
 async def push(rig: Rig, frames: list[bytes]) -> Done:
@@ -59,7 +59,7 @@ def good_frames(job: Job) -> list[bytes]:
     data = [data_frame(job, layer, range(layer, layer + 1), range(21)) for layer in range(3)]
     checksum = 0
     for header, _ in data:
-        checksum = kv_transfer.receiver.chain_checksum(checksum, header)
+        checksum = kv_transfer.ends.receiver.chain_checksum(checksum, header)
     seal = Seal(first_token=9, frames=3, bytes=sum(header.payload_bytes for header, _ in data), checksum=checksum)
     return [encode(opening_of(job.target)), *(frame for _, frame in data), encode(seal)]
 
@@ -93,7 +93,7 @@ SPOILERS: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
 
 
 async def test_a_stream_that_opens_no_transfer_is_ended(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_transfer.receiver, "OPEN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(kv_transfer.ends.receiver, "OPEN_TIMEOUT_S", 0.2)
     async with make_channel(rig.address) as channel:
         call: Any = channel.stream_stream("/tandem.v1.KVTransfer/Push")()
         async with asyncio.timeout(10):
@@ -119,7 +119,7 @@ async def test_spoiled_frames_fail_the_transfer_alone(rig: Rig, name: str) -> No
     assert failure.code() is grpc.StatusCode.DATA_LOSS
     assert why in str(failure.details())
     assert isinstance(error_from_rpc(failure), TransferFailed)
-    (error,) = job.landing.errors
+    (error,) = job.reservation.errors
     assert isinstance(error, TransferFailed)
     assert rig.received.failures == 1
     assert rig.received.corrupt_frames == (name in ("corrupt payload", "corrupt header", "garbage"))
@@ -131,11 +131,11 @@ async def test_spoiled_frames_fail_the_transfer_alone(rig: Rig, name: str) -> No
     [[], [b"\x00" * 12], [os.urandom(5000)], [b"TKVF" + os.urandom(5000)], [encode(Seal(1, 0, 0, 0))]],
     ids=["nothing", "zeros", "noise", "noise with magic", "seal first"],
 )
-async def test_garbage_instead_of_an_opening_touches_no_landing(rig: Rig, frames: list[bytes]) -> None:
+async def test_garbage_instead_of_an_opening_touches_no_reservation(rig: Rig, frames: list[bytes]) -> None:
     job = rig.job()
     failure = await status_of_push(rig, frames)
     assert failure.code() is grpc.StatusCode.DATA_LOSS
-    assert not job.landing.ended
+    assert not job.reservation.ended
     await rig.assert_healthy()
 
 
@@ -145,7 +145,7 @@ async def test_a_frame_of_the_wrong_size_for_its_cells_is_refused(rig: Rig) -> N
     _, frame = frame_of(0, range(1), range(21), payload)
     failure = await status_of_push(rig, [good_frames(job)[0], frame])
     assert "its cells take" in str(failure.details())
-    assert len(job.landing.errors) == 1
+    assert len(job.reservation.errors) == 1
 
 
 async def test_a_payload_in_another_wire_dtype_than_announced_is_refused_by_its_size(rig: Rig) -> None:
@@ -153,7 +153,7 @@ async def test_a_payload_in_another_wire_dtype_than_announced_is_refused_by_its_
     opening = encode(opening_of(job.target, "int8"))
     failure = await status_of_push(rig, [opening, *good_frames(job)[1:]])
     assert "its cells take" in str(failure.details())
-    assert len(job.landing.errors) == 1
+    assert len(job.reservation.errors) == 1
 
 
 async def test_an_unknown_wire_dtype_is_refused_by_name(rig: Rig) -> None:
@@ -161,7 +161,7 @@ async def test_an_unknown_wire_dtype_is_refused_by_name(rig: Rig) -> None:
     failure = await status_of_push(rig, [encode(opening_of(job.target, "int3")), *good_frames(job)[1:]])
     assert failure.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "wire dtype 'int3' is unknown to this worker; it takes native, int8" in str(failure.details())
-    assert [type(error) for error in job.landing.errors] == [Refused]
+    assert [type(error) for error in job.reservation.errors] == [Refused]
     await rig.assert_healthy()
 
 
@@ -169,7 +169,7 @@ async def test_a_message_over_the_cap_is_refused_by_grpc(rig: Rig) -> None:
     job = rig.job()
     failure = await status_of_push(rig, [good_frames(job)[0], bytes(MAX_FRAME_BYTES + 1)])
     assert failure.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    await until(lambda: job.landing.ended)
+    await until(lambda: job.reservation.ended)
     await rig.assert_healthy()
 
 
@@ -199,7 +199,7 @@ async def test_another_block_size_is_refused_by_name(rig: Rig) -> None:
     other = Rig(replace(FINGERPRINT, block_size=16), rig.transport, rig.address, shared_pool=False).job()
     with pytest.raises(Refused, match="block_size 8 against 16"):
         await rig.transfer(other)
-    assert isinstance(job.landing.errors[0], Refused)
+    assert isinstance(job.reservation.errors[0], Refused)
 
 
 async def test_late_frames_of_an_old_attempt_land_nowhere(rig: Rig) -> None:
@@ -207,12 +207,12 @@ async def test_late_frames_of_an_old_attempt_land_nowhere(rig: Rig) -> None:
     old = rig.job(attempt=0)
 
     async def new_attempt() -> None:
-        old.landing.broken = True
+        old.reservation.broken = True
         await rig.transfer(new)
         new.assert_arrived()
 
     new = rig.job(attempt=1)
     with pytest.raises(TransferFailed, match="lease"):
         await rig.transfer_in_halves(old, between=new_attempt)
-    assert len(old.landing.errors) == 1
+    assert len(old.reservation.errors) == 1
     new.assert_arrived()

@@ -19,15 +19,17 @@ from kv_house import House, open_house, said_next, stop, waiting_sender, wake
 from kv_peer import peer
 from kv_rig import FINGERPRINT, POOL_BLOCKS, Job, Rig, config_with, until
 
-import kv_transfer.nixl_intake
-import kv_transfer.nixl_transport
-from kv_transfer.codec import decode, encode
-from kv_transfer.messages import Lent, Writer
-from kv_transfer.nixl_agent import Agent, Pieces, Write
-from kv_transfer.nixl_transport import NixlTransport
-from kv_transfer.nixl_writer import NixlWriter
-from kv_transfer.sender import opening_of
-from kv_transfer.service import METHODS, SERVICE
+import kv_transfer.carriers.nixl.carrier
+import kv_transfer.carriers.nixl.writer_agents
+from kv_transfer.carriers.nixl.agent import Agent, Pieces, Write
+from kv_transfer.carriers.nixl.carrier import NixlCarrier
+from kv_transfer.carriers.nixl.messages import Lent, WriterName
+from kv_transfer.carriers.nixl.writer import NixlWriter
+from kv_transfer.carriers.nixl.writer_agents import WriterAgents
+from kv_transfer.ends.link import SERVICE
+from kv_transfer.ends.sender import opening_of
+from kv_transfer.ends.transport import PushTransport
+from kv_transfer.frames.codec import decode, encode
 from tandem.errors import DeadlineExceeded, TransferFailed, WorkerLost
 from tandem.rpc import make_channel
 
@@ -40,11 +42,13 @@ async def house(nixl: None) -> AsyncIterator[House]:
         yield house
 
 
-def doors(rig: Rig) -> int:
-    """Open ones."""
-    assert rig.service is not None
-    assert rig.service._doors is not None
-    return len(rig.service._doors._doors)
+def agents(rig: Rig) -> WriterAgents:
+    assert isinstance(rig.receiver, NixlCarrier)
+    return rig.receiver.agents
+
+
+def open_agents(rig: Rig) -> int:
+    return len(agents(rig).open_agents)
 
 
 async def test_a_writer_that_was_stopped_is_shut_out_of_its_blocks(house: House) -> None:
@@ -52,16 +56,16 @@ async def test_a_writer_that_was_stopped_is_shut_out_of_its_blocks(house: House)
     async with waiting_sender(house, "write") as process:
         stop(process)
         assert house.rig.receiving_pool[:, :, list(late.blocks)].any(), "it wrote"
-        job, landing = house.job("another")
+        job, reservation = house.job("another")
         await house.rig.transfer(job)
-        assert doors(house.rig) == 2
+        assert open_agents(house.rig) == 2
         late.break_lease()
         await until(lambda: late.ended)
         assert house.pool.num_quarantined == len(late.blocks)
 
-        # When its door is closed, others get the blocks.
+        # When its agent is closed, others get the blocks.
         await until(lambda: house.pool.num_quarantined == 0)
-        assert doors(house.rig) == 1
+        assert open_agents(house.rig) == 1
         rest = house.take_all()
         assert {*late.blocks} <= {*rest.blocks}
         house.rig.receiving_pool[:, :, list(rest.blocks)] = 7
@@ -70,43 +74,43 @@ async def test_a_writer_that_was_stopped_is_shut_out_of_its_blocks(house: House)
         assert (await said_next(process)).startswith("failed: ")
         assert (house.state(rest) == 7).all(), "the late write landed nowhere"
         job.assert_arrived()
-        for table in (landing.table, rest):
+        for table in (reservation.table, rest):
             table.release()
         assert [type(error) for error in late.errors] == [TransferFailed]
 
 
-async def test_a_writer_that_leaves_says_so_and_keeps_its_door(house: House) -> None:
-    job, landing = house.job("r1")
+async def test_a_writer_that_leaves_says_so_and_keeps_its_agent(house: House) -> None:
+    job, reservation = house.job("r1")
     task = asyncio.create_task(house.rig.transfer_in_halves(job, between=asyncio.Event().wait))
-    await until(lambda: landing.touches > 0)
+    await until(lambda: reservation.touches > 0)
     started = time.monotonic()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     await until(lambda: house.at_rest)
-    assert time.monotonic() - started < kv_transfer.nixl_intake._PATIENCE_S
-    assert doors(house.rig) == 1
+    assert time.monotonic() - started < kv_transfer.carriers.nixl.writer_agents.PATIENCE_S
+    assert open_agents(house.rig) == 1
 
 
 @pytest.mark.parametrize("lent", [False, True])
 async def test_a_sender_that_stops_before_it_writes_ends_with_the_lease(house: House, lent: bool) -> None:
-    job, landing = house.job("r1")
+    job, reservation = house.job("r1")
     async with make_channel(house.rig.address) as channel, asyncio.timeout(10):
-        call: Any = channel.stream_stream(f"/{SERVICE}/{METHODS['nixl']}")()
+        call: Any = channel.stream_stream(f"/{SERVICE}/{NixlCarrier.method}")()
         await call.write(encode(opening_of(job.target)))
         if lent:
-            await call.write(encode(Writer("w")))
+            await call.write(encode(WriterName("w")))
             message, _ = decode(await call.read())
             assert isinstance(message, Lent)
-        await until(lambda: landing.watched)
-        landing.break_lease()
+        await until(lambda: reservation.watched)
+        reservation.break_lease()
         assert await call.code() is grpc.StatusCode.DATA_LOSS
         assert "lease" in await call.details()
     await until(lambda: house.at_rest)
-    assert doors(house.rig) == 0
+    assert open_agents(house.rig) == 0
 
 
-async def test_a_door_that_nixl_fails_at_is_shut_and_the_next_one_works(
+async def test_an_agent_that_nixl_fails_at_is_closed_and_the_next_one_works(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nixl_cu12._api import nixl_agent
@@ -124,47 +128,44 @@ async def test_a_door_that_nixl_fails_at_is_shut_and_the_next_one_works(
         await until(failed.is_set)
 
     monkeypatch.setattr(nixl_agent, "get_new_notifs", fail_once)
-    job, landing = house.job("r1")
+    job, reservation = house.job("r1")
     with pytest.raises(TransferFailed):
         await house.rig.transfer_in_halves(replace(job, target=replace(job.target, deadline_s=10)), between=fail)
-    assert landing.first_token is None
+    assert reservation.first_token is None
     await until(lambda: house.at_rest)
-    job, landing = house.job("another")
+    job, reservation = house.job("another")
     await house.rig.transfer(job)
     job.assert_arrived()
-    landing.table.release()
+    reservation.table.release()
 
 
-async def test_a_door_that_is_shut_before_its_writer_comes_ends_the_transfer(
+async def test_an_agent_that_is_closed_before_its_writer_comes_ends_the_transfer(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has the door's address, and would knock until the deadline."""
-    meet = NixlWriter.meet
+    """It has the agent's address, and would try until the deadline."""
+    connect = NixlWriter.connect
 
-    async def meet_and_wait(self: NixlWriter, *rest: Any) -> None:
-        await meet(self, *rest)
-        assert house.rig.service is not None
-        doors = house.rig.service._doors
-        assert doors is not None
-        (door,) = doors._doors.values()
-        await doors._driver.call(doors._shut, door)
-        assert door.closed
+    async def connect_and_close(self: NixlWriter, *rest: Any) -> None:
+        await connect(self, *rest)
+        (agent,) = agents(house.rig).open_agents
+        await agents(house.rig).close(agent)
+        assert agent.closed
 
-    monkeypatch.setattr(NixlWriter, "meet", meet_and_wait)
-    job, landing = house.job("r1")
+    monkeypatch.setattr(NixlWriter, "connect", connect_and_close)
+    job, reservation = house.job("r1")
     started = time.monotonic()
     with pytest.raises(TransferFailed, match="the receiver has closed the connection by NIXL"):
         await house.rig.transfer(replace(job, target=replace(job.target, deadline_s=20)))
     assert time.monotonic() - started < 5
     await until(lambda: house.at_rest, seconds=2)
     monkeypatch.undo()
-    job, landing = house.job("another")
+    job, reservation = house.job("another")
     await house.rig.transfer(job)
     job.assert_arrived()
-    landing.table.release()
+    reservation.table.release()
 
 
-async def test_blocks_behind_a_door_that_does_not_close_stay_in_quarantine(
+async def test_blocks_of_an_agent_that_does_not_close_stay_in_quarantine(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until it does close, or its writer says that it writes no more."""
@@ -178,7 +179,7 @@ async def test_blocks_behind_a_door_that_does_not_close_stay_in_quarantine(
         close(self)
 
     monkeypatch.setattr(Agent, "close", close_later)
-    monkeypatch.setattr(kv_transfer.nixl_intake, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(kv_transfer.carriers.nixl.writer_agents, "PATIENCE_S", 0.1)
     _, late = house.job("r1")
     async with waiting_sender(house, "write") as process:
         stop(process)
@@ -194,7 +195,7 @@ async def test_blocks_behind_a_door_that_does_not_close_stay_in_quarantine(
 
 async def test_nothing_is_written_outside_of_what_was_registered(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """NIXL's own check, behind ours."""
-    pieces_of = kv_transfer.nixl_transport.pieces_of
+    pieces_of = kv_transfer.carriers.nixl.carrier.pieces_of
     end = house.rig.receiving_pool.data_ptr() + house.rig.receiving_pool.nbytes
 
     def beyond(address: int, *rest: Any) -> Pieces:
@@ -203,7 +204,7 @@ async def test_nothing_is_written_outside_of_what_was_registered(house: House, m
             pieces[-1, 0] = np.uint64(end - 1)
         return pieces
 
-    monkeypatch.setattr(kv_transfer.nixl_transport, "pieces_of", beyond)
+    monkeypatch.setattr(kv_transfer.carriers.nixl.carrier, "pieces_of", beyond)
     before = house.rig.receiving_pool.clone()
     job, _ = house.job("r1")
     with pytest.raises(TransferFailed, match="cannot write there"):
@@ -221,17 +222,17 @@ async def test_blocks_are_not_given_back_under_the_last_write_of_an_abandoned_tr
         return ends.is_set() and has_ended(self)
 
     monkeypatch.setattr(Write, "ended", ended)
-    job, landing = house.job("r1")
+    job, reservation = house.job("r1")
     async with house.rig.transport.open(job.source, job.target) as sender:
         sending = asyncio.create_task(sender.send(house.rig.layers, range(21)))
         await until(asked.is_set)
         abandoning = asyncio.create_task(sender.abandon())
         await asyncio.wait([abandoning], timeout=0.2)
-        assert not landing.given_up
+        assert not reservation.given_up
         assert house.pool.acquire(POOL_BLOCKS) is None
         ends.set()
         await asyncio.gather(sending, abandoning)
-        assert landing.given_up
+        assert reservation.given_up
 
 
 async def send_in_halves(rig: Rig, job: Job, between: Callable[[], Awaitable[None]]) -> None:
@@ -243,7 +244,8 @@ async def send_in_halves(rig: Rig, job: Job, between: Callable[[], Awaitable[Non
 
 
 async def test_a_receiver_that_dies_is_lost() -> None:
-    transport = NixlTransport(config_with(nixl_devices="lo"))
+    carrier = NixlCarrier(config_with(nixl_devices="lo").worker, "cpu")
+    transport = PushTransport(carrier)
     async with peer("receive", "--nixl") as (process, port):
         rig = Rig(FINGERPRINT, transport, f"127.0.0.1:{port}", shared_pool=False)
         job = rig.job()
@@ -259,7 +261,8 @@ async def test_a_receiver_that_dies_is_lost() -> None:
 
 async def test_a_receiver_that_stops_holds_a_transfer_until_its_deadline() -> None:
     """No thread of the sender waits for it, and no write is under way when the transfer is over."""
-    transport = NixlTransport(config_with(nixl_devices="lo"))
+    carrier = NixlCarrier(config_with(nixl_devices="lo").worker, "cpu")
+    transport = PushTransport(carrier)
     async with peer("receive", "--nixl") as (process, port):
         rig = Rig(FINGERPRINT, transport, f"127.0.0.1:{port}", shared_pool=False)
         job = rig.job()
@@ -269,6 +272,6 @@ async def test_a_receiver_that_stops_holds_a_transfer_until_its_deadline() -> No
 
         with pytest.raises(DeadlineExceeded):
             await send_in_halves(rig, replace(job, target=replace(job.target, deadline_s=1.0)), fall_silent)
-        assert transport._writer._under_way == []
+        assert carrier.writer.under_way == 0
         process.send_signal(signal.SIGCONT)
     await transport.aclose()

@@ -13,10 +13,12 @@ import pytest
 from kv_peer import peer
 from kv_rig import FINGERPRINT, Rig, config_with, grpc_rig, ray_rig, stands_still, until
 
-from kv_transfer.grpc_transport import GrpcTransport
-from kv_transfer.messages import Data, Place, Placed
-from kv_transfer.plasma import Plasma, connect
-from kv_transfer.ray_transport import RayTransport
+from kv_transfer.carriers.grpc.carrier import GrpcCarrier
+from kv_transfer.carriers.ray.carrier import PlacedData, RayCarrier
+from kv_transfer.carriers.ray.plasma import Place, Plasma, connect
+from kv_transfer.ends.carrier import Carrier
+from kv_transfer.ends.transport import PushTransport
+from kv_transfer.frames.messages import Data
 from tandem.errors import Refused, TransferFailed, WorkerLost
 
 LARGE = replace(FINGERPRINT, num_layers=16, num_kv_heads=8, head_dim=256)
@@ -26,7 +28,7 @@ LARGE = replace(FINGERPRINT, num_layers=16, num_kv_heads=8, head_dim=256)
 async def rig(ray_node: str) -> AsyncIterator[Rig]:
     async with ray_rig(FINGERPRINT, config_with()) as rig:
         yield rig
-        await until(lambda: all(landing.writers == 0 for landing in rig.landings.by_id.values()))
+        await until(lambda: all(reservation.writers == 0 for reservation in rig.reservations.by_id.values()))
 
 
 @pytest.fixture
@@ -48,16 +50,16 @@ async def assert_empty(plasma: Plasma, room: int) -> None:
     await until_room(plasma, lambda left: left == room)
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Placed], Placed]) -> list[Placed]:
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[PlacedData], PlacedData]) -> list[PlacedData]:
     """Changes the places that are sent; gives those that were."""
-    sent: list[Placed] = []
-    honest = Placed.of
+    sent: list[PlacedData] = []
+    honest = PlacedData.of
 
-    def spoiled(data: Data, place: Place) -> Placed:
+    def spoiled(data: Data, place: Place) -> PlacedData:
         sent.append(change(honest(data, place)))
         return sent[-1]
 
-    monkeypatch.setattr("kv_transfer.messages.Placed.of", spoiled)
+    monkeypatch.setattr("kv_transfer.carriers.ray.carrier.PlacedData.of", spoiled)
     return sent
 
 
@@ -73,11 +75,11 @@ async def test_nothing_stays_in_the_store(rig: Rig, plasma: Plasma) -> None:
 async def test_nothing_stays_in_the_store_after_a_cancel(rig: Rig, plasma: Plasma) -> None:
     room = plasma.room()
     task = asyncio.create_task(rig.transfer_in_halves(job := rig.job(), between=asyncio.Event().wait))
-    await until(lambda: job.landing.touches > 0)
+    await until(lambda: job.reservation.touches > 0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await until(lambda: job.landing.ended)
+    await until(lambda: job.reservation.ended)
     await assert_empty(plasma, room)
 
 
@@ -86,8 +88,8 @@ async def test_a_slow_receiver_bounds_what_is_in_the_store(ray_node: str, plasma
     async with ray_rig(LARGE, config_with(object_bytes=65536, frames_in_flight=4)) as rig:
         job = rig.job(prompt_tokens=200)
         shut = Event()
-        rig.service._threads.submit(shut.wait)  # type: ignore[union-attr]
-        rig.service._threads.submit(shut.wait)  # type: ignore[union-attr]
+        rig.service.threads.submit(shut.wait)  # type: ignore[union-attr]
+        rig.service.threads.submit(shut.wait)  # type: ignore[union-attr]
         sending = asyncio.create_task(rig.transfer(job, chunk=200))
         await until(lambda: rig.transport.counters.frames == 4)
         await stands_still(lambda: rig.transport.counters.frames)
@@ -110,17 +112,17 @@ async def test_two_processes(rig: Rig, ray_node: str, plasma: Plasma) -> None:
         await assert_empty(plasma, room)
 
 
-async def test_a_killed_sender_fails_the_landing_and_leaves_no_object(rig: Rig, ray_node: str, plasma: Plasma) -> None:
+async def test_a_killed_sender_fails_the_transfer_and_leaves_no_object(rig: Rig, ray_node: str, plasma: Plasma) -> None:
     room = plasma.room()
     job = rig.job()
     async with peer("send", rig.address, "--ray", ray_node) as (process, said):
         assert said == "half"
-        await until(lambda: job.landing.touches > 0)
-        assert not job.landing.ended
+        await until(lambda: job.reservation.touches > 0)
+        assert not job.reservation.ended
         process.send_signal(signal.SIGKILL)
         assert await process.wait() == -signal.SIGKILL
-        await until(lambda: job.landing.ended, seconds=5)
-    assert [type(error) for error in job.landing.errors] == [TransferFailed]
+        await until(lambda: job.reservation.ended, seconds=5)
+    assert [type(error) for error in job.reservation.errors] == [TransferFailed]
     await assert_empty(plasma, room)
     await rig.assert_healthy()
 
@@ -135,7 +137,7 @@ async def test_a_killed_receiver_is_a_lost_worker_and_leaves_no_object(rig: Rig,
             process.send_signal(signal.SIGKILL)
             assert await process.wait() == -signal.SIGKILL
 
-        job.landing.touches = 1  # the landing that counts is in the other process
+        job.reservation.touches = 1  # the reservation that counts is in the other process
         with pytest.raises(WorkerLost):
             await rig.transfer_in_halves(replace(job, target=target), between=kill)
     await assert_empty(plasma, room)
@@ -152,7 +154,7 @@ async def test_a_full_store_fails_the_transfer_and_nothing_else(ray_node: str, p
         await until_room(plasma, lambda left: left < 2 << 20)
         with pytest.raises(TransferFailed, match=r"has room for \d+ bytes, the transfer needs 4194304"):
             await rig.transfer(job)
-        assert not job.landing.ended
+        assert not job.reservation.ended
         del filler, rest
         await assert_empty(plasma, room)
         await rig.transfer(job)
@@ -177,7 +179,7 @@ async def test_a_store_that_takes_nothing_fails_the_transfer(
         await rig.transfer(job)
     assert refused, "the fault took effect"
     monkeypatch.undo()
-    await until(lambda: job.landing.ended)
+    await until(lambda: job.reservation.ended)
     await rig.assert_healthy()
     await assert_empty(plasma, room)
 
@@ -187,13 +189,13 @@ async def test_a_lost_object_fails_the_transfer(rig: Rig, ray_node: str, plasma:
     job = rig.job()
     async with peer("send", rig.address, "--lose", "--ray", ray_node) as (_, said):
         assert said == "lost: TransferFailed: a payload in Ray's object store is lost"
-    await until(lambda: job.landing.ended)
-    assert [type(error) for error in job.landing.errors] == [TransferFailed]
+    await until(lambda: job.reservation.ended)
+    assert [type(error) for error in job.reservation.errors] == [TransferFailed]
     await rig.assert_healthy()
     await assert_empty(plasma, room)
 
 
-FORGERIES: dict[str, Callable[[Placed], Placed]] = {
+FORGERIES: dict[str, Callable[[PlacedData], PlacedData]] = {
     "noise": lambda frame: replace(frame, owner=os.urandom(70)),
     "empty address": lambda frame: replace(frame, owner=b"\x00"),
     "cut address": lambda frame: replace(frame, owner=frame.owner[:-3]),
@@ -211,7 +213,7 @@ async def test_a_forged_place_fails_the_transfer_alone(rig: Rig, monkeypatch: py
         await rig.transfer(job)
     assert sent, "the fault took effect"
     monkeypatch.undo()
-    await until(lambda: job.landing.ended)
+    await until(lambda: job.reservation.ended)
     await rig.assert_healthy()
 
 
@@ -229,7 +231,7 @@ async def test_an_object_of_another_size_or_kind_is_refused(
         with pytest.raises(TransferFailed, match=why):
             await rig.transfer(job)
         monkeypatch.undo()
-        await until(lambda job=job: job.landing.ended)  # type: ignore[misc]
+        await until(lambda job=job: job.reservation.ended)  # type: ignore[misc]
     assert held is not None
     await rig.assert_healthy()
 
@@ -237,27 +239,39 @@ async def test_an_object_of_another_size_or_kind_is_refused(
 async def test_a_receiver_without_ray_refuses(ray_node: str, plasma: Plasma) -> None:
     async with grpc_rig(FINGERPRINT, config_with()) as rig:
         job = rig.job()
-        transport = RayTransport(config_with(), plasma)
+        transport = PushTransport(RayCarrier(config_with().worker, plasma))
         through_ray = Rig(FINGERPRINT, transport, rig.address, shared_pool=False)
         with pytest.raises(Refused):
             await through_ray.transfer(job)
-        assert not job.landing.ended
+        assert not job.reservation.ended
         await transport.aclose()
         await rig.assert_healthy()
 
 
-async def test_each_method_takes_its_own_kind_of_frame(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_method_takes_its_own_kind_of_frame(
+    rig: Rig, plasma: Plasma, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A payload where its place belongs, and the other way round."""
-    placed, whole = {"grpc": "PushPlaced", "ray": "Push"}, rig.job(name="whole")
-    monkeypatch.setattr("kv_transfer.push.METHODS", placed)
-    grpc = Rig(FINGERPRINT, GrpcTransport(config_with()), rig.address, shared_pool=False)
-    with pytest.raises(TransferFailed, match="a frame of kind data came"):
-        await grpc.transfer(whole)
-    with pytest.raises(TransferFailed, match="a frame of kind placed came"):
-        await rig.transfer(rig.job(name="placed"))
-    monkeypatch.undo()
-    await grpc.transport.aclose()
+    async with grpc_rig(FINGERPRINT, config_with()) as other:
+        monkeypatch.setattr(GrpcCarrier, "method", RayCarrier.method)
+        with pytest.raises(TransferFailed, match="a frame of kind data came"):
+            await send_elsewhere(rig, GrpcCarrier(config_with().worker))
+        monkeypatch.undo()
+        monkeypatch.setattr(RayCarrier, "method", GrpcCarrier.method)
+        with pytest.raises(TransferFailed, match="a frame of kind placed came"):
+            await send_elsewhere(other, RayCarrier(config_with().worker, plasma))
+        monkeypatch.undo()
+        await other.assert_healthy()
     await rig.assert_healthy()
+
+
+async def send_elsewhere(rig: Rig, carrier: Carrier) -> None:
+    """By another carrier than the rig's."""
+    sender = Rig(FINGERPRINT, PushTransport(carrier), rig.address, shared_pool=False)
+    try:
+        await sender.transfer(rig.job(name=carrier.name))
+    finally:
+        await sender.transport.aclose()
 
 
 def test_a_process_outside_ray_has_no_store(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,13 @@ import torch
 from kv_rig import FINGERPRINT, Rig, config_with, int8_rig, random_pool, shm_rig, until
 from service import running_service
 
-import kv_transfer.grpc_transport
-from kv_transfer.codec import encode, frame_of
-from kv_transfer.messages import Data
-from kv_transfer.runs import Runs
-from kv_transfer.sender import opening_of
-from kv_transfer.service import MAX_MESSAGE_BYTES, METHODS, SERVICE
+import kv_transfer.ends.link
+from kv_transfer.carriers.shm.carrier import ShmCarrier
+from kv_transfer.ends.link import MAX_MESSAGE_BYTES, SERVICE
+from kv_transfer.ends.sender import opening_of
+from kv_transfer.frames.codec import encode, frame_of
+from kv_transfer.frames.messages import Data
+from kv_transfer.frames.runs import Runs
 from tandem.errors import Refused, TransferFailed
 from tandem.rpc import make_channel
 
@@ -25,14 +26,14 @@ from tandem.rpc import make_channel
 async def rig() -> AsyncIterator[Rig]:
     async with int8_rig(FINGERPRINT, config_with()) as rig:
         yield rig
-        await until(lambda: all(landing.writers == 0 for landing in rig.landings.by_id.values()))
+        await until(lambda: all(reservation.writers == 0 for reservation in rig.reservations.by_id.values()))
 
 
 async def test_any_kv_arrives_within_half_a_scale_and_in_a_quarter_of_the_bytes(rig: Rig) -> None:
     rig.sending_pool.copy_(random_pool(FINGERPRINT, seed=9))
     job = rig.job(prompt_tokens=64)
     summary = await rig.transfer(job, chunk=32)
-    assert job.landing.first_token is not None
+    assert job.reservation.first_token is not None
     # Of a block, layer, side and head: one scale. [L, 2, 8 blocks, 8 tokens, K, D]
     sent, came = (rows.unflatten(2, (8, 8)) for rows in (job.expected, job.received()))
     half = sent.abs().amax(dim=(3, 5), keepdim=True) / 127 / 2
@@ -48,8 +49,8 @@ async def test_kv_that_is_not_finite_is_refused_by_the_sender(rig: Rig, odd: flo
     rig.sending_pool[1, 0, job.source.blocks[2], 1, 1, 7] = odd
     with pytest.raises(Refused, match="KV holds infinity or NaN"):
         await rig.transfer(job)
-    await until(lambda: job.landing.ended)
-    assert [type(error) for error in job.landing.errors] == [TransferFailed]
+    await until(lambda: job.reservation.ended)
+    assert [type(error) for error in job.reservation.errors] == [TransferFailed]
     assert job.received().isfinite().all()
     rig.sending_pool[1, 0, job.source.blocks[2], 1, 1, 7] = 1
     await rig.assert_healthy()
@@ -70,11 +71,11 @@ async def test_a_flipped_bit_of_a_scale_or_a_value_fails_the_checksum(
             flipped.append(sequence)
         return data, frame
 
-    monkeypatch.setattr(kv_transfer.grpc_transport, "frame_of", spoiled)
+    monkeypatch.setattr(kv_transfer.ends.link, "frame_of", spoiled)
     job = rig.job()
     with pytest.raises(TransferFailed, match="payload of KV frame 1 fails its checksum"):
         await rig.transfer(job)
-    await until(lambda: job.landing.ended)
+    await until(lambda: job.reservation.ended)
     assert flipped
     assert rig.received.corrupt_frames == 1
     monkeypatch.undo()
@@ -86,12 +87,12 @@ async def test_what_is_written_into_the_pool_itself_is_native_only() -> None:
         job = rig.job()
         opening = encode(opening_of(job.target, "int8"))
         async with make_channel(rig.address, MAX_MESSAGE_BYTES) as channel:
-            call = channel.stream_stream(f"/{SERVICE}/{METHODS['shm']}")(iter([opening]), timeout=20)
+            call = channel.stream_stream(f"/{SERVICE}/{ShmCarrier.method}")(iter([opening]), timeout=20)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call.read()
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert "native KV, not int8" in str(caught.value.details())
-        assert [type(error) for error in job.landing.errors] == [Refused]
+        assert [type(error) for error in job.reservation.errors] == [Refused]
         await rig.assert_healthy()
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import grpc
 
-from kv_transfer.codec import chain_checksum, decode, encode, frame_of
-from kv_transfer.layout import KVLayout
-from kv_transfer.messages import Data, Done, Open, Seal
-from kv_transfer.runs import Runs
-from kv_transfer.service import MAX_MESSAGE_BYTES, METHODS, SERVICE
+from kv_transfer.carriers.table import carrier_class
+from kv_transfer.ends.link import MAX_MESSAGE_BYTES, SERVICE
+from kv_transfer.frames.codec import chain_checksum, decode, encode, frame_of
+from kv_transfer.frames.layout import KVLayout
+from kv_transfer.frames.messages import Data, Done, Open, Seal
+from kv_transfer.frames.runs import Runs
 from tandem import rpc, wire
 from tandem.client.status import WorkerState
 from tandem.types import EngineRequest, SamplingParams
@@ -116,7 +117,7 @@ class DirectRouter:
             yield from frames
             over.wait(TIMEOUT_S)
 
-        call = self._channel.stream_stream(f"/{SERVICE}/{METHODS[transport]}")(say(), timeout=TIMEOUT_S)
+        call = self._channel.stream_stream(f"/{SERVICE}/{carrier_class(transport).method}")(say(), timeout=TIMEOUT_S)
         call.add_done_callback(lambda _: over.set())
         with typed_errors():
             for _ in call:

@@ -34,7 +34,7 @@ _START_S = 120.0
 _TOKENIZERS = ("transformers.models.auto.tokenization_auto",)
 _ROUTER = ("router.app", "router.http.door", *_TOKENIZERS)
 # The kernels' modules compile when they are imported, which is late in a worker's life.
-_WORKER = ("tandem.cli.app", "tandem.launch.worker", "prefill_worker.run", "decode_worker.run", *_TOKENIZERS)
+_WORKER = ("tandem.cli.app", "tandem.launch.worker", "prefill_worker.service", "decode_worker.service", *_TOKENIZERS)
 _KERNELS = (
     "tandem.engine.backends.cpu.fusion",
     "tandem.engine.backends.cpu.kernels.decode",

@@ -7,23 +7,12 @@ import zlib
 
 from hypothesis import strategies as st
 
-from kv_transfer.codec import VERSION, CorruptFrame, decode, frame_of
-from kv_transfer.messages import (
-    Abandon,
-    Data,
-    Done,
-    Granted,
-    Locked,
-    Message,
-    Open,
-    Placed,
-    Released,
-    Seal,
-    Taken,
-    Writer,
-    Written,
-)
-from kv_transfer.runs import Runs
+from kv_transfer.carriers.nixl.messages import Released, WriterName
+from kv_transfer.carriers.ray.carrier import PlacedData, Taken
+from kv_transfer.carriers.shm.messages import Granted, Locked
+from kv_transfer.frames.codec import VERSION, CorruptFrame, decode, frame_of
+from kv_transfer.frames.messages import Abandon, Data, Done, KVMessage, Open, Seal, Written
+from kv_transfer.frames.runs import Runs
 from tandem.types import Fingerprint
 
 FINGERPRINT = Fingerprint("c" * 64, "w" * 64, "bfloat16", 16, 32, 8, 128, 1)
@@ -36,14 +25,14 @@ PLACES = st.binary(min_size=1, max_size=512)
 # Fields of a data frame's header.
 CELLS = (COUNTS, COUNTS, POSITIVES, COUNTS, POSITIVES, st.integers(1, 2**24), st.integers(0, 2**32 - 1))
 # All that may stand without a payload.
-MESSAGES: st.SearchStrategy[Message] = st.one_of(
+MESSAGES: st.SearchStrategy[KVMessage] = st.one_of(
     st.builds(Open, IDS, IDS, COUNTS, FINGERPRINTS, COUNTS, POSITIVES, IDS),
     st.builds(Seal, COUNTS, COUNTS, st.integers(0, 2**53), st.integers(0, 2**32 - 1)),
-    st.builds(Placed, *CELLS, PLACES, PLACES),
+    st.builds(PlacedData, *CELLS, PLACES, PLACES),
     st.builds(Written, *CELLS),
     st.builds(Locked),
     st.builds(Granted),
-    st.builds(Writer, IDS),
+    st.builds(WriterName, IDS),
     st.builds(Released, IDS),
     st.builds(Taken, COUNTS),
     st.builds(Abandon),
@@ -55,7 +44,7 @@ def data_frame(payload: bytes = b"kvkvkvkv") -> bytes:
     return frame_of(3, range(2, 4), range(10, 14), Runs.of(payload))[1]
 
 
-def accept(frame: bytes) -> Message:
+def accept(frame: bytes) -> KVMessage:
     """What a receiver does with a frame."""
     message, payload = decode(frame)
     if type(message) is Data and zlib.crc32(payload) != message.checksum:

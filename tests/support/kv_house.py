@@ -1,4 +1,4 @@
-"""A receiver whose landings get their blocks from a real pool, and senders that are stopped and woken."""
+"""A receiver whose reservations get their blocks from a real pool, and senders that are stopped and woken."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import torch
-from kv_landings import FakeLanding
 from kv_peer import peer
+from kv_reservations import FakeReservation
 from kv_rig import FINGERPRINT, POOL_BLOCKS, RIGS, Job, Rig, config_with, until
 
-from kv_transfer.base import Target
+from kv_transfer.base import TransferTarget
 from tandem.engine.block_pool import BlockPool, BlockTable
 
 
-class PooledLanding(FakeLanding):
+class PooledReservation(FakeReservation):
     """Its blocks are of a real pool, and go back as a reservation's do."""
 
-    def __init__(self, rig: Rig, table: BlockTable, target: Target) -> None:
+    def __init__(self, rig: Rig, table: BlockTable, target: TransferTarget) -> None:
         super().__init__(rig.receiving_pool, table.blocks, target)
         self.one_sided = True
         self.table = table
@@ -44,19 +44,19 @@ class PooledLanding(FakeLanding):
 
 
 class House:
-    """A receiver whose landings get their blocks from one pool."""
+    """A receiver whose reservations get their blocks from one pool."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
         self.pool = BlockPool(POOL_BLOCKS, FINGERPRINT.block_size, prefix_cache=False)
 
-    def job(self, name: str, prompt_tokens: int = 21) -> tuple[Job, PooledLanding]:
+    def job(self, name: str, prompt_tokens: int = 21) -> tuple[Job, PooledReservation]:
         job = self.rig.job(prompt_tokens, name=name)
         table = self.pool.acquire(self.pool.blocks_for(prompt_tokens))
         assert table is not None, "the pool is full"
-        landing = PooledLanding(self.rig, table, job.target)
-        self.rig.landings.by_id[job.target.reservation_id] = job.landing = landing
-        return job, landing
+        reservation = PooledReservation(self.rig, table, job.target)
+        self.rig.reservations.by_id[job.target.reservation_id] = job.reservation = reservation
+        return job, reservation
 
     def take_all(self) -> BlockTable:
         """A request that needs every block that may be had."""

@@ -23,36 +23,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kv_landings import FakeLandings
+from kv_reservations import FakeReservations
 from kv_rig import FINGERPRINT, Rig, config_with, serving
 from ray_head import joined
 
-import kv_transfer.wire_dtype
-from kv_transfer.base import Transport
-from kv_transfer.cells import Cells
-from kv_transfer.grpc_transport import GrpcTransport
-from kv_transfer.messages import Place
-from kv_transfer.nixl_agent import Agent, Write
-from kv_transfer.nixl_transport import NixlTransport
-from kv_transfer.plasma import Plasma, connect
-from kv_transfer.ray_transport import RayTransport
-from kv_transfer.runs import Runs
-from kv_transfer.shared_memory import PeerMemory, SharedMemory
-from kv_transfer.shm_transport import ShmTransport
+import kv_transfer.frames.wire_dtype
+from kv_transfer.carriers.grpc.carrier import GrpcCarrier
+from kv_transfer.carriers.nixl.agent import Agent, Write
+from kv_transfer.carriers.nixl.carrier import NixlCarrier
+from kv_transfer.carriers.ray.carrier import RayCarrier
+from kv_transfer.carriers.ray.plasma import Place, Plasma, connect
+from kv_transfer.carriers.shm.carrier import ShmCarrier
+from kv_transfer.carriers.shm.memory import PeerMemory, SharedMemory
+from kv_transfer.ends.carrier import Carrier
+from kv_transfer.ends.transport import PushTransport
+from kv_transfer.frames.cells import Cells
+from kv_transfer.frames.runs import Runs
 from tandem.errors import TandemError
 
 
-def transport(shm: bool = False, nixl: bool = False) -> Transport:
+def carrier(shm: bool = False, nixl: bool = False, memory: SharedMemory | None = None) -> Carrier:
+    """memory: of a receiver's pool."""
     if shm:
-        return ShmTransport(config_with())
+        return ShmCarrier(config_with().worker, memory or SharedMemory())
     if nixl:
-        return NixlTransport(config_with(nixl_devices="lo"))
+        return NixlCarrier(config_with(nixl_devices="lo").worker, "cpu")
     plasma = connect()
-    return GrpcTransport(config_with()) if plasma is None else RayTransport(config_with(), plasma)
+    return GrpcCarrier(config_with().worker) if plasma is None else RayCarrier(config_with().worker, plasma)
 
 
-async def send(address: str, deadline_s: float | None, whole: bool, carrier: Transport) -> None:
-    rig = Rig(FINGERPRINT, carrier, address, shared_pool=False)
+async def send(address: str, deadline_s: float | None, whole: bool, carrier: Carrier) -> None:
+    rig = Rig(FINGERPRINT, PushTransport(carrier), address, shared_pool=False)
     job = rig.job()
     if whole:
         await rig.transfer(job)
@@ -71,7 +72,7 @@ async def lose(address: str) -> None:
         return None, put(self, payload)[1]
 
     Plasma.put = forgetful  # type: ignore[method-assign]
-    rig = Rig(FINGERPRINT, transport(), address, shared_pool=False)
+    rig = Rig(FINGERPRINT, PushTransport(carrier()), address, shared_pool=False)
     try:
         await rig.transfer(rig.job())
     except TandemError as error:
@@ -106,14 +107,15 @@ async def wait_in(address: str, where: str) -> None:
         wait()
         return begin(self, *rest)
 
-    kv_transfer.wire_dtype.QUICK_BYTES = 0  # threads wait, not the event loop
+    kv_transfer.frames.cells.QUICK_BYTES = 0  # threads wait, not the event loop
     if where == "copy":
         Cells.copy_from = copy_slowly  # type: ignore[method-assign]
     elif where == "lock":
         PeerMemory.lock = lock_late  # type: ignore[method-assign]
     else:
         Agent.write = write_twice  # type: ignore[method-assign]
-    rig = Rig(FINGERPRINT, transport(shm=where != "write", nixl=where == "write"), address, shared_pool=False)
+    sender = PushTransport(carrier(shm=where != "write", nixl=where == "write"))
+    rig = Rig(FINGERPRINT, sender, address, shared_pool=False)
     try:
         await rig.transfer(rig.job())
     except TandemError as error:
@@ -121,13 +123,13 @@ async def wait_in(address: str, where: str) -> None:
     await asyncio.Event().wait()
 
 
-async def receive(memory: SharedMemory | None, nixl: bool) -> None:
-    landings = FakeLandings(FINGERPRINT)
-    config = config_with(nixl_devices="lo") if nixl else config_with()
-    async with serving(landings, config, connect(), memory) as (_, port, _):
-        rig = Rig(FINGERPRINT, GrpcTransport(config_with()), "", shared_pool=False, memory=memory)
+async def receive(shm: bool, nixl: bool) -> None:
+    reservations, memory = FakeReservations(FINGERPRINT), SharedMemory() if shm else None
+    async with serving(reservations, config_with(), [carrier(shm, nixl, memory)]) as (_, port, _):
+        sender = PushTransport(GrpcCarrier(config_with().worker))
+        rig = Rig(FINGERPRINT, sender, "", shared_pool=False, memory=memory)
         rig.job()
-        landings.by_id.update(rig.landings.by_id)
+        reservations.by_id.update(rig.reservations.by_id)
         print(port, flush=True)
         await asyncio.Event().wait()
 
@@ -175,13 +177,13 @@ def main() -> None:
         if given.ray:
             stack.enter_context(joined(given.ray, os.environ["RAY_AUTH_TOKEN"]))
         if given.end == "receive":
-            asyncio.run(receive(SharedMemory() if given.shm else None, given.nixl))
+            asyncio.run(receive(given.shm, given.nixl))
         elif given.wait_in:
             asyncio.run(wait_in(given.address, given.wait_in))
         elif given.lose:
             asyncio.run(lose(given.address))
         else:
-            asyncio.run(send(given.address, given.deadline, given.whole, transport(given.shm, given.nixl)))
+            asyncio.run(send(given.address, given.deadline, given.whole, carrier(given.shm, given.nixl)))
 
 
 if __name__ == "__main__":

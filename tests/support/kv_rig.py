@@ -1,6 +1,7 @@
-"""Both ends of a KV transfer for tests: real pools, real block tables, and landings (kv_landings.py) that note it all.
+"""Both ends of a KV transfer for tests: real pools, real block tables, and reservations that note it all
+(kv_reservations.py).
 
-A transport joins the contract suite by one entry in RIGS.
+A carrier joins the contract suite by one entry in RIGS.
 """
 
 from __future__ import annotations
@@ -13,22 +14,24 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from kv_landings import FakeLanding, FakeLandings
+from kv_reservations import FakeReservation, FakeReservations
 from torch import Tensor
 
-from kv_transfer.admission import Claims
-from kv_transfer.base import Counters, Source, Target, TransferSummary, Transport
-from kv_transfer.grpc_transport import GrpcTransport
-from kv_transfer.int8 import Int8
-from kv_transfer.layout import KVLayout
-from kv_transfer.local import LocalTransport
-from kv_transfer.nixl_transport import NixlTransport
-from kv_transfer.plasma import Plasma, connect
-from kv_transfer.ray_transport import RayTransport
-from kv_transfer.service import MAX_MESSAGE_BYTES, KVService
-from kv_transfer.shared_memory import SharedMemory
-from kv_transfer.shm_transport import ShmTransport
-from kv_transfer.wire_dtype import Native
+from kv_transfer.base import Counters, Source, TransferSummary, TransferTarget, Transport
+from kv_transfer.carriers.grpc.carrier import GrpcCarrier
+from kv_transfer.carriers.local.carrier import LocalTransport
+from kv_transfer.carriers.nixl.carrier import NixlCarrier
+from kv_transfer.carriers.ray.carrier import RayCarrier
+from kv_transfer.carriers.ray.plasma import connect
+from kv_transfer.carriers.shm.carrier import ShmCarrier
+from kv_transfer.carriers.shm.memory import SharedMemory
+from kv_transfer.ends.carrier import Carrier
+from kv_transfer.ends.link import MAX_MESSAGE_BYTES
+from kv_transfer.ends.service import KVService
+from kv_transfer.ends.transport import PushTransport
+from kv_transfer.frames.cells import Native
+from kv_transfer.frames.int8 import Int8
+from kv_transfer.frames.layout import KVLayout
 from tandem.config import TandemConfig, parse_config
 from tandem.rpc import bind, make_server
 from tandem.types import Fingerprint
@@ -105,17 +108,17 @@ class Job:
     """One request's transfer, ready to go."""
 
     source: Source
-    target: Target
-    landing: FakeLanding
+    target: TransferTarget
+    reservation: FakeReservation
     # [L, 2, T, K, D] of the whole prompt, as the receiver must have it.
     expected: Tensor
 
     def received(self) -> Tensor:
-        return rows_of(self.landing.pool, self.landing.blocks, range(self.target.prompt_tokens))
+        return rows_of(self.reservation.pool, self.reservation.blocks, range(self.target.prompt_tokens))
 
     def assert_arrived(self) -> None:
-        assert self.landing.first_token is not None
-        assert self.landing.errors == []
+        assert self.reservation.first_token is not None
+        assert self.reservation.errors == []
         assert torch.equal(self.received(), self.expected)
 
 
@@ -139,7 +142,7 @@ class Rig:
         self.wire = wire(KVLayout.of(fingerprint))
         self.transport = transport
         self.address = address
-        self.landings = FakeLandings(fingerprint)
+        self.reservations = FakeReservations(fingerprint)
         self.receiving_pool = random_pool(fingerprint, seed=1)
         self.one_sided = memory is not None
         if memory is not None:
@@ -147,6 +150,8 @@ class Rig:
         make_pool = int8_pool if wire is Int8 else random_pool
         self.sending_pool = self.receiving_pool if shared_pool else make_pool(fingerprint, seed=2)
         self.service: KVService | None = None
+        # The receiving end's, if it is not in the sender's own process.
+        self.receiver: Carrier | None = None
         # Stops the receiving server, if there is one.
         self.stop: Callable[[], Awaitable[object]] = asyncio.Event().wait
         self._free = random.Random(3).sample(range(POOL_BLOCKS), POOL_BLOCKS)
@@ -165,7 +170,7 @@ class Rig:
         count = -(-prompt_tokens // self.fingerprint.block_size)
         blocks = [self._free.pop() for _ in range(count)]
         source_blocks = blocks if self.shared_pool else [self._sending_free.pop() for _ in range(count)]
-        target = Target(
+        target = TransferTarget(
             reservation_id=f"secret-{name}-{attempt}",
             request_id=name,
             attempt=attempt,
@@ -174,19 +179,19 @@ class Rig:
             prompt_tokens=prompt_tokens,
             fingerprint=self.fingerprint,
         )
-        landing = FakeLanding(self.receiving_pool, blocks, target, local=self.shared_pool)
-        landing.one_sided = self.one_sided
-        self.landings.by_id[target.reservation_id] = landing
+        reservation = FakeReservation(self.receiving_pool, blocks, target, local=self.shared_pool)
+        reservation.one_sided = self.one_sided
+        self.reservations.by_id[target.reservation_id] = reservation
         source = Source(self.sending_pool, tuple(source_blocks), KVLayout.of(self.fingerprint))
         expected = rows_of(self.sending_pool, source_blocks, range(prompt_tokens)).clone()
         expected[:, :, :cached_tokens] = rows_of(self.receiving_pool, blocks, range(cached_tokens))
-        return Job(source, target, landing, expected)
+        return Job(source, target, reservation, expected)
 
     def forget(self, job: Job) -> None:
         """Its blocks are for others."""
-        assert job.landing.writers == 0
-        del self.landings.by_id[job.target.reservation_id]
-        self._free += job.landing.blocks
+        assert job.reservation.writers == 0
+        del self.reservations.by_id[job.target.reservation_id]
+        self._free += job.reservation.blocks
         self._sending_free += job.source.blocks
 
     def bytes_of(self, tokens: range, chunk: int) -> int:
@@ -209,7 +214,7 @@ class Rig:
         middle = job.target.prompt_tokens // 2
         async with self.transport.open(job.source, job.target) as sender:
             await sender.send(self.layers, range(middle))
-            await until(lambda: job.landing.touches > 0)
+            await until(lambda: job.reservation.touches > 0)
             await between()
             await sender.send(self.layers, range(middle, job.target.prompt_tokens))
             return await sender.seal(7)
@@ -228,24 +233,24 @@ class Rig:
 
 @asynccontextmanager
 async def local_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
-    landings = FakeLandings(fingerprint)
-    rig = Rig(fingerprint, LocalTransport(landings, Claims()), "", shared_pool=True)
-    rig.landings = landings
+    reservations = FakeReservations(fingerprint)
+    rig = Rig(fingerprint, LocalTransport(reservations), "", shared_pool=True)
+    rig.reservations = reservations
     yield rig
     await rig.transport.aclose()
 
 
 @asynccontextmanager
 async def grpc_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
-    async with _push_rig(fingerprint, config, GrpcTransport(config)) as rig:
+    async with push_rig(fingerprint, config, GrpcCarrier(config.worker), GrpcCarrier(config.worker)) as rig:
         yield rig
 
 
 @asynccontextmanager
 async def int8_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
-    """The grpc transport with the lossy wire dtype, and KV that it does not harm."""
-    config = config.model_copy(update={"worker": config.worker.model_copy(update={"wire_dtype": Int8.name})})
-    async with _push_rig(fingerprint, config, GrpcTransport(config), wire=Int8) as rig:
+    """The grpc carrier with the lossy wire dtype, and KV that it does not harm."""
+    worker = config.worker.model_copy(update={"wire_dtype": Int8.name})
+    async with push_rig(fingerprint, config, GrpcCarrier(worker), GrpcCarrier(worker), wire=Int8) as rig:
         yield rig
 
 
@@ -254,47 +259,52 @@ async def ray_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterat
     """In a process that is part of a Ray cluster: see support/ray_head.py."""
     plasma = connect()
     assert plasma is not None
-    async with _push_rig(fingerprint, config, RayTransport(config, plasma), plasma) as rig:
+    sender, receiver = (RayCarrier(config.worker, plasma) for _ in range(2))
+    async with push_rig(fingerprint, config, sender, receiver) as rig:
         yield rig
 
 
 @asynccontextmanager
 async def shm_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
-    async with _push_rig(fingerprint, config, ShmTransport(config), memory=SharedMemory()) as rig:
+    memory = SharedMemory()
+    sender, receiver = ShmCarrier(config.worker, SharedMemory()), ShmCarrier(config.worker, memory)
+    async with push_rig(fingerprint, config, sender, receiver, memory=memory) as rig:
         yield rig
 
 
 @asynccontextmanager
 async def nixl_rig(fingerprint: Fingerprint, config: TandemConfig) -> AsyncIterator[Rig]:
-    config = config.model_copy(update={"worker": config.worker.model_copy(update={"nixl_devices": "lo"})})
-    async with _push_rig(fingerprint, config, NixlTransport(config), one_sided=True) as rig:
+    worker = config.worker.model_copy(update={"nixl_devices": "lo"})
+    sender, receiver = (NixlCarrier(worker, "cpu") for _ in range(2))
+    async with push_rig(fingerprint, config, sender, receiver, one_sided=True) as rig:
         yield rig
 
 
 @asynccontextmanager
-async def _push_rig(
+async def push_rig(
     fingerprint: Fingerprint,
     config: TandemConfig,
-    transport: Transport,
-    plasma: Plasma | None = None,
+    sender: Carrier,
+    receiver: Carrier,
     memory: SharedMemory | None = None,
     wire: type[Native | Int8] = Native,
     one_sided: bool = False,
 ) -> AsyncIterator[Rig]:
-    landings = FakeLandings(fingerprint)
-    async with serving(landings, config, plasma, memory) as (service, port, stop):
+    """The ends of one carrier, as two workers have them."""
+    reservations, transport = FakeReservations(fingerprint), PushTransport(sender)
+    async with serving(reservations, config, [receiver]) as (service, port, stop):
         rig = Rig(fingerprint, transport, f"127.0.0.1:{port}", shared_pool=False, memory=memory, wire=wire)
         rig.one_sided = rig.one_sided or one_sided
-        rig.landings, rig.service, rig.stop = landings, service, stop
+        rig.reservations, rig.service, rig.stop, rig.receiver = reservations, service, stop, receiver
         yield rig
         await transport.aclose()
 
 
 @asynccontextmanager
 async def serving(
-    landings: FakeLandings, config: TandemConfig, plasma: Plasma | None = None, memory: SharedMemory | None = None
+    reservations: FakeReservations, config: TandemConfig, carriers: Sequence[Carrier]
 ) -> AsyncIterator[tuple[KVService, int, Callable[[], Awaitable[object]]]]:
-    service = KVService(landings, config, Claims(), plasma, memory)
+    service = KVService(reservations, config, carriers)
     server = make_server(MAX_MESSAGE_BYTES)
     server.add_generic_rpc_handlers((service,))
     port = bind(server, "127.0.0.1", 0)

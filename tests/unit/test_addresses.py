@@ -73,7 +73,7 @@ def test_a_worker_checks_its_address_before_it_loads_a_model(
 
     monkeypatch.setattr(main, "EngineThread", never)
     config = load_config(overrides={"worker": worker})
-    assert main.run_rooms(main.WorkerKind(frozenset(Role), lambda _: [], 1), config, "127.0.0.1:1") == 2
+    assert main.run_worker(main.WorkerKind(frozenset(Role), {}), config, "127.0.0.1:1") == 2
     assert words in capsys.readouterr().err
 
 

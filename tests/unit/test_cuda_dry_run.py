@@ -17,9 +17,9 @@ from model_zoo import ARCHITECTURES
 from torch import Tensor
 from transformers import AutoConfig
 
-from kv_transfer.cells import Cells
-from kv_transfer.int8 import Int8
-from kv_transfer.layout import KVLayout
+from kv_transfer.frames.cells import Cells
+from kv_transfer.frames.int8 import Int8
+from kv_transfer.frames.layout import KVLayout
 from tandem.config import parse_config
 from tandem.engine import cuda_attention, kv_sizing, model_runner, sending
 from tandem.engine.cuda_attention import FLASH, FlashFeatures

@@ -252,8 +252,8 @@ from tandem.worker import main
 def lose(*_):
     print("x" * 300_000, file=sys.stderr)
     raise main.DeviceLost("CUDA error: gone")
-main.serve_rooms = lose
-main.run_rooms(None, parse_config({}), "")
+main.serve_worker = lose
+main.run_worker(None, parse_config({}), "")
 """
     ours, theirs = os.pipe()
     with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2], stderr=theirs) as process:
@@ -278,7 +278,7 @@ async def test_an_idle_worker_looks_after_its_device(monkeypatch: pytest.MonkeyP
     )
     monkeypatch.setattr(main, "WATCH_S", 0.01)
     try:
-        watch = asyncio.create_task(main._watch_device(host))
+        watch = asyncio.create_task(main.watch_device(host))
         assert not (await asyncio.wait({watch}, timeout=0.2))[0]
         monkeypatch.setattr("tandem.engine.engine.why_lost", lambda device: "CUDA error: gone")
         with pytest.raises(DeviceLost, match="CUDA error: gone"):

@@ -16,7 +16,7 @@ from tandem.errors import ConfigError
 from tandem.launch.pools import check_pools
 from tandem.launch.worker import worker_kind
 from tandem.types import Role
-from tandem.worker.main import run_rooms
+from tandem.worker.main import run_worker
 
 
 def engine(**settings: Any) -> EngineConfig:
@@ -139,7 +139,7 @@ def test_ray_places_gpus_itself() -> None:
 def test_a_worker_without_a_gpu_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    assert run_rooms(worker_kind(frozenset(Role)), parse_config({"engine": {"device": "cuda"}}), "127.0.0.1:1") == 2
+    assert run_worker(worker_kind(frozenset(Role)), parse_config({"engine": {"device": "cuda"}}), "127.0.0.1:1") == 2
     assert "error: engine.device is cuda, but torch sees no CUDA device here" in capfd.readouterr().err
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kv_frames import COUNTS, MESSAGES, OPEN, accept, data_frame, raw_frame
 
-from kv_transfer.codec import (
+from kv_transfer.frames.codec import (
     MAX_FRAME_BYTES,
     MAX_HEADER_BYTES,
     VERSION,
@@ -22,15 +22,15 @@ from kv_transfer.codec import (
     encode,
     frame_of,
 )
-from kv_transfer.messages import Data, Done, Message, Seal
-from kv_transfer.runs import Runs
+from kv_transfer.frames.messages import Data, Done, KVMessage, Seal
+from kv_transfer.frames.runs import Runs
 from tandem import rpc
 from tandem.config import parse_config
 from tandem.errors import ConfigError, Refused, TransferFailed
 
 
 @given(MESSAGES)
-def test_messages_come_back(message: Message) -> None:
+def test_messages_come_back(message: KVMessage) -> None:
     assert accept(encode(message)) == message
 
 

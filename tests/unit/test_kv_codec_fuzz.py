@@ -11,24 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kv_frames import OPEN, accept, data_frame, raw_frame
 
-from kv_transfer.checksum import crc32
-from kv_transfer.codec import MAX_HEADER_BYTES, encode
-from kv_transfer.messages import (
-    Abandon,
-    Data,
-    Done,
-    Granted,
-    Lent,
-    Locked,
-    Mapped,
-    Place,
-    Placed,
-    Released,
-    Seal,
-    Taken,
-    Writer,
-    Written,
-)
+from kv_transfer.carriers.nixl.messages import Lent, Released, WriterName
+from kv_transfer.carriers.ray.carrier import PlacedData, Taken
+from kv_transfer.carriers.ray.plasma import Place
+from kv_transfer.carriers.shm.messages import Granted, Locked, Mapped
+from kv_transfer.frames.codec import MAX_HEADER_BYTES, encode
+from kv_transfer.frames.messages import Abandon, Data, Done, Seal, Written
+from kv_transfer.frames.runs import crc32
 from tandem.errors import Refused, TransferFailed
 
 MALFORMED = 10_000
@@ -38,12 +27,12 @@ BLOCK_IDS = bytes(range(8))
 GOOD = {
     "open": encode(OPEN),
     "data": data_frame(),
-    "placed": encode(Placed.of(Data(3, 2, 2, 10, 4, 8, 5), Place(b"o" * 28, b"w" * 90))),
+    "placed": encode(PlacedData.of(Data(3, 2, 2, 10, 4, 8, 5), Place(b"o" * 28, b"w" * 90))),
     "written": encode(Written(3, 2, 2, 10, 4, 8, 5)),
     "mapped": encode(Mapped(7, 8, "m" * 32, 1 << 30, 64, 2, crc32(BLOCK_IDS)), BLOCK_IDS),
     "locked": encode(Locked()),
     "granted": encode(Granted()),
-    "writer": encode(Writer("w" * 32)),
+    "writer": encode(WriterName("w" * 32)),
     "lent": encode(Lent("a" * 32, 1 << 46, "cpu", 0, 64, 5, 2, crc32(b"agent" + BLOCK_IDS)), b"agent" + BLOCK_IDS),
     "released": encode(Released("r" * 32)),
     "seal": encode(Seal(1, 2, 3, 4)),

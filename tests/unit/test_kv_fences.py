@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from kv_rig import until
 
-from kv_transfer.fences import Fences
+from kv_transfer.ends.one_sided import Fences
 
 
 class Fenced:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from kv_rig import int8_pool, random_pool, rows_of, shaped
 from torch import Tensor
 
-from kv_transfer.cells import Cells
-from kv_transfer.checksum import crc32
-from kv_transfer.int8 import Int8
-from kv_transfer.layout import KVLayout
-from kv_transfer.wire_dtype import WIRE_DTYPES, wire_dtype
+from kv_transfer.frames.cells import Cells
+from kv_transfer.frames.int8 import Int8
+from kv_transfer.frames.layout import KVLayout
+from kv_transfer.frames.runs import crc32
+from kv_transfer.frames.wire_dtype import WIRE_DTYPES, wire_dtype
 from tandem.config import WorkerConfig
 from tandem.errors import Refused, TransferFailed
 from tandem.types import Fingerprint

@@ -8,7 +8,7 @@ import threading
 import pytest
 from kv_rig import until
 
-from kv_transfer.interrupt import Interrupt
+from kv_transfer.ends.tasks import Interrupt
 from tandem.errors import TransferFailed
 
 

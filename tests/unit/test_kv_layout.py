@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kv_rig import FINGERPRINT, random_pool, rows_of
 
-from kv_transfer.cells import Cells
-from kv_transfer.coverage import Coverage
-from kv_transfer.layout import KVLayout, cut
+from kv_transfer.frames.cells import Cells
+from kv_transfer.frames.layout import Coverage, KVLayout, cut
 from tandem.errors import Refused, TransferFailed
 
 LAYOUT = KVLayout.of(FINGERPRINT)

@@ -1,4 +1,4 @@
-"""Intact frames that make no transfer together: the receiver says so, and writes nowhere but in its landing."""
+"""Intact frames that make no transfer together: the receiver says so, and writes nowhere but in its reservation."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_landings import FakeLanding, FakeLandings
+from kv_reservations import FakeReservation, FakeReservations
 from kv_rig import FINGERPRINT, POOL_BLOCKS, random_pool
 
-from kv_transfer.admission import Admission
-from kv_transfer.base import Counters, Target
-from kv_transfer.cells import Cells
-from kv_transfer.codec import chain_checksum, encode
-from kv_transfer.layout import KVLayout
-from kv_transfer.messages import Abandon, Data, Granted, Locked, Message, Seal, Taken, Writer
-from kv_transfer.receiver import Copied, Receiver
-from kv_transfer.sender import opening_of
-from kv_transfer.wire_dtype import WIRE_DTYPES, wire_dtype
+from kv_transfer.base import Counters, TransferTarget
+from kv_transfer.carriers.nixl.messages import WriterName
+from kv_transfer.carriers.ray.carrier import Taken
+from kv_transfer.carriers.shm.messages import Granted, Locked
+from kv_transfer.ends.admission import TransferAdmission
+from kv_transfer.ends.receiver import Intake, Receiver
+from kv_transfer.ends.sender import opening_of
+from kv_transfer.frames.cells import Cells
+from kv_transfer.frames.codec import chain_checksum, encode
+from kv_transfer.frames.layout import KVLayout
+from kv_transfer.frames.messages import Abandon, Data, KVMessage, Seal
+from kv_transfer.frames.wire_dtype import WIRE_DTYPES, wire_dtype
 from tandem.errors import Refused, TandemError, TransferFailed
 
 PROMPT, BLOCKS = 11, (5, 2)
-TARGET = Target("secret", "r1", 0, "", 0, PROMPT, FINGERPRINT)
+TARGET = TransferTarget("secret", "r1", 0, "", 0, PROMPT, FINGERPRINT)
 TRIES = 300
 # One edit: which frame, what becomes of it, and numbers to use.
 EDITS = st.lists(
@@ -42,7 +45,7 @@ EDITS = st.lists(
     min_size=1,
     max_size=3,
 )
-Frame = tuple[Message, bytes]
+Frame = tuple[KVMessage, bytes]
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +84,14 @@ def edited(frames: list[Frame], edits: list[tuple[str, int, int, int]]) -> list[
         elif kind == "field":
             frames[at] = (with_field(frames[at][0], other, number), frames[at][1])
         elif kind == "kind":
-            others: list[Message] = [Abandon(), Locked(), Granted(), Taken(number % 9), Writer("w")]
+            others: list[KVMessage] = [Abandon(), Locked(), Granted(), Taken(number % 9), WriterName("w")]
             frames[at] = (others[other % len(others)], b"")
         else:
             frames[at] = (opening_of(replace(TARGET, request_id="r2")), b"")
     return frames
 
 
-def with_field(message: Message, which: int, number: int) -> Message:
+def with_field(message: KVMessage, which: int, number: int) -> KVMessage:
     """One of its numbers replaced, by what the schema allows or not."""
     names = [field.name for field in fields(message) if isinstance(getattr(message, field.name), int)]
     changes: dict[str, Any] = {names[which % len(names)]: number} if names else {}
@@ -105,22 +108,22 @@ async def stream(frames: list[Frame]) -> AsyncIterator[bytes]:
 
 
 async def receive(frames: list[Frame], threads: ThreadPoolExecutor) -> str:
-    """What became of the landing. Fails the test for an error of any other sort, and for a write elsewhere."""
+    """What became of the reservation. Fails the test for an error of any other sort, and for a write elsewhere."""
     pool = POOL.clone()
     others = [block for block in range(POOL_BLOCKS) if block not in BLOCKS]
-    before, landing = pool[:, :, others].clone(), FakeLanding(pool, BLOCKS, TARGET)
-    admission = Admission(FakeLandings(FINGERPRINT, {"secret": landing}), None)
+    before, reservation = pool[:, :, others].clone(), FakeReservation(pool, BLOCKS, TARGET)
+    admission = TransferAdmission(FakeReservations(FINGERPRINT, {"secret": reservation}))
     try:
-        await Receiver(admission, threads, 2, Counters(), Copied()).receive(stream(frames), lost)
+        await Receiver(admission, threads, 2, Counters(), Intake()).receive(stream(frames), lost)
     except (TransferFailed, Refused):
-        assert landing.first_token is None
-        assert not landing.given_up
+        assert reservation.first_token is None
+        assert not reservation.given_up
     else:
-        assert not landing.errors
-        assert landing.ended
-    assert landing.writers == 0
+        assert not reservation.errors
+        assert reservation.ended
+    assert reservation.writers == 0
     assert torch.equal(pool[:, :, others], before)
-    return "failed" if landing.errors else "ended" if landing.ended else "untouched"
+    return "failed" if reservation.errors else "ended" if reservation.ended else "untouched"
 
 
 def lost() -> TandemError:

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kv_rig import FINGERPRINT, random_pool
 
-from kv_transfer.cells import Cells
-from kv_transfer.runs import Runs
+from kv_transfer.frames.cells import Cells
+from kv_transfer.frames.runs import Runs
 
 FIRST_CALLS = """
 import time
-from kv_transfer.runs import Runs
+from kv_transfer.frames.runs import Runs
 
 runs, started = Runs.of(bytes(1 << 12)), time.thread_time()
 runs.gathered()

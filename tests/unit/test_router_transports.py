@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from router.pool.transports import RAY_WINS_BYTES, pick
+from router.pool.transports import pick
 from tandem.errors import Unavailable
 from tandem.v1.registry_pb2 import Transport
 
-GRPC = Transport(name="grpc")
-HERE, THERE = (Transport(name="ray", domain="cluster", node=node) for node in ("n1", "n2"))
-SHM = Transport(name="shm", domain="host", node="host")
-NIXL, NIXL_OF_GPUS = (Transport(name="nixl", domain="version", node=node) for node in ("", "cuda"))
-ELSEWHERE = Transport(name="ray", domain="another", node="n1")
+RAY_WINS_BYTES = 16 << 20
+RAY = {"name": "ray", "rank": 10, "least_kv_bytes": RAY_WINS_BYTES}
+GRPC = Transport(name="grpc", rank=1)
+HERE, THERE = (Transport(**RAY, domain="cluster", node=node) for node in ("n1", "n2"))
+SHM = Transport(name="shm", domain="host", rank=30)
+NIXL, NIXL_OF_GPUS = (Transport(name="nixl", domain="version", rank=rank) for rank in (0, 20))
+ELSEWHERE = Transport(**RAY, domain="another", node="n1")
 
 
 @pytest.mark.parametrize(
@@ -29,7 +31,7 @@ ELSEWHERE = Transport(name="ray", domain="another", node="n1")
         ([GRPC, HERE], [THERE, GRPC], "grpc"),
         ([GRPC, HERE], [ELSEWHERE, GRPC], "grpc"),
         ([GRPC, SHM, HERE], [GRPC, SHM, HERE], "shm"),
-        ([GRPC, SHM], [GRPC, Transport(name="shm", domain="another", node="another")], "grpc"),
+        ([GRPC, SHM], [GRPC, Transport(name="shm", domain="another", rank=30)], "grpc"),
         ([GRPC, Transport(name="pigeon", node="n1")], [GRPC, Transport(name="pigeon", node="n1")], "grpc"),
     ],
     ids=[

@@ -27,10 +27,10 @@ async def still_waits(leaving: asyncio.Task[None]) -> bool:
 
 async def test_a_joined_worker_leaves_when_its_router_has_dismissed_it(host: WorkerHost) -> None:
     """An idle one cannot know what the router placed on it before it heard that it drains."""
-    host.linked = True
+    host.expected = True
     leaving = asyncio.create_task(host.until_idle())
     assert await still_waits(leaving)
-    host.dismissed = True
+    host.expected = False
     await asyncio.wait_for(leaving, 2)
 
 

@@ -130,9 +130,9 @@ def _serve_worker(spec: Spec, node: Node, hosted: Hosted) -> None:
     # Read by OpenMP when torch is imported; Ray sets it to its own idea of this process.
     os.environ["OMP_NUM_THREADS"] = str(config.engine.threads)
     from tandem.launch.worker import worker_kind
-    from tandem.worker.main import serve_rooms
+    from tandem.worker.main import serve_worker
 
-    serve_rooms(
+    serve_worker(
         worker_kind(POOLS[spec.pool]),
         config,
         spec.router,
