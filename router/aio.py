@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from tandem.errors import DeadlineExceeded
 
@@ -43,3 +44,46 @@ async def ends_after(seconds: float) -> AsyncIterator[float]:
         if not scope.expired():
             raise
         raise DeadlineExceeded(f"the request's deadline of {seconds:.3g} s passed") from None
+
+
+class Scope:
+    """A part of a task that others may end.
+
+        open ──its body ends──▶ left
+          ├──────end──────────▶ its body is cancelled ──▶ left
+          └──────fail─────────▶ its body is cancelled ──▶ left, raising the error
+
+    The first end counts; an error counts before one that the body raises because of it.
+    """
+
+    def __init__(self) -> None:
+        self._timeout = asyncio.timeout(None)
+        self._error: Exception | None = None
+        self._open = False
+
+    def end(self, within_s: float = 0.0) -> None:
+        """within_s: the body has so long to end by itself."""
+        if self._open and self._error is None and not self._timeout.expired():
+            self._timeout.reschedule(asyncio.get_running_loop().time() + within_s)
+
+    def fail(self, error: Exception) -> None:
+        if self._open and self._error is None and not self._timeout.expired():
+            self.end()
+            self._error = error
+
+    async def __aenter__(self) -> Self:
+        await self._timeout.__aenter__()
+        self._open = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._open, ended = False, False
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError:
+            ended = True
+        if self._error is not None and (ended or isinstance(error, Exception)):
+            raise self._error from None
+        return ended

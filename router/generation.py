@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -32,19 +33,11 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self._started_s = time.monotonic()
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> None:
-        async def emit(event: Event) -> None:
-            try:
-                async with asyncio.timeout(STALL_S):
-                    await context.write(event_to_wire(event))
-            except TimeoutError:
-                raise Cancelled(f"the client has taken nothing for {STALL_S:g} s") from None
-            except grpc.aio.BaseError as error:
-                # gRPC's handling of a client that left can reach the write before it cancels this call.
-                raise Cancelled("the client left") from error
-
         with RequestLog(new_id()) as entry:
             await _identify(entry, context)
-            await self._orchestrator.generate(request, context.time_remaining(), emit, entry)
+            async with aclosing(self._orchestrator.generate(request, context.time_remaining(), entry)) as events:
+                async for event in events:
+                    await _write(event, context)
 
     async def Embed(self, request: generation_pb2.EmbedRequest, context: Any) -> generation_pb2.EmbedResponse:
         with RequestLog(new_id()) as entry:
@@ -79,6 +72,18 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         return [] if model is None else [model_to_wire(model)]
 
 
+async def _write(event: Event, context: Any) -> None:
+    """Raises Cancelled when nobody takes it."""
+    try:
+        async with asyncio.timeout(STALL_S):
+            await context.write(event_to_wire(event))
+    except TimeoutError:
+        raise Cancelled(f"the client has taken nothing for {STALL_S:g} s") from None
+    except grpc.aio.BaseError as error:
+        # gRPC's handling of a client that left can reach the write before it cancels this call.
+        raise Cancelled("the client left") from error
+
+
 async def _identify(entry: RequestLog, context: Any) -> None:
     """Takes the client's own id of the request, and gives it back; the trailing metadata has it, or ours. Raises
     InvalidRequest.
@@ -86,7 +91,7 @@ async def _identify(entry: RequestLog, context: Any) -> None:
     try:
         entry.take_client_id([value for key, value in context.invocation_metadata() or () if key == ID_HEADER])
     finally:
-        context.set_trailing_metadata(((ID_HEADER, entry.told_id),))
+        context.set_trailing_metadata(((ID_HEADER, entry.header_id),))
     if not entry.client_id:
         return  # a message by itself would cost every call a tenth of a millisecond, and Accepted tells ours
     try:
@@ -96,17 +101,17 @@ async def _identify(entry: RequestLog, context: Any) -> None:
 
 
 async def _integrity(worker: Worker, wanted: bool) -> registry_pb2.Integrity | None:
-    return await worker.check_integrity(INTEGRITY_TIMEOUT_S) if wanted else None
+    return await worker.link.check_integrity(INTEGRITY_TIMEOUT_S) if wanted else None
 
 
 def _worker_status(worker: Worker, check: registry_pb2.Integrity | None) -> generation_pb2.WorkerStatus:
     return generation_pb2.WorkerStatus(
-        hello=worker.hello,
+        hello=worker.reported.hello,
         load=worker.load,
-        heartbeat_age_ms=(time.monotonic() - worker.heard_s) * 1000,
+        heartbeat_age_ms=(time.monotonic() - worker.reported.at_s) * 1000,
         draining=worker.draining,
         integrity=check,
-        cached_blocks=len(worker.prefixes),
+        cached_blocks=len(worker.reported.prefixes),
     )
 
 

@@ -98,9 +98,9 @@ class OpenAIDoor:
             return self._exchange(request, body, shape, [chat_request(body, list(prompt_ids), model.max_model_len)])
 
     async def _body(self, request: Request) -> bytes:
-        """Not looked at while no request would be taken in, whatever it is. Raises Impolite, and as check_room."""
+        """Not looked at while no request would be taken in, whatever it is. Raises Impolite, and as check_limits."""
         data = await read_body(request, self._limit)
-        await self._orchestrator.check_room()
+        await self._orchestrator.check_limits()
         return data
 
     async def _token_ids(self, prompt: Prompt, limit: int) -> Prompt:

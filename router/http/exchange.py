@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
@@ -17,7 +18,7 @@ from router.http.fields import Request
 from router.life.request import Orchestrator
 from router.life.request_log import RequestLog
 from tandem.errors import Cancelled, TandemError
-from tandem.types import Accepted, ChoiceFinished, Completed, Delta, Event, Usage
+from tandem.types import Accepted, ChoiceFinished, Completed, Delta, Usage
 from tandem.v1 import generation_pb2
 
 Requests = Sequence[generation_pb2.GenerateRequest]
@@ -38,20 +39,20 @@ async def run_all(
     turn = asyncio.Lock()
 
     async def run(place: int, request: generation_pb2.GenerateRequest) -> None:
-        async def emit(event: Event) -> None:
-            match event:
-                case Delta():
-                    async with turn:
-                        await take(place * request.n + event.choice, event)
-                case ChoiceFinished():
-                    answer.finish(place * request.n + event.choice, event)
-                case Completed():
-                    usages[place] = event.usage
-                case Accepted():
-                    for progress in answer.choices[place * request.n : (place + 1) * request.n]:
-                        progress.prompt_tokens = event.prompt_tokens
-
-        await orchestrator.generate(request, None, emit, entry, part=place if len(requests) > 1 else None)
+        part = place if len(requests) > 1 else None
+        async with aclosing(orchestrator.generate(request, None, entry, part=part)) as events:
+            async for event in events:
+                match event:
+                    case Delta():
+                        async with turn:
+                            await take(place * request.n + event.choice, event)
+                    case ChoiceFinished():
+                        answer.finish(place * request.n + event.choice, event)
+                    case Completed():
+                        usages[place] = event.usage
+                    case Accepted():
+                        for progress in answer.choices[place * request.n : (place + 1) * request.n]:
+                            progress.prompt_tokens = event.prompt_tokens
 
     with first_error():
         async with asyncio.TaskGroup() as tasks:

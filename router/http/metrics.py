@@ -25,8 +25,8 @@ _PHASES = {name.removesuffix("_ms"): span for name, span in SPANS.items() if nam
 _OF_A_WORKER: tuple[tuple[str, str, Callable[[Worker], float]], ...] = (
     ("up", "1 while requests can be placed on it.", lambda worker: worker.routable),
     ("draining", "1 while it takes no new work.", lambda worker: worker.draining),
-    ("heartbeat_age_seconds", "Since it was heard last.", lambda worker: time.monotonic() - worker.heard_s),
-    ("kv_blocks", "Blocks of its pool.", lambda worker: worker.hello.total_blocks),
+    ("heartbeat_age_seconds", "Since it was heard last.", lambda worker: time.monotonic() - worker.reported.at_s),
+    ("kv_blocks", "Blocks of its pool.", lambda worker: worker.reported.hello.total_blocks),
     ("kv_blocks_free", "Of them free.", lambda worker: worker.load.free_blocks),
     ("kv_blocks_quarantined", "Of ended requests, still written into.", lambda worker: worker.load.quarantined_blocks),
     ("queued_prompt_tokens", "Prompt tokens not yet computed.", lambda worker: worker.load.queued_prompt_tokens),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import aclosing
 
 from router.life.request import Orchestrator
 from router.life.request_log import RequestLog, new_id
 from tandem.errors import TandemError, Unavailable
 from tandem.timeline import Phase
-from tandem.types import ChoiceFinished, Event, SamplingParams
+from tandem.types import ChoiceFinished, SamplingParams
 from tandem.v1 import generation_pb2
 from tandem.wire import sampling_to_wire
 
@@ -47,13 +48,12 @@ class Probe:
         request.token_ids.ids.append(0)
         try:
             with RequestLog(f"ready-{new_id()}", logging.DEBUG) as entry:
-                await self._orchestrator.generate(request, PATIENCE_S, self._note, entry, counted=False)
+                async with aclosing(self._orchestrator.generate(request, PATIENCE_S, entry, counted=False)) as events:
+                    async for event in events:
+                        if isinstance(event, ChoiceFinished):
+                            assert Phase.DECODE_STARTED in event.report.timeline.marks, "two tokens were asked for"
+                            self._proof = event
             self._problem = None
         except TandemError as error:
             self._problem = Unavailable(f"not ready: {error.message}") if type(error) is Unavailable else error
         self._asked_s = time.monotonic()
-
-    async def _note(self, event: Event) -> None:
-        if isinstance(event, ChoiceFinished):
-            assert Phase.DECODE_STARTED in event.report.timeline.marks, "two tokens were asked for"
-            self._proof = event

@@ -32,7 +32,7 @@ class RequestIds:
                 entry.status = message["status"]
                 if entry.status < 400 and scope["method"] in _ASKING:
                     entry.level = logging.DEBUG  # probes and scrapes
-                message = {**message, "headers": [*message["headers"], (ID_HEADER.encode(), entry.told_id.encode())]}
+                message = {**message, "headers": [*message["headers"], (ID_HEADER.encode(), entry.header_id.encode())]}
             await send(message)
 
         with entry:

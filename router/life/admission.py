@@ -96,8 +96,8 @@ def deadline_s(remaining_s: float | None, config: RouterConfig) -> float:
     return min(config.default_deadline_s if remaining_s is None else remaining_s, config.max_deadline_s)
 
 
-class Gate:
-    """Counts the requests in the house, each as often as it has answers: those are what workers and memory feel."""
+class ConcurrencyLimit:
+    """Counts live requests, each as often as it has answers: those are what workers and memory feel."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -112,7 +112,7 @@ class Gate:
 
     @contextmanager
     def enter(self, answers: int = 1) -> Iterator[None]:
-        """Raises Overloaded when they do not fit into the house now, InvalidRequest when they never will."""
+        """Raises Overloaded when they do not fit in now, InvalidRequest when they never will."""
         self.check(answers)
         if self._inside + answers > self._limit:
             words = f"{self._inside} answers are under way, and {answers} more would be too many"

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from router.aio import first_error
-from router.life.attempt import Attempt, Brief
-from router.life.output import ChoiceOutput, Step
+from router.life.attempt import Attempt, ChoiceSpec
+from router.life.emit_pacer import EmitPacer
+from router.life.events import EventStream
+from router.life.output import ChoiceOutput
 from router.pool.registry import Registry
 from router.pool.transports import GRPC
-from tandem.errors import InternalError, TandemError, TransferFailed
+from tandem.errors import TandemError, TransferFailed
 from tandem.process import logs
 from tandem.timeline import Phase
-from tandem.types import ChoiceFinished, Delta, Event, RequestReport
+from tandem.types import ChoiceFinished, Delta, RequestReport
 from tandem.v1 import worker_pb2
 
-Emit = Callable[[Event], Coroutine[Any, Any, None]]
 # Gets why an attempt is followed by another one, and the transport that it used.
 OnRetry = Callable[[TandemError, str], None]
 
@@ -33,26 +31,30 @@ class Choice:
            └── cancel, deadline, a worker's failure or loss ──▶ released ──▶ raises
 
     The second attempt finds the prompt in the prefill worker's cache and samples the same first token (law 1), which
-    the client is not given again. Of an attempt, one task reads the Prefill call, one waits for the mailbox to fail,
-    and this one hands tokens to the client: a slow client neither hides a loss nor delays a release. Only handing over
-    the first token outlives its attempt: a write that has begun cannot be taken back.
+    the client is not given again. `run` is a task of its own; what the client is given is made when the door takes it
+    (`_take`): a slow client neither hides a loss nor delays a release.
     """
 
-    def __init__(self, brief: Brief, output: ChoiceOutput, registry: Registry, emit: Emit, on_retry: OnRetry) -> None:
-        self._brief = brief
+    def __init__(
+        self,
+        spec: ChoiceSpec,
+        output: ChoiceOutput,
+        registry: Registry,
+        pacer: EmitPacer,
+        events: EventStream,
+        on_retry: OnRetry,
+    ) -> None:
+        self._spec = spec
         self._output = output
         self._registry = registry
-        self._emit = emit
+        self._pacer = pacer
+        self._events = events
         self._on_retry = on_retry
-        self.timeline = brief.timeline
-        self._attempt = Attempt(brief, registry)
-        # Of the first token, once the client has it or is about to.
-        self._first_id: int | None = None
-        # Ends with the choice, not with an attempt.
-        self._tasks: asyncio.TaskGroup
-        # Why it was ended from outside.
-        self._doom: TandemError | None = None
-        self._log = logs.of_request(__name__, brief.request.request_id)
+        self.timeline = spec.timeline
+        # Ids of the tokens that the client has, or is about to; the first alone is ever needed again.
+        self._given: tuple[int, ...] = ()
+        self._attempt = self._make_attempt(spec)
+        self._log = logs.of_request(__name__, spec.request.request_id)
 
     @property
     def prefill_worker(self) -> str:
@@ -82,90 +84,61 @@ class Choice:
         """The furthest phase that the router knows of now; the report says when the workers' phases began."""
         if self.timeline.phase is not Phase.FIRST_TOKEN:
             return self.timeline.phase
-        if self._attempt.box.decoding_since_ms is not None:
+        if self._attempt.inbox.decoding_since_ms is not None:
             return Phase.DECODE_STARTED
-        return Phase.FIRST_TOKEN if self._attempt.sealed is None else Phase.KV_SEALED
-
-    def fail(self, error: TandemError) -> None:
-        """Ends the choice from outside."""
-        self._doom = error
-        self._attempt.box.fail(error)
+        return Phase.FIRST_TOKEN if self._attempt.inbox.sealed is None else Phase.KV_SEALED
 
     async def run(self) -> None:
         """Raises a TandemError unless the choice ends by stop or length."""
-        with first_error():
-            async with asyncio.TaskGroup() as self._tasks:
-                await self._answer()
+        while True:
+            try:
+                await self._attempt.run()
+                break
+            except TransferFailed as error:
+                self._attempt = self._again(error)
         self._log.debug("finished: %s, %d tokens", self._output.reason, self.output_tokens)
-        await self._emit(self._finished())
+        self._events.put(self._finished())
 
-    async def _answer(self) -> None:
+    def _make_attempt(self, spec: ChoiceSpec) -> Attempt:
+        return Attempt(spec, self._registry, self._pacer, lambda: self._events.offer(self._take), self._given)
+
+    def _again(self, error: TransferFailed) -> Attempt:
+        """An attempt that goes on from what the client has. Raises the error when there is none."""
+        if self._spec.request.attempt > 0 or self.output_tokens > 1:
+            raise error  # all tokens that the client has would have to be matched; only the first is
+        self._log.warning("attempt 0 by %s failed, once more by %s: %s", self._attempt.transport, GRPC, error)
+        self._on_retry(error, self._attempt.transport)
+        self._spec = replace(self._spec, request=replace(self._spec.request, attempt=1), transport=GRPC)
+        return self._make_attempt(self._spec)
+
+    def _take(self) -> Delta | None:
+        """What is new for the client; None for nothing."""
+        if self.whole:
+            return None
         try:
-            await self._try(self._attempt)
-        except TransferFailed as error:
-            if self._doom is not None:
-                raise self._doom from None
-            if self.output_tokens > 1:
-                raise  # the second attempt's would have to be matched with what the client has; only the first is
-            self._log.warning("attempt 0 by %s failed, once more by %s: %s", self._attempt.transport, GRPC, error)
-            self._on_retry(error, self._attempt.transport)
-            self._attempt = Attempt(self._second_brief(), self._registry)
-            await self._try(self._attempt)
-
-    def _second_brief(self) -> Brief:
-        return replace(self._brief, request=replace(self._brief.request, attempt=1), transport=GRPC)
-
-    async def _try(self, attempt: Attempt) -> None:
-        attempt.place()
-        try:
-            with first_error():
-                async with asyncio.TaskGroup() as tasks:
-                    watch = tasks.create_task(attempt.box.watch())
-                    await self._serve(attempt, tasks)
-                    watch.cancel()
-        finally:
-            await attempt.release()
-
-    async def _serve(self, attempt: Attempt, tasks: asyncio.TaskGroup) -> None:
-        await attempt.reserve()
-        prefill = tasks.create_task(attempt.prefill())
-        repeated = self._first_id is not None
-        while self._output.reason is None:
-            steps = await attempt.box.take()
-            if repeated:
-                steps, repeated = self._without_first(steps), False
-            await self._give(steps)
-        self.timeline.mark(Phase.FINISHED)
-        await attempt.settle(prefill)
-
-    async def _give(self, steps: list[Step]) -> None:
-        tokens, text = self._output.push(steps)
-        if not tokens and self._output.reason is None:
-            return
-        telling = self._emit(Delta(self._brief.index, tokens, text, self._output.reason, self._output.stop))
-        if self._first_id is None:
-            self._first_id = tokens[0].id
-            await asyncio.shield(self._tasks.create_task(telling))  # whoever emits next waits for it: they take turns
-        else:
-            await telling
-
-    def _without_first(self, steps: list[Step]) -> list[Step]:
-        """Of a second attempt, what the first has not told."""
-        again = steps[0].tokens[0].id
-        if again != self._first_id:
-            raise InternalError(f"the first token was {self._first_id}, the second attempt says {again}")
-        return steps[1:]
+            tokens, text = self._output.push(self._attempt.inbox.take())
+        except Exception as error:  # a bug: the choice ends by it
+            self._attempt.scope.fail(error)
+            return None
+        if self.whole:
+            self.timeline.mark(Phase.FINISHED)
+            self._attempt.answered()
+        elif not tokens:
+            return None
+        self._given = self._given or (tokens[0].id,)
+        return Delta(self._spec.index, tokens, text, self._output.reason, self._output.stop)
 
     # Reporting.
 
     def _finished(self) -> ChoiceFinished:
         reason = self._output.reason
         assert reason is not None
-        return ChoiceFinished(self._brief.index, reason, self.output_tokens, self._report(), self._output.stop)
+        return ChoiceFinished(self._spec.index, reason, self.output_tokens, self._report(), self._output.stop)
 
     def _report(self) -> RequestReport:
         self._mark_handoff()
-        summary = worker_pb2.TransferSummary() if self._attempt.sealed is None else self._attempt.sealed.summary
+        sealed = self._attempt.inbox.sealed
+        summary = worker_pb2.TransferSummary() if sealed is None else sealed.summary
         return RequestReport(
             timeline=self.timeline,
             kv_bytes=summary.bytes,
@@ -180,20 +153,21 @@ class Choice:
 
     def _mark_handoff(self) -> None:
         """Places what the workers measured between the first token and the first decode tokens, on this clock."""
-        first_ms, arrived_ms = self._attempt.first_ms, self._attempt.box.decoding_since_ms
+        inbox, first_ms = self._attempt.inbox, self._attempt.first_ms
+        arrived_ms = inbox.decoding_since_ms
         assert first_ms is not None, "an answer has a first token"
         if arrived_ms is not None:
             # Two connections: decode tokens can overtake the first token.
             arrived_ms = max(arrived_ms, first_ms)
-        if self._attempt.sealed is not None:
+        if inbox.sealed is not None:
             latest_ms = self.timeline.marks[Phase.FINISHED] if arrived_ms is None else arrived_ms
-            self.timeline.mark(Phase.KV_SEALED, min(first_ms + self._attempt.sealed.after_first_token_ms, latest_ms))
+            self.timeline.mark(Phase.KV_SEALED, min(first_ms + inbox.sealed.after_first_token_ms, latest_ms))
         if arrived_ms is not None:
             self.timeline.mark(Phase.DECODE_STARTED, self._decode_started_ms(arrived_ms))
 
     def _decode_started_ms(self, arrived_ms: float) -> float:
         """The end of the first decode step: measured from the seal if the workers said so, else its arrival here."""
-        sealed_ms = self.timeline.marks.get(Phase.KV_SEALED)
-        if sealed_ms is None or self._attempt.box.decode_gap_ms is None:
+        sealed_ms, gap_ms = self.timeline.marks.get(Phase.KV_SEALED), self._attempt.inbox.decode_gap_ms
+        if sealed_ms is None or gap_ms is None:
             return arrived_ms
-        return min(sealed_ms + self._attempt.box.decode_gap_ms, arrived_ms)
+        return min(sealed_ms + gap_ms, arrived_ms)

@@ -1,8 +1,8 @@
-"""Token ids to text, one id at a time."""
+"""Token ids to text, one id at a time, and what is taken out of the text again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 # The last prompt ids that decide how the first output id is spelled (its leading space).
@@ -12,6 +12,8 @@ MAX_PENDING = 8
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 # Signs of an incomplete character at the end of a text: one for all of its bytes, or, in sentencepiece's way, for each.
 _MAX_INCOMPLETE = 3
+# Characters of the spellings that are replaced (" .", " n't", " 've" and so on): none reaches over any other character.
+_INVOLVED = frozenset(" .?!,'ntmsver")
 
 
 class Decoder(Protocol):
@@ -68,3 +70,29 @@ class Detokenizer:
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special)
+
+
+class CleanUp:
+    """What transformers takes out of a decoded text (`clean_up_tokenization_spaces`), in a stream of pieces.
+
+    It holds back the end of the text that later pieces may still change.
+    """
+
+    def __init__(self, clean: Callable[[str], str]) -> None:
+        """clean: of a whole text, transformers' own."""
+        self._clean = clean
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """The text that is sure now."""
+        sure = next((place for place in range(len(piece), 0, -1) if piece[place - 1] not in _INVOLVED), 0)
+        if not sure:
+            self._held += piece
+            return ""
+        text, self._held = self._held + piece[:sure], piece[sure:]
+        return self._clean(text)
+
+    def flush(self) -> str:
+        """What was held back, when the text has ended."""
+        text, self._held = self._held, ""
+        return self._clean(text)

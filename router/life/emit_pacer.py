@@ -14,7 +14,7 @@ BURST = 64
 INTERVAL_S = 0.001
 
 
-class Turns:
+class EmitPacer:
     """RATE choices a second hand over what they have, whoever has waited longest first.
 
     With few tokens about, a turn comes at once. With many, the tokens of several steps go in one message: that keeps a

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from router.life.admission import Admitted
-from router.life.cleanup import CleanUp
-from router.life.detokenizer import Detokenizer
+from router.life.detokenizer import CleanUp, Detokenizer
 from router.life.stop_strings import StopStrings
 from router.tokenizer import Tokenizer
 from tandem.types import FinishReason, Token

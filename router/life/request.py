@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from router.aio import ends_after, first_error, first_of
-from router.life.admission import Admission, Admitted, AdmittedEmbed, Gate, answers_of, deadline_s
-from router.life.attempt import Brief
-from router.life.choice import Choice, Emit, OnRetry
+from router.aio import Scope, ends_after, first_error, first_of
+from router.life.admission import Admission, Admitted, AdmittedEmbed, ConcurrencyLimit, answers_of, deadline_s
+from router.life.attempt import ChoiceSpec
+from router.life.choice import Choice
 from router.life.embedding import EmbedJob
+from router.life.emit_pacer import EmitPacer
+from router.life.events import EventStream
 from router.life.output import output_of
-from router.life.request_log import RequestLog
+from router.life.request_log import Placed, RequestLog
 from router.placement import Demand
 from router.pool.pace import OutputShare, check_deadline
 from router.pool.registry import Registry
@@ -37,25 +39,14 @@ STALL_S = 30.0
 _LEAST = Demand(1, 1)
 
 
-class Job(Protocol):
+class Job(Placed, Protocol):
     """A part of a request: one of n choices, or all inputs of an Embed call."""
 
     timeline: Timeline
 
     @property
-    def prefill_worker(self) -> str:
-        """Its id, for reports; empty until placed."""
-
-    @property
-    def decode_worker(self) -> str:
-        """As prefill_worker."""
-
-    @property
     def phase(self) -> Phase:
         """The furthest phase that it is known to have reached."""
-
-    def fail(self, error: errors.TandemError) -> None:
-        """Ends it from outside."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +56,8 @@ class Live:
     request_id: str
     timeline: Timeline
     jobs: tuple[Job, ...]
+    # Failed from outside, it ends by that error.
+    scope: Scope = field(default_factory=Scope)
 
 
 class Observer(Protocol):
@@ -80,6 +73,28 @@ class Observer(Protocol):
         """A request ended, or was refused: "ok", or its error's code."""
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of `generate`."""
+
+    request_id: str
+    entry: RequestLog
+    observers: tuple[Observer, ...]
+    timeline: Timeline = field(default_factory=Timeline)
+    events: EventStream = field(default_factory=EventStream)
+
+    def emitted(self, event: Event) -> None:
+        """Its client is about to be given it."""
+        self.entry.emitted(event)
+        if isinstance(event, ChoiceFinished):
+            for observer in self.observers:
+                observer.answered(event)
+
+    def retried(self, reason: errors.TandemError, transport: str) -> None:
+        for observer in self.observers:
+            observer.retried(reason, transport)
+
+
 class Orchestrator:
     """Every door calls `generate`; who is live and how others ended is counted here.
 
@@ -90,7 +105,8 @@ class Orchestrator:
         self._config = config
         self._registry = registry
         self._admission = admission
-        self._gate = Gate(config.max_live_requests)
+        self._limit = ConcurrencyLimit(config.max_live_requests)
+        self._pacer = EmitPacer()
         self._output = OutputShare()
         self._live: dict[str, Live] = {}
         self._idle = asyncio.Event()
@@ -110,42 +126,82 @@ class Orchestrator:
         answers, prompts = sum(map(answers_of, requests)), len(requests)
         field = "n" if answers > prompts else "prompt"
         asked = f"prompt x n ({prompts} x {answers // prompts})" if answers > prompts > 1 else field
-        self._gate.check(answers, field, asked)
+        self._limit.check(answers, field, asked)
 
     async def generate(
         self,
         request: generation_pb2.GenerateRequest,
         remaining_s: float | None,
-        emit: Emit,
         entry: RequestLog,
         *,
         part: int | None = None,
         counted: bool = True,
-    ) -> None:
-        """Emits the events of one request; returns after Completed, or raises a TandemError.
+    ) -> AsyncGenerator[Event, None]:
+        """The events of one request, up to Completed. Raises a TandemError.
 
-        remaining_s: the caller's deadline. emit is never called twice at once, and its waiting slows the request
-        down, not the workers. Cancelling the call releases everything. entry: of what its client asked for; part: of
-        several such requests. counted: observers hear of it.
+        remaining_s: the caller's deadline. Who is slow to ask for the next event slows the request down, not the
+        workers. Closing the generator releases everything (contextlib.aclosing). entry: of what its client asked for;
+        part: of several such requests. counted: observers hear of it.
         """
         request_id = entry.request_id if part is None else f"{entry.request_id}-{part}"
-        timeline, observers = Timeline(), tuple(self.observers) if counted else ()
-        with _observed(observers):
-            async with self._room(remaining_s, answers_of(request)) as deadline:
-                admitted = await self._admission.admit(request, request_id)
-                timeline.mark(Phase.ADMITTED)
+        call = _Call(request_id, entry, tuple(self.observers) if counted else ())
+        # A task of its own, which goes on while its client reads: losses and deadlines wait for nobody.
+        life = asyncio.create_task(self._live_through(call, request, remaining_s))
+        life.add_done_callback(lambda _: call.events.close())
+        try:
+            while (event := await call.events.next()) is not None:
+                call.emitted(event)
+                yield event
+            await life
+        finally:
+            life.cancel()
+            await asyncio.wait({life})
+            if not life.cancelled():
+                life.exception()  # raised above, or of no interest to whoever has left
+
+    async def _live_through(
+        self, call: _Call, request: generation_pb2.GenerateRequest, remaining_s: float | None
+    ) -> None:
+        with _observed(call.observers):
+            async with self._within_limits(remaining_s, answers_of(request)) as deadline:
+                admitted = await self._admission.admit(request, call.request_id)
+                call.timeline.mark(Phase.ADMITTED)
                 self.check_open()
                 demand = Demand(len(admitted.prompt_ids), admitted.sampling.max_tokens)
                 self._check_deadline(demand, admitted.n, admitted.block_names, deadline)
-                hand_over = _one_at_a_time(emit, entry, observers)
-                await self._run(admitted, timeline, deadline, hand_over, _each_told(observers), entry)
+                await self._run(call, admitted, deadline)
 
-    async def check_room(self) -> None:
+    async def _run(self, call: _Call, admitted: Admitted, deadline: float) -> None:
+        choices = tuple(self._choice(call, admitted, index, deadline) for index in range(admitted.n))
+        call.entry.model, call.entry.tag = admitted.model.name, admitted.user_tag
+        async with self._counted(Live(call.request_id, call.timeline, choices), call.entry):
+            call.events.put(Accepted(call.request_id, len(admitted.prompt_ids)))
+            try:
+                with first_error():
+                    async with asyncio.TaskGroup() as tasks:
+                        for choice in choices:
+                            tasks.create_task(choice.run())
+            finally:
+                for choice in choices:
+                    self._output.ended(choice.output_tokens, admitted.sampling.max_tokens if choice.whole else 0)
+            output_tokens = sum(choice.output_tokens for choice in choices)
+            usage = Usage(len(admitted.prompt_ids), output_tokens, choices[0].cached_prompt_tokens)
+            call.events.put(Completed(usage))
+            await call.events.drained()
+
+    def _choice(self, call: _Call, admitted: Admitted, index: int, deadline: float) -> Choice:
+        request = admitted.choice(index)
+        marks = replace(call.timeline, marks=dict(call.timeline.marks))
+        spec = ChoiceSpec(index, request, admitted.block_names, deadline, marks, self._config.transport)
+        output = output_of(admitted, self._admission.tokenizer)
+        return Choice(spec, output, self._registry, self._pacer, call.events, call.retried)
+
+    async def check_limits(self) -> None:
         """For doors, before they look at a request without a deadline. Raises Unavailable or Overloaded when `generate`
         would refuse it now whatever it is; observers hear of it.
         """
         try:
-            async with self._room(None):
+            async with self._within_limits(None):
                 pass
         except errors.TandemError as error:
             for observer in self.observers:
@@ -153,9 +209,9 @@ class Orchestrator:
             raise
 
     @asynccontextmanager
-    async def _room(self, remaining_s: float | None, answers: int = 1) -> AsyncIterator[float]:
-        """As _let_in. Most of those that are refused cost no more than this."""
-        async with self._let_in(remaining_s, answers) as deadline:
+    async def _within_limits(self, remaining_s: float | None, answers: int = 1) -> AsyncIterator[float]:
+        """As _within_concurrency. Most of those that are refused cost no more than this."""
+        async with self._within_concurrency(remaining_s, answers) as deadline:
             self._check_deadline(_LEAST, 1, (), deadline)
             yield deadline
 
@@ -182,7 +238,7 @@ class Orchestrator:
     ) -> generation_pb2.EmbedResponse:
         """Raises a TandemError. Cancelling the call releases everything."""
         with _observed(tuple(self.observers)):
-            async with self._let_in(remaining_s) as deadline:
+            async with self._within_concurrency(remaining_s) as deadline:
                 return await self._embed(request, Timeline(), deadline, entry)
 
     async def _embed(
@@ -199,10 +255,10 @@ class Orchestrator:
             return await job.run()
 
     @asynccontextmanager
-    async def _let_in(self, remaining_s: float | None, answers: int = 1) -> AsyncIterator[float]:
-        """Yields the deadline on the event loop's clock. Raises as Gate.enter, Unavailable or DeadlineExceeded."""
+    async def _within_concurrency(self, remaining_s: float | None, answers: int = 1) -> AsyncIterator[float]:
+        """Yields the deadline on the event loop's clock. Raises Unavailable, DeadlineExceeded, or as the limit."""
         self.check_open()
-        with self._gate.enter(answers):
+        with self._limit.enter(answers):
             async with ends_after(deadline_s(remaining_s, self._config)) as deadline:
                 yield deadline
 
@@ -217,8 +273,7 @@ class Orchestrator:
         if self._live:
             log.warning("%d requests are still live: ending them", len(self._live))
         for live in self._live.values():
-            for job in live.jobs:
-                job.fail(errors.Unavailable("the router stopped before the request had ended"))
+            live.scope.fail(errors.Unavailable("the router stopped before the request had ended"))
         with suppress(TimeoutError):
             async with asyncio.timeout(END_S):
                 await self._idle.wait()
@@ -228,40 +283,6 @@ class Orchestrator:
         if self._closing:
             raise errors.Unavailable("the router is stopping")
 
-    async def _run(
-        self,
-        admitted: Admitted,
-        timeline: Timeline,
-        deadline: float,
-        emit: Emit,
-        on_retry: OnRetry,
-        entry: RequestLog,
-    ) -> None:
-        choices = tuple(
-            self._choice(admitted, index, timeline, deadline, emit, on_retry) for index in range(admitted.n)
-        )
-        entry.model, entry.tag = admitted.model.name, admitted.user_tag
-        async with self._counted(Live(admitted.request_id, timeline, choices), entry):
-            await emit(Accepted(admitted.request_id, len(admitted.prompt_ids)))
-            try:
-                with first_error():
-                    async with asyncio.TaskGroup() as tasks:
-                        for choice in choices:
-                            tasks.create_task(choice.run())
-            finally:
-                for choice in choices:
-                    self._output.ended(choice.output_tokens, admitted.sampling.max_tokens if choice.whole else 0)
-            await emit(Completed(_usage(admitted, choices)))
-
-    def _choice(
-        self, admitted: Admitted, index: int, timeline: Timeline, deadline: float, emit: Emit, on_retry: OnRetry
-    ) -> Choice:
-        request = admitted.choice(index)
-        marks = replace(timeline, marks=dict(timeline.marks))
-        brief = Brief(index, request, admitted.block_names, deadline, marks, self._config.transport)
-        output = output_of(admitted, self._admission.tokenizer)
-        return Choice(brief, output, self._registry, emit, on_retry)
-
     @asynccontextmanager
     async def _counted(self, live: Live, entry: RequestLog) -> AsyncIterator[None]:
         """The one place where an accepted request begins and ends (law 2)."""
@@ -270,7 +291,8 @@ class Orchestrator:
         self._live[live.request_id] = live
         self._idle.clear()
         try:
-            yield
+            async with live.scope:
+                yield
             self.finished += 1
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError | errors.Cancelled | errors.DeadlineExceeded):
@@ -310,33 +332,3 @@ def _observed(observers: tuple[Observer, ...]) -> Iterator[None]:
     finally:
         for observer in observers:
             observer.ended(outcome)
-
-
-def _one_at_a_time(emit: Emit, entry: RequestLog, observers: tuple[Observer, ...]) -> Emit:
-    lock = asyncio.Lock()
-
-    async def locked(event: Event) -> None:
-        entry.heard(event)
-        if isinstance(event, ChoiceFinished):
-            for observer in observers:
-                observer.answered(event)
-        async with lock:
-            await emit(event)
-
-    return locked
-
-
-def _each_told(observers: tuple[Observer, ...]) -> OnRetry:
-    def tell(reason: errors.TandemError, transport: str) -> None:
-        for observer in observers:
-            observer.retried(reason, transport)
-
-    return tell
-
-
-def _usage(admitted: Admitted, choices: tuple[Choice, ...]) -> Usage:
-    return Usage(
-        prompt_tokens=len(admitted.prompt_ids),
-        output_tokens=sum(choice.output_tokens for choice in choices),
-        cached_prompt_tokens=choices[0].cached_prompt_tokens,
-    )

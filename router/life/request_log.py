@@ -60,7 +60,7 @@ class RequestLog:
         self._first_s: float | None = None
 
     @property
-    def told_id(self) -> str:
+    def header_id(self) -> str:
         """What the answer's header says."""
         return self.client_id or self.request_id
 
@@ -74,7 +74,7 @@ class RequestLog:
             raise InvalidRequest(words, field=ID_HEADER)
         self.client_id = value
 
-    def heard(self, event: Event) -> None:
+    def emitted(self, event: Event) -> None:
         """What its client is about to be given."""
         match event:
             case Accepted():

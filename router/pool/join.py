@@ -28,7 +28,7 @@ class JoinService(registry_pb2_grpc.RegistryServicer):
         cause: TandemError = Unavailable("its Join stream broke")
         try:
             await first_of(
-                self._hear(worker, context), self._direct(worker, context), worker.serve(), worker.wait_lost()
+                self._heartbeats(worker, context), self._direct(worker, context), worker.serve(), worker.wait_lost()
             )
             cause = Unavailable("it left" if worker.draining else "its connection ended")
         except TandemError as error:
@@ -36,7 +36,7 @@ class JoinService(registry_pb2_grpc.RegistryServicer):
             raise
         finally:
             self._registry.remove(worker, cause)
-            await worker.close()
+            await worker.link.close()
 
     async def _read(self, context: Any) -> registry_pb2.Heartbeat | None:
         """None when the worker has closed its side."""
@@ -47,9 +47,9 @@ class JoinService(registry_pb2_grpc.RegistryServicer):
         except TimeoutError:
             raise Silent(f"no heartbeat for {self._config.heartbeat_timeout_s:g} s") from None
 
-    async def _hear(self, worker: Worker, context: Any) -> None:
+    async def _heartbeats(self, worker: Worker, context: Any) -> None:
         while (heartbeat := await self._read(context)) is not None:
-            worker.hear(heartbeat)
+            worker.heartbeat(heartbeat)
 
     async def _direct(self, worker: Worker, context: Any) -> None:
         welcome = registry_pb2.Welcome(heartbeat_interval_ms=round(self._config.heartbeat_interval_s * 1000))

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 
 import tandem
-from router.life.emit_pacer import Turns
 from router.placement import NEVER_CAME, Demand, WorkerView, blocks_for, choose, choose_prefill
 from router.pool.pace import Ahead, PrefillPace
 from router.pool.worker import Worker
@@ -46,8 +45,6 @@ class Registry:
         # How the last worker of a role went, if none has come since; the latest one last.
         self._gone: dict[Role, str] = {}
         self._closed = False
-        # Of all choices of this router, whatever workers they are on.
-        self.turns = Turns()
 
     @property
     def workers(self) -> tuple[Worker, ...]:
@@ -56,7 +53,7 @@ class Registry:
     @property
     def model(self) -> ModelInfo | None:
         """What is served; None while nobody is joined."""
-        return next((worker.model for worker in self._workers.values()), None)
+        return next((worker.reported.model for worker in self._workers.values()), None)
 
     def served(self) -> ModelInfo:
         """Raises Unavailable, saying why, while nobody is joined."""
@@ -81,10 +78,10 @@ class Registry:
         """What a request would meet now, and the tokens of its prompt that it would have computed. Raises as choose."""
         views = {view.worker_id: view for view in self.snapshot(block_names)}
         placement = choose(tuple(views.values()), demand, self.absent())
-        view, stream = views[placement.decode], self[placement.decode].subscription
+        view, stream = views[placement.decode], self[placement.decode].books.subscription
         missing = blocks_for(demand.kv_tokens, view.block_size) * answers - view.free_blocks
         ahead = Ahead(
-            prefill=self[placement.prefill].prefill_pace,
+            prefill=self[placement.prefill].books.prefill_pace,
             decode=stream.pace,
             placed=stream.placed,
             decoding=stream.decoding,
@@ -94,7 +91,8 @@ class Registry:
 
     def prefill_pace(self, prompt_tokens: int) -> PrefillPace:
         """The pace of the worker that such a prompt would be computed by now. Raises as choose."""
-        return self[choose_prefill(self.snapshot(), prompt_tokens, self.absent()).worker_id].prefill_pace
+        view = choose_prefill(self.snapshot(), prompt_tokens, self.absent())
+        return self[view.worker_id].books.prefill_pace
 
     def admit(self, first: registry_pb2.Heartbeat) -> Worker:
         """Takes a worker in, in place of an older link to the same process. Raises Refused saying what does not fit."""
@@ -115,7 +113,7 @@ class Registry:
 
     def _taken(self, hello: registry_pb2.Hello) -> str | None:
         older = self._workers.get(hello.worker_id)
-        return None if older is None or older.is_same_process(hello) else "a live worker has this worker_id"
+        return None if older is None or older.reported.is_same_process(hello) else "a live worker has this worker_id"
 
     def _misfit(self, hello: registry_pb2.Hello) -> str | None:
         if hello.version != tandem.__version__:
@@ -193,8 +191,8 @@ def _label(name: str, text: str) -> tuple[bool, str]:
 def _difference(model: ModelInfo, other: Worker) -> str | None:
     """Every field counts, not only the fingerprint: the router validates requests once, for all workers."""
     for name in ("name", "vocab_size", "max_model_len", "eos_token_ids"):
-        mine, theirs = getattr(model, name), getattr(other.model, name)
+        mine, theirs = getattr(model, name), getattr(other.reported.model, name)
         if mine != theirs:
             return f"model {name} {mine} against {theirs} of worker {other.id}"
-    difference = model.fingerprint.difference(other.model.fingerprint)
+    difference = model.fingerprint.difference(other.reported.model.fingerprint)
     return None if difference is None else f"{difference} of worker {other.id}"

@@ -25,7 +25,7 @@ PROMPT_S = 100.0
 def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
     """The prefill workers'."""
     clock = ManualClock()
-    monkeypatch.setattr("router.pool.worker.PrefillPace", lambda: PrefillPace(clock))
+    monkeypatch.setattr("router.pool.books.PrefillPace", lambda: PrefillPace(clock))
     return clock
 
 

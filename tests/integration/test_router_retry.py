@@ -99,7 +99,7 @@ async def test_a_client_with_its_first_token_is_not_refused(monkeypatch: pytest.
     """However long the second attempt's prompt would wait by what was measured."""
     clock = ManualClock()
     pace = PrefillPace(clock)
-    monkeypatch.setattr("router.pool.worker.PrefillPace", lambda: pace)
+    monkeypatch.setattr("router.pool.books.PrefillPace", lambda: pace)
     async with open_house(configuration(transport="ray")) as house:
         prefill, decode = await house.pair(transports=TWO_WAYS)
         prefill.hold("seal")

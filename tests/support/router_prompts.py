@@ -16,8 +16,7 @@ keep_torch_out()
 
 from router.http.chat_template import chat_template_of  # noqa: E402
 from router.http.fields import Message  # noqa: E402
-from router.life.cleanup import CleanUp  # noqa: E402
-from router.life.detokenizer import Detokenizer  # noqa: E402
+from router.life.detokenizer import CleanUp, Detokenizer  # noqa: E402
 from router.life.output import ChoiceOutput, Step  # noqa: E402
 from router.tokenizer import Tokenizer  # noqa: E402
 from tandem.config import ModelConfig  # noqa: E402

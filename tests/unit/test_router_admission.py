@@ -10,7 +10,15 @@ import pytest
 import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from router.life.admission import MAX_LABEL_CHARS, Admission, Admitted, Gate, answers_of, choice_seed, deadline_s
+from router.life.admission import (
+    MAX_LABEL_CHARS,
+    Admission,
+    Admitted,
+    ConcurrencyLimit,
+    answers_of,
+    choice_seed,
+    deadline_s,
+)
 from router.life.request_log import new_id
 from router.tokenizer import INLINE_CHARS, Tokenizer, most_bytes_of_a_token
 from tandem.config import TINY_MODEL, ModelConfig, RouterConfig
@@ -133,28 +141,28 @@ async def test_an_unknown_model_is_told_what_is_served() -> None:
     assert (await admit(ids(1, model="tiny"))).model is MODEL
 
 
-def test_the_gate_counts_who_is_inside() -> None:
-    gate = Gate(1)
-    with gate.enter():
-        with pytest.raises(Overloaded) as caught, gate.enter():
+def test_the_limit_counts_who_is_inside() -> None:
+    limit = ConcurrencyLimit(1)
+    with limit.enter():
+        with pytest.raises(Overloaded) as caught, limit.enter():
             pass
         assert caught.value.retry_after_ms
-    with pytest.raises(TandemError), gate.enter():
+    with pytest.raises(TandemError), limit.enter():
         raise TandemError("left by an error")
-    with gate.enter():
+    with limit.enter():
         pass
 
 
-def test_the_gate_counts_answers() -> None:
-    gate = Gate(4)
-    with gate.enter(3):
-        with pytest.raises(Overloaded, match="3 answers are under way, and 2 more"), gate.enter(2):
+def test_the_limit_counts_answers() -> None:
+    limit = ConcurrencyLimit(4)
+    with limit.enter(3):
+        with pytest.raises(Overloaded, match="3 answers are under way, and 2 more"), limit.enter(2):
             pass
-        with gate.enter(1):
+        with limit.enter(1):
             pass
-    with pytest.raises(InvalidRequest, match="5 answers at once; the most this router takes is 4"), gate.enter(5):
+    with pytest.raises(InvalidRequest, match="5 answers at once; the most this router takes is 4"), limit.enter(5):
         pass
-    with gate.enter(4):
+    with limit.enter(4):
         pass
     assert [answers_of(GenerateRequest(n=n)) for n in (0, 1, 7, 10**6)] == [1, 1, 7, MAX_CHOICES]
 

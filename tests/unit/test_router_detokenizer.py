@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from router.life.cleanup import CleanUp
-from router.life.detokenizer import MAX_PENDING, Detokenizer
+from router.life.detokenizer import MAX_PENDING, CleanUp, Detokenizer
 from router.life.output import ChoiceOutput, Step
 from tandem.types import FinishReason, Token
 

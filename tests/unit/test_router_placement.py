@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from router.placement import Demand, Placement, WorkerView, choose
-from router.pool.ledger import Ledger
+from router.pool.books import Ledger
 from tandem.errors import InvalidRequest, Unavailable
 from tandem.types import Role
 

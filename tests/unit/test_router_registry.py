@@ -39,7 +39,7 @@ async def registry() -> AsyncIterator[Registry]:
     yield registry
     for worker in registry.workers:
         registry.remove(worker, Unavailable("the test is over"))
-        await worker.close()
+        await worker.link.close()
 
 
 @pytest.fixture
@@ -51,17 +51,17 @@ async def test_drain_sends_the_directive_and_places_nothing_more(registry: Regis
     registry.drain("w")
     assert worker.directives.get_nowait().HasField("drain")
     assert worker.view().draining
-    worker.hear(registry_pb2.Heartbeat(draining=False))
+    worker.heartbeat(registry_pb2.Heartbeat(draining=False))
     assert worker.view().draining, "a heartbeat that left before the directive came changes nothing"
 
 
 async def test_a_draining_worker_is_dismissed_once_nothing_depends_on_it(worker: Worker) -> None:
     """What was placed before it drained may still be on its way: its own pools cannot tell."""
     worker.attach("live", Role.DECODE, lambda error: None)
-    worker.hear(registry_pb2.Heartbeat(draining=True))
+    worker.heartbeat(registry_pb2.Heartbeat(draining=True))
     assert worker.directives.empty()
     worker.detach("live", Role.DECODE)
-    worker.hear(registry_pb2.Heartbeat(draining=True))
+    worker.heartbeat(registry_pb2.Heartbeat(draining=True))
     assert worker.directives.get_nowait().HasField("dismiss")
     assert worker.directives.empty(), "said once"
 
@@ -69,7 +69,7 @@ async def test_a_draining_worker_is_dismissed_once_nothing_depends_on_it(worker:
 async def test_a_worker_that_does_not_drain_is_not_dismissed(worker: Worker) -> None:
     worker.attach("live", Role.DECODE, lambda error: None)
     worker.detach("live", Role.DECODE)
-    worker.hear(registry_pb2.Heartbeat())
+    worker.heartbeat(registry_pb2.Heartbeat())
     assert worker.directives.empty()
 
 
@@ -79,7 +79,7 @@ async def test_set_roles_drops_at_once_and_adds_when_the_worker_says_so(registry
     directive = worker.directives.get_nowait()
     assert roles_from_wire(list(directive.set_roles.roles)) == {Role.DECODE}
     assert worker.roles == frozenset()
-    worker.hear(heartbeat(roles=frozenset({Role.DECODE})))
+    worker.heartbeat(heartbeat(roles=frozenset({Role.DECODE})))
     assert worker.roles == {Role.DECODE}
     assert worker.view().roles == frozenset(), "its token stream is not open"
 
@@ -100,14 +100,14 @@ async def test_directives_are_bounded(registry: Registry, worker: Worker) -> Non
 
 
 async def test_the_view_counts_what_was_placed_since_the_heartbeat(worker: Worker) -> None:
-    worker.queued.place("r", 20)
-    worker.promised.place("r", 4)
+    worker.books.queued.place("r", 20)
+    worker.books.promised.place("r", 4)
     view = worker.view()
     assert (view.queued_prompt_tokens, view.free_blocks, view.live_requests) == (23, 6, 1)
-    worker.queued.taken("r", 2)
-    worker.promised.taken("r", 2)
+    worker.books.queued.taken("r", 2)
+    worker.books.promised.taken("r", 2)
     load = registry_pb2.Load(free_blocks=5, queued_prompt_tokens=20, reservations=1)
-    worker.hear(registry_pb2.Heartbeat(load=load, number=2))
+    worker.heartbeat(registry_pb2.Heartbeat(load=load, number=2))
     view = worker.view()
     assert (view.queued_prompt_tokens, view.free_blocks, view.live_requests) == (20, 5, 1)
 
@@ -164,15 +164,15 @@ async def test_the_view_knows_which_leading_blocks_the_worker_has(registry: Regi
     assert (view.cached_blocks, view.cache_size) == (2, 2)
     assert worker.view().cached_blocks == 0
     lost = cache_changes_to_wire(CacheChanges(lost=(names[1],)))
-    worker.hear(registry_pb2.Heartbeat(prefix_cache=lost))
+    worker.heartbeat(registry_pb2.Heartbeat(prefix_cache=lost))
     assert worker.view(names).cached_blocks == 1
 
 
 async def test_a_worker_that_joins_again_starts_with_an_empty_index(registry: Registry) -> None:
     first = heartbeat()
     first.prefix_cache.CopyFrom(cache_changes_to_wire(CacheChanges(gained=tuple(chain_hashes(None, [1] * 16, 16)))))
-    assert len(registry.admit(first).prefixes) == 1
-    assert len(registry.admit(heartbeat()).prefixes) == 0
+    assert len(registry.admit(first).reported.prefixes) == 1
+    assert len(registry.admit(heartbeat()).reported.prefixes) == 0
 
 
 async def test_a_worker_with_broken_names_is_refused(registry: Registry) -> None:
@@ -194,11 +194,11 @@ async def test_a_refused_worker_takes_nobody_else_out(registry: Registry, worker
 async def test_a_later_hello_changes_roles_and_nothing_else(worker: Worker) -> None:
     later = heartbeat("another", roles=ONLY_PREFILL)
     later.hello.address = "127.0.0.1:2"
-    worker.hear(later)
+    worker.heartbeat(later)
     assert worker.roles == ONLY_PREFILL
-    assert (worker.id, worker.hello.worker_id, worker.hello.address) == ("w", "w", "127.0.0.1:1")
+    assert (worker.id, worker.reported.hello.worker_id, worker.reported.hello.address) == ("w", "w", "127.0.0.1:1")
     later.hello.ClearField("roles")
-    worker.hear(later)
+    worker.heartbeat(later)
     assert worker.roles == ONLY_PREFILL
 
 
@@ -207,5 +207,5 @@ async def test_nothing_is_expected_of_a_worker_without_a_prefix_cache(registry: 
     first.hello.prefix_cache = False
     worker = registry.admit(first)
     names = chain_hashes(None, list(range(48)), 16)
-    worker.prefixes.expect(names)
+    worker.reported.prefixes.expect(names)
     assert worker.view(names).cached_blocks == 0
