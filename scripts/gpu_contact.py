@@ -23,8 +23,8 @@ import torch
 
 from kv_transfer.frames.cells import Cells
 from tandem.config import parse_config
+from tandem.engine.backends.cuda.attention import FLASH, paged_attention_cuda
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.engine.cuda_attention import FLASH, paged_attention_cuda
 from tandem.engine.engine import Engine
 from tandem.engine.sequence import Emission, Failed, Sequence
 from tandem.types import EngineRequest, SamplingParams

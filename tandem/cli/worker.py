@@ -10,8 +10,8 @@ import typer
 
 from tandem.cli.console import reported
 from tandem.cli.options import AdvertiseOption, LogOptions, RouterOption, ServedOptions
-from tandem.engine.cores import usable_cores
-from tandem.engine.gpus import take_gpu
+from tandem.engine.backends.cores import usable_cores
+from tandem.engine.backends.cuda.gpus import take_gpu
 from tandem.errors import ConfigError
 from tandem.launch.cores import pin
 from tandem.process.entry import end_process, starting

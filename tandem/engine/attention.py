@@ -1,8 +1,8 @@
 """The one attention function that every model calls, by way of transformers' AttentionInterface.
 
 transformers hands over query, key and value of all tokens of a step in one row, and passes the step's metadata
-through the forward's keyword arguments. Each layer's options are recorded once at load (see examination.py), where
-anything this function would not honour is refused.
+through the forward's keyword arguments. Each layer's options are recorded once at load (see loading/examination.py),
+where anything this function would not honour is refused.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tandem.engine import masks
 from tandem.engine.batch import AttentionOptions, PagedBatch
+from tandem.engine.loading import masks
 from tandem.errors import ModelRefused
 
 # Of the attention that serves; models build no masks for it.

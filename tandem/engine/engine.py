@@ -12,16 +12,16 @@ from torch import nn
 
 from tandem.config import EngineConfig, TandemConfig
 from tandem.engine.backends.cpu.memory import use_huge_pages
+from tandem.engine.backends.cuda.device import DeviceLost, first_line, is_lost, require_device, why_lost
 from tandem.engine.block_pool import BlockPool, BlockTable
-from tandem.engine.cuda_device import DeviceLost, first_line, is_lost, require_device, why_lost
 from tandem.engine.kv_cache import Allocate, KVCache, count_blocks
 from tandem.engine.kv_progress import KVProgress
-from tandem.engine.model_loader import LoadedModel, load_model
+from tandem.engine.loading.model_loader import LoadedModel, load_model
+from tandem.engine.loading.self_check import require_exactness, tokens_checked
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.pooler import Pooler
 from tandem.engine.sampler import Sampler, stop_ids
 from tandem.engine.scheduler import Scheduler, StepPlan
-from tandem.engine.self_check import require_exactness, tokens_checked
 from tandem.engine.sequence import (
     Embedded,
     Emission,
@@ -102,7 +102,7 @@ class Engine:
         if config.device == "cpu":
             return count_blocks(config, self.fingerprint, least)
         # Imported late: one device's kernels must not be needed, or compiled, on the other.
-        from tandem.engine.kv_sizing import attention_obstacles, blocks_left
+        from tandem.engine.loading.kv_sizing import attention_obstacles, blocks_left
 
         if obstacles := attention_obstacles(loaded):
             log.warning(

@@ -15,8 +15,8 @@ from torch import Tensor
 from tandem.engine.attention import PagedAttention, Step
 from tandem.engine.batch import PagedBatch
 from tandem.engine.kv_cache import KVCache
-from tandem.engine.last_layer import LastLayer
-from tandem.engine.model_loader import LoadedModel
+from tandem.engine.loading.last_layer import LastLayer
+from tandem.engine.loading.model_loader import LoadedModel
 from tandem.engine.scheduler import StepPlan
 from tandem.engine.sending import send
 
@@ -172,6 +172,6 @@ def _functions(device: str) -> tuple[PagedAttention, Any]:
 
     if device == "cpu":
         return paged_attention_cpu, write_kv
-    from tandem.engine.cuda_attention import paged_attention_cuda
+    from tandem.engine.backends.cuda.attention import paged_attention_cuda
 
     return paged_attention_cuda, write_kv

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from tandem.config import EngineConfig
+from tandem.engine.backends.cores import usable_cores
 from tandem.engine.backends.cpu.memory import tune_allocator
-from tandem.engine.cores import usable_cores
 
 
 def tune_process(config: EngineConfig) -> None:

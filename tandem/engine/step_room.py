@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from tandem.engine.cuda_device import free_memory
+from tandem.engine.backends.cuda.device import free_memory
 from tandem.engine.scheduler import Scheduler, StepPlan
 
 log = logging.getLogger(__name__)

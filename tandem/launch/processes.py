@@ -12,8 +12,8 @@ from typing import Self
 
 from tandem.client import AsyncClient, ServiceStatus
 from tandem.config import TandemConfig
-from tandem.engine.cores import usable_cores
-from tandem.engine.gpus import VARIABLE, share_gpus
+from tandem.engine.backends.cores import usable_cores
+from tandem.engine.backends.cuda.gpus import VARIABLE, share_gpus
 from tandem.errors import ConfigError, DeadlineExceeded, TandemError, Unavailable
 from tandem.launch.child_process import Backoff, ChildProcess, Output, ProcessSpec
 from tandem.launch.cores import share_cores

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tandem.addresses import dialable
 from tandem.config import TandemConfig, load_config
-from tandem.engine.gpus import take_gpu
+from tandem.engine.backends.cuda.gpus import take_gpu
 from tandem.errors import TandemError
 
 

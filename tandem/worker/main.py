@@ -17,7 +17,7 @@ from kv_transfer.carriers.table import make_carriers
 from kv_transfer.ends.carrier import PoolMemory
 from tandem.addresses import ANY_ADDRESS, check_listening
 from tandem.config import TandemConfig, WorkerConfig
-from tandem.engine.cuda_device import DeviceLost, first_line, is_lost
+from tandem.engine.backends.cuda.device import DeviceLost, first_line, is_lost
 from tandem.engine.process import tune_process
 from tandem.errors import ConfigError, TandemError
 from tandem.process import descriptors, logs

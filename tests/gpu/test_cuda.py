@@ -65,8 +65,8 @@ def test_fp32_tokens_equal_transformers(architecture: str, chunk: int, tmp_path:
 def test_attention_is_as_the_reference_has_it(page: int, window: int, rows: tuple[int, int]) -> None:
     """Pages of 256 are read in place from torch 2.12 on; others are gathered."""
     from tandem.engine.backends.cpu.attention import reference_attention
+    from tandem.engine.backends.cuda.attention import paged_attention_cuda, why_not_flash
     from tandem.engine.batch import AttentionOptions, PagedBatch
-    from tandem.engine.cuda_attention import paged_attention_cuda, why_not_flash
 
     heads, kv_heads, dim, contexts = 8, 2, 64, [300, 400]
     torch.manual_seed(0)
@@ -142,7 +142,7 @@ def test_a_lost_device_is_told_from_a_bug() -> None:
     """In a process of its own, whose GPU context does not outlive it."""
     script = """
 import torch
-from tandem.engine.cuda_device import is_lost
+from tandem.engine.backends.cuda.device import is_lost
 from tandem.out_of_memory import is_out_of_memory
 try:
     torch.empty(1 << 60, dtype=torch.uint8, device="cuda")

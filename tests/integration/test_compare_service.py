@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from loadtest.compare.model import Comparison
 from tandem.cli.app import app
-from tandem.engine.cores import usable_cores
+from tandem.engine.backends.cores import usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 BOUND_S = 240.0

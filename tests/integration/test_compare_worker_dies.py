@@ -24,7 +24,7 @@ from loadtest.schedule.plan import Plan
 from loadtest.schedule.workloads import Lengths
 from tandem.cli.bench.compare import settings_of
 from tandem.config import load_config
-from tandem.engine.cores import usable_cores
+from tandem.engine.backends.cores import usable_cores
 from tandem.launch.processes import Supervisor
 
 pytestmark = [

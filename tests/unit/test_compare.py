@@ -24,7 +24,7 @@ from loadtest.runner import Arrival
 from loadtest.schedule.plan import Plan
 from loadtest.schedule.workloads import LoadRequest
 from loadtest.targets.target import Served
-from tandem.engine.cores import usable_cores
+from tandem.engine.backends.cores import usable_cores
 from tandem.errors import ConfigError
 
 TTFT: Goodput = {"ttft": 1000}

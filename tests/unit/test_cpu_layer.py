@@ -17,7 +17,7 @@ from tandem.engine.backends.cpu.kernels.tile import registers_suffice
 from tandem.engine.backends.cpu.layer import FusedLayer
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.kv_cache import KVCache
-from tandem.engine.model_loader import LoadedModel, load_model
+from tandem.engine.loading.model_loader import LoadedModel, load_model
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.scheduler import Chunk, StepPlan
 from tandem.engine.sequence import Sequence

@@ -11,10 +11,10 @@ import torch
 from fake_cuda import check_arguments
 from torch import Tensor
 
-from tandem.engine import cuda_attention
 from tandem.engine.backends.cpu.attention import reference_attention
+from tandem.engine.backends.cuda import attention as cuda_attention
+from tandem.engine.backends.cuda.attention import FlashFeatures, paged_attention_cuda, why_not_flash, why_not_pages
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.engine.cuda_attention import FlashFeatures, paged_attention_cuda, why_not_flash, why_not_pages
 
 HEADS, KV_HEADS = 6, 2
 LATEST = FlashFeatures(window=True, pages=True, gqa=True, splits=True)

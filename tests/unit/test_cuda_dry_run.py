@@ -21,11 +21,13 @@ from kv_transfer.frames.cells import Cells
 from kv_transfer.frames.int8 import Int8
 from kv_transfer.frames.layout import KVLayout
 from tandem.config import parse_config
-from tandem.engine import cuda_attention, kv_sizing, model_runner, sending
-from tandem.engine.cuda_attention import FLASH, FlashFeatures
+from tandem.engine import model_runner, sending
+from tandem.engine.backends.cuda import attention as cuda_attention
+from tandem.engine.backends.cuda.attention import FLASH, FlashFeatures
 from tandem.engine.engine import Engine
 from tandem.engine.kv_cache import block_bytes
-from tandem.engine.self_check import _Case
+from tandem.engine.loading import kv_sizing
+from tandem.engine.loading.self_check import _Case
 from tandem.engine.sequence import Emission, Failed, NewToken
 from tandem.engine.sequence import Sequence as EngineSequence
 from tandem.errors import ConfigError, TransferFailed
@@ -53,7 +55,7 @@ SAMPLINGS = [
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     # Whether `generate` goes on is read of numbers that do not exist.
-    monkeypatch.setattr("tandem.engine.self_check._Check._generated", _as_if_generated)
+    monkeypatch.setattr("tandem.engine.loading.self_check._Check._generated", _as_if_generated)
     monkeypatch.setattr(cuda_attention, "varlen_attn", checked(cuda_attention.varlen_attn))
     with fake_cuda(monkeypatch) as device:
         yield device

@@ -19,7 +19,7 @@ from engine_driver import EngineDriver
 
 from tandem.config import TINY_MODEL, parse_config
 from tandem.engine.backends.cpu.fusion import unfuse_layers
-from tandem.engine.cuda_device import DeviceLost, is_lost
+from tandem.engine.backends.cuda.device import DeviceLost, is_lost
 from tandem.engine.engine import Engine
 from tandem.engine.scheduler import Chunk, StepPlan
 from tandem.engine.sequence import Failed, KVWritten, NewToken, Sequence, Started

@@ -12,7 +12,7 @@ from tokenizer_zoo import edit
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from tandem.config import TINY_MODEL, ModelConfig
-from tandem.engine.end_tokens import end_token_ids
+from tandem.engine.loading.end_tokens import end_token_ids
 
 
 def ends(folder: Path, load_format: str = "auto") -> tuple[int, ...]:

@@ -10,8 +10,8 @@ import torch
 from command_line import one_line, tandem
 
 from tandem.config import EngineConfig, parse_config
-from tandem.engine import gpus
-from tandem.engine.gpus import VARIABLE, count_gpus, share_gpus, take_gpu
+from tandem.engine.backends.cuda import gpus
+from tandem.engine.backends.cuda.gpus import VARIABLE, count_gpus, share_gpus, take_gpu
 from tandem.errors import ConfigError
 from tandem.launch.pools import check_pools
 from tandem.launch.worker import worker_kind

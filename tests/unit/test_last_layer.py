@@ -12,10 +12,10 @@ from tandem.config import parse_config
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.engine import Engine
 from tandem.engine.kv_cache import KVCache
-from tandem.engine.last_layer import LastLayer
-from tandem.engine.model_loader import LoadedModel, load_model
+from tandem.engine.loading.last_layer import LastLayer
+from tandem.engine.loading.model_loader import LoadedModel, load_model
+from tandem.engine.loading.self_check import check_exactness
 from tandem.engine.model_runner import ModelRunner
-from tandem.engine.self_check import check_exactness
 
 HIDDEN = 64
 

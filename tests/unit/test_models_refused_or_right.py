@@ -29,7 +29,7 @@ from tandem.engine.backends.cpu.kernels.tile import registers_suffice
 from tandem.engine.backends.cpu.layer import FusedLayer
 from tandem.engine.batch import AttentionOptions
 from tandem.engine.engine import Engine
-from tandem.engine.model_loader import load_model
+from tandem.engine.loading.model_loader import load_model
 from tandem.errors import ModelRefused
 from tandem.types import SamplingParams
 

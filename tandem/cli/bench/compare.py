@@ -19,7 +19,7 @@ from tandem.cli.bench.options import ObjectiveOptions, SearchOptions, WorkloadOp
 from tandem.cli.console import make_console, reported
 from tandem.cli.options import ServedOptions
 from tandem.config import TandemConfig
-from tandem.engine.cores import usable_cores
+from tandem.engine.backends.cores import usable_cores
 from tandem.errors import ConfigError
 from tandem.launch.cores import pin
 from tandem.launch.processes import Supervisor

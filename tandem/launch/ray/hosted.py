@@ -14,7 +14,7 @@ from enum import StrEnum
 from functools import partial
 
 from tandem.config import TandemConfig
-from tandem.engine.cores import usable_cores
+from tandem.engine.backends.cores import usable_cores
 from tandem.errors import Refused, TandemError
 from tandem.launch.ray.plan import POOLS, Spec
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tandem.engine.failures import in_words, of_the_machine
+from tandem.engine.loading.failures import in_words, of_the_machine
 
 # Largest difference that we accept, as a share of the largest value of the same row of the original's output.
 TOLERANCE = 1e-5

@@ -18,11 +18,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from tandem.config import TandemConfig
 from tandem.engine.batch import AttentionOptions
-from tandem.engine.checkpoint import load_whole
-from tandem.engine.end_tokens import end_token_ids
-from tandem.engine.examination import examine
-from tandem.engine.failures import in_words, of_the_machine, refusing
 from tandem.engine.kv_cache import LAYOUT_VERSION
+from tandem.engine.loading.checkpoint import load_whole
+from tandem.engine.loading.end_tokens import end_token_ids
+from tandem.engine.loading.examination import examine
+from tandem.engine.loading.failures import in_words, of_the_machine, refusing
 from tandem.errors import ConfigError, ModelRefused, TandemError
 from tandem.hub import source_of
 from tandem.types import Fingerprint, ModelInfo

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tandem.config import EngineConfig
-from tandem.engine.gpus import seen
+from tandem.engine.backends.cuda.gpus import seen
 from tandem.errors import ConfigError
 from tandem.out_of_memory import is_out_of_memory
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tandem.engine.attention import Tail, spread
 from tandem.engine.batch import PagedBatch
-from tandem.engine.failures import of_the_machine
+from tandem.engine.loading.failures import of_the_machine
 
 log = logging.getLogger(__name__)
 

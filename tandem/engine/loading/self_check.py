@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from tandem.engine.block_pool import BlockPool
-from tandem.engine.examination import as_transformers, examine, require_keys_and_values
-from tandem.engine.failures import refusing
-from tandem.engine.model_loader import LoadedModel
+from tandem.engine.loading.examination import as_transformers, examine, require_keys_and_values
+from tandem.engine.loading.failures import refusing
+from tandem.engine.loading.model_loader import LoadedModel
+from tandem.engine.loading.thresholds import SHORT, named_lengths, shortened
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.scheduler import Chunk, StepPlan
 from tandem.engine.sequence import Sequence
-from tandem.engine.thresholds import SHORT, named_lengths, shortened
 from tandem.errors import ModelRefused
 from tandem.types import EngineRequest, ModelInfo, SamplingParams
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 
 from tandem.config import EngineConfig
+from tandem.engine.backends.cuda.attention import why_not_flash, why_not_pages
 from tandem.engine.block_pool import BlockPool, BlockTable
-from tandem.engine.cuda_attention import why_not_flash, why_not_pages
 from tandem.engine.kv_cache import DTYPES, KVCache, block_bytes
-from tandem.engine.model_loader import LoadedModel
+from tandem.engine.loading.model_loader import LoadedModel
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import Sampler
 from tandem.engine.scheduler import Chunk, StepPlan

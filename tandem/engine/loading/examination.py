@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 
 from tandem.engine import attention
 from tandem.engine.batch import AttentionOptions
-from tandem.engine.failures import refusing
+from tandem.engine.loading.failures import refusing
 from tandem.errors import ModelRefused
 
 # Layers of transformers' caches that keep nothing else; their subclasses keep more.
