@@ -19,8 +19,8 @@ import torch
 from roofs import measure_roofs
 
 from tandem.config import TandemConfig, parse_config
+from tandem.engine.backends.backend import tune_process
 from tandem.engine.engine import Emission, Engine
-from tandem.engine.process import tune_process
 from tandem.engine.sequence import Failed, NewToken, Sequence
 from tandem.types import EngineRequest, SamplingParams
 

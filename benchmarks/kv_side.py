@@ -31,9 +31,9 @@ from kv_transfer.ends.transport import PushTransport
 from kv_transfer.frames.layout import KVLayout
 from kv_transfer.frames.runs import Runs
 from tandem.config import TandemConfig, parse_config
+from tandem.engine.backends.backend import Allocate, backend_for, tune_process
 from tandem.engine.backends.cpu.memory import use_huge_pages
-from tandem.engine.kv_cache import Allocate, KVCache
-from tandem.engine.process import tune_process
+from tandem.engine.kv_cache import KVCache
 from tandem.errors import TandemError
 from tandem.rpc import bind, make_server
 from tandem.types import Fingerprint
@@ -51,7 +51,7 @@ def say(**fact: object) -> None:
 
 def pool(allocate: Allocate | None = None) -> Tensor:
     """As the engine of a worker has it."""
-    memory = KVCache(FINGERPRINT, MAX_TOKENS // FINGERPRINT.block_size, "cpu", allocate).pool.uniform_()
+    memory = KVCache(FINGERPRINT, MAX_TOKENS // FINGERPRINT.block_size, backend_for("cpu"), allocate).pool.uniform_()
     use_huge_pages()
     return memory
 

@@ -31,8 +31,8 @@ from kv_transfer.carriers.shm.memory import PeerMemory, SharedMemory
 from kv_transfer.frames.cells import Cells
 from kv_transfer.frames.layout import KVLayout, cut
 from tandem.config import load_config
+from tandem.engine.backends.backend import tune_process
 from tandem.engine.backends.cpu.memory import use_huge_pages
-from tandem.engine.process import tune_process
 from tandem.types import Fingerprint
 
 # The 160M shape in float32: 72 KiB a token, 128 MiB in all.

@@ -21,7 +21,7 @@ from kv_transfer.frames.cells import Cells, Native
 from kv_transfer.frames.layout import KVLayout, cut
 from kv_transfer.frames.wire_dtype import wire_dtype
 from tandem.config import TINY_MODEL, parse_config
-from tandem.engine.process import tune_process
+from tandem.engine.backends.backend import tune_process
 
 SEED = 7
 BLOCK = 16

@@ -23,7 +23,7 @@ import torch
 
 from kv_transfer.frames.cells import Cells
 from tandem.config import parse_config
-from tandem.engine.backends.cuda.attention import FLASH, paged_attention_cuda
+from tandem.engine.backends.cuda.attention import FLASH, CudaAttention
 from tandem.engine.batch import AttentionOptions, PagedBatch
 from tandem.engine.engine import Engine
 from tandem.engine.sequence import Emission, Failed, Sequence
@@ -84,8 +84,8 @@ def attention(device: str, shape: str) -> None:
         )
         keys, values = torch.randn(2, batch * blocks, page, kv_heads, dim, device=device).bfloat16()
         query = torch.randn(batch, heads, dim, device=device).bfloat16()
-        new, options = query[:, :kv_heads], AttentionOptions(dim**-0.5)
-        took = median_ms(partial(paged_attention_cuda, query, new, new, keys, values, step, options), device)
+        new, plan = query[:, :kv_heads], CudaAttention(step, AttentionOptions(dim**-0.5))
+        took = median_ms(partial(plan, query, new, new, keys, values), device)
         floor = batch * context * kv_heads * dim * 4 / 4.3e9
         expected = f"floor {floor:.3f} at 4.3 TB/s; under 4 times it in place, about 6 gathered"
         say(f"attention, {batch} x {context}: ms", f"{took:.3f}", expected)

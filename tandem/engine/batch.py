@@ -7,6 +7,7 @@ N blocks of the pool, P tokens a block (block_size), H query heads, K key/value 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -14,8 +15,6 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
-
-from tandem.engine.sending import send
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class PagedBatch:
 
     @cached_property
     def most_rows(self) -> int:
-        """Of any sequence."""
+        """Rows of the sequence that has most."""
         return max(end - start for start, end in pairwise(self.query_starts))
 
     @cached_property
@@ -73,20 +72,20 @@ class PagedBatch:
         block_C = self.block_table_BxM[owner_C, position_C // block_size].long()
         return block_C * block_size + position_C % block_size
 
-    def rows_alone(self, rows: list[int]) -> PagedBatch:
-        """The same pages as these rows see them, each row a sequence of its own."""
+    def rows_alone(self, rows: list[int], send: Callable[..., list[Tensor]]) -> tuple[Tensor, PagedBatch]:
+        """The same pages as these rows see them, each row a sequence of its own; the rows go before, int64 on the
+        device. send: see Backend."""
         owners = [bisect_right(self.query_starts, row) - 1 for row in rows]
         after = [self.query_starts[owner + 1] - 1 - row for owner, row in zip(owners, rows, strict=True)]
         context_lens = [self.context_lens[owner] - left for owner, left in zip(owners, after, strict=True)]
         starts = list(range(len(rows) + 1))
         rows_R, owners_R, context_lens_R, starts_R1 = send(
-            self.slots_T.device,
             np.array(rows, np.int64),
             np.array(owners, np.int64),
             np.array(context_lens, np.int32),
             np.array(starts, np.int32),
         )
-        return PagedBatch(
+        batch = PagedBatch(
             num_decodes=len(rows),
             query_starts=starts,
             context_lens=context_lens,
@@ -95,6 +94,7 @@ class PagedBatch:
             slots_T=self.slots_T[rows_R],
             query_starts_B1=starts_R1,
         )
+        return rows_R, batch
 
 
 @dataclass(frozen=True)

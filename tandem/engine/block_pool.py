@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
-from tandem.engine.prefix_journal import PrefixJournal
 from tandem.errors import InternalError, TransferFailed
 from tandem.prefix import CacheChanges
 
@@ -122,7 +122,7 @@ class BlockPool:
             return PoolReport(self.num_blocks, free, self.num_blocks - free, self._quarantined, problem)
 
     def _first_problem(self, start: int) -> str:
-        """Of a slice; empty when there is none."""
+        """The first broken invariant of a slice; empty when there is none."""
         with self._lock:
             blocks = range(start, min(start + CHECKED_AT_ONCE, self.num_blocks))
             found = next(filter(None, map(self._problem, blocks)), "")
@@ -154,7 +154,7 @@ class BlockPool:
             self._journal.lose(block_hash)
         return block
 
-    def _give_back(self, blocks: Sequence[int], quarantined: bool) -> None:
+    def give_back(self, blocks: Sequence[int], quarantined: bool) -> None:
         with self._lock:
             if quarantined:
                 self._quarantined -= len(blocks)
@@ -167,7 +167,7 @@ class BlockPool:
                     raise InternalError(f"block {block} released twice")
         self.on_free()
 
-    def _quarantine(self, blocks: Sequence[int]) -> None:
+    def quarantine(self, blocks: Sequence[int]) -> None:
         with self._lock:
             self._quarantined += len(blocks)
 
@@ -207,7 +207,7 @@ class BlockTable:
                 self._users -= 1
                 last = self._released and self._users == 0
             if last:
-                self._pool._give_back(self.blocks, quarantined=True)
+                self._pool.give_back(self.blocks, quarantined=True)
 
     def release(self) -> None:
         """Gives the blocks back, now or when the last user leaves. A second call does nothing."""
@@ -217,6 +217,47 @@ class BlockTable:
             self._released = True
             busy = self._users > 0
             if busy:
-                self._pool._quarantine(self.blocks)
+                self._pool.quarantine(self.blocks)
         if not busy:
-            self._pool._give_back(self.blocks, quarantined=False)
+            self._pool.give_back(self.blocks, quarantined=False)
+
+
+class PrefixJournal:
+    """The difference between the cache and what was told: gained = cache - told, lost = told - cache.
+
+    A name that comes and goes between two tellings leaves no trace, and losses are told first, so neither set ever
+    holds more names than the pool has blocks: a journal cannot overflow. Whoever uses it holds the pool's lock.
+    """
+
+    def __init__(self) -> None:
+        # Dicts for their order: the oldest change is told first, so a chain's beginning comes before its end.
+        self._gained: dict[bytes, None] = {}
+        self._lost: dict[bytes, None] = {}
+        self._reset = False
+
+    def gain(self, name: bytes) -> None:
+        if name in self._lost:
+            del self._lost[name]
+        else:
+            self._gained[name] = None
+
+    def lose(self, name: bytes) -> None:
+        if name in self._gained:
+            del self._gained[name]
+        else:
+            self._lost[name] = None
+
+    def restart(self, cached: Iterable[bytes]) -> None:
+        """Nothing has been told yet to whoever listens from now on."""
+        self._gained, self._lost, self._reset = dict.fromkeys(cached), {}, True
+
+    def take(self, limit: int) -> CacheChanges:
+        """The oldest changes, at most `limit` names; they count as told."""
+        lost = tuple(islice(self._lost, limit))
+        gained = tuple(islice(self._gained, limit - len(lost)))
+        for name in lost:
+            del self._lost[name]
+        for name in gained:
+            del self._gained[name]
+        changes, self._reset = CacheChanges(self._reset, lost, gained), False
+        return changes

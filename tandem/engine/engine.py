@@ -8,17 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from tandem.config import EngineConfig, TandemConfig
-from tandem.engine.backends.cpu.memory import use_huge_pages
-from tandem.engine.backends.cuda.device import DeviceLost, first_line, is_lost, require_device, why_lost
+from tandem.config import TandemConfig
+from tandem.engine.backends.backend import Allocate, DeviceLost, backend_for, first_line, is_lost
 from tandem.engine.block_pool import BlockPool, BlockTable
-from tandem.engine.kv_cache import Allocate, KVCache, count_blocks
+from tandem.engine.kv_cache import KVCache
 from tandem.engine.kv_progress import KVProgress
-from tandem.engine.loading.model_loader import LoadedModel, load_model
-from tandem.engine.loading.self_check import require_exactness, tokens_checked
-from tandem.engine.model_runner import ModelRunner
+from tandem.engine.loading.kv_sizing import size_pool
+from tandem.engine.loading.model_loader import load_model
+from tandem.engine.loading.self_check import require_exactness
+from tandem.engine.model_runner import ModelRunner, StepOutput
 from tandem.engine.pooler import Pooler
 from tandem.engine.sampler import Sampler, stop_ids
 from tandem.engine.scheduler import Scheduler, StepPlan
@@ -29,6 +28,7 @@ from tandem.engine.sequence import (
     Names,
     NewToken,
     Sequence,
+    SequenceState,
     Started,
     prompt_hashes,
 )
@@ -38,9 +38,6 @@ from tandem.out_of_memory import is_out_of_memory
 from tandem.types import EngineRequest, FinishReason, Token
 
 log = logging.getLogger(__name__)
-
-# Below this the weights fit into a cache or two, and moving memory takes longer than it saves.
-_HUGE_PAGES_FROM_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -71,18 +68,16 @@ class Engine:
 
         Raises ModelRefused when the model would not be served exactly.
         """
-        self._device = config.engine.device
-        require_device(config.engine)
+        self.backend = backend_for(config.engine.device)
+        self.backend.require_device()
         loaded = load_model(config)
-        self.info = loaded.info
-        self.fingerprint = loaded.info.fingerprint
+        self.info, self.fingerprint = loaded.info, loaded.info.fingerprint
         weights_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
-        if config.engine.device == "cpu":
-            _fuse(loaded.model)
-        self._runner = ModelRunner(loaded, KVCache(self.fingerprint, 0, self._device), self._device)
-        self._sampler = Sampler(self.info.eos_token_ids)
-        num_blocks = self._count_blocks(config.engine, loaded)
-        self.cache = self._runner.cache = KVCache(self.fingerprint, num_blocks, self._device, allocate)
+        self.backend.prepare_model(loaded.model)
+        self._runner = ModelRunner(loaded, KVCache(self.fingerprint, 0, self.backend))
+        self._sampler = Sampler(self.info.eos_token_ids, self.backend)
+        num_blocks = size_pool(config.engine, loaded, self._runner, self._sampler)
+        self.cache = self._runner.cache = KVCache(self.fingerprint, num_blocks, self.backend, allocate)
         self.pool = BlockPool(num_blocks, self.fingerprint.block_size, config.engine.prefix_cache)
         self.load = EngineLoad()
         self._steps = self._hit_tokens = self._query_tokens = 0
@@ -90,46 +85,17 @@ class Engine:
         self._tell_bytes = config.worker.frame_bytes
         self._pooler = Pooler()
         self._scheduler = Scheduler(config.engine, self.pool)
-        self._room = StepRoom(self._scheduler, self._device, self._attempt, self._give_up)
-        self._live: dict[Sequence, None] = {}
+        self._room = StepRoom(self._scheduler, self.backend)
         require_exactness(loaded, self._runner, self.pool)
-        self._warn_of_a_small_pool()
-        if config.engine.device == "cpu" and weights_bytes >= _HUGE_PAGES_FROM_BYTES:
-            use_huge_pages()
-
-    def _count_blocks(self, config: EngineConfig, loaded: LoadedModel) -> int:
-        least = tokens_checked(self.info)
-        if config.device == "cpu":
-            return count_blocks(config, self.fingerprint, least)
-        # Imported late: one device's kernels must not be needed, or compiled, on the other.
-        from tandem.engine.loading.kv_sizing import attention_obstacles, blocks_left
-
-        if obstacles := attention_obstacles(loaded):
-            log.warning(
-                "attention copies keys and values together in every step, which is slow: %s", "; ".join(obstacles)
-            )
-        return count_blocks(
-            config, self.fingerprint, least, lambda: blocks_left(config, loaded, self._runner, self._sampler)
-        )
-
-    def _warn_of_a_small_pool(self) -> None:
-        size = self.pool.block_size
-        if (held := self.pool.num_blocks * size) < self.info.max_model_len:
-            log.warning(
-                "the KV pool holds %d tokens: longer requests are refused, though the model takes %d; "
-                "for those engine.num_blocks must be %d or more",
-                held,
-                self.info.max_model_len,
-                self.pool.blocks_for(self.info.max_model_len),
-            )
+        self.backend.settle(weights_bytes)
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self.num_live > 0
 
     @property
     def num_live(self) -> int:
-        return len(self._live)
+        return self._scheduler.num_live
 
     def name_blocks(self, request: EngineRequest) -> list[bytes]:
         """The names of the prompt's full blocks, for `reserve` and Sequence. For any thread.
@@ -155,7 +121,7 @@ class Engine:
     def validate(self, request: EngineRequest) -> None:
         """Raises InvalidRequest for what would break a step, and with it other requests. For any thread.
 
-        Of one that is to be embedded, validate_prompt is enough: nothing is sampled.
+        For one that is to be embedded validate_prompt is enough: nothing is sampled.
         """
         params = request.sampling
         self.validate_prompt(request, (*params.logit_bias, *params.stop_token_ids))
@@ -195,25 +161,22 @@ class Engine:
         if sequence.table is None:
             self.require_fit(self.pool.blocks_for(sequence.prompt_len))
         self._scheduler.add(sequence)
-        self._live[sequence] = None
         self._take_snapshot()
 
     def attach(self, sequence: Sequence) -> None:
         """Continues a sequence whose prompt KV arrived, sealed and verified, and whose first token is known."""
         self._scheduler.attach(sequence)
-        self._live[sequence] = None
         self._take_snapshot()
 
     def abort(self, sequence: Sequence) -> None:
         """Stops work on a sequence, whatever its state; frees its blocks if the engine owns them. Idempotent."""
-        if not sequence.finished:
-            sequence.aborted = True
+        if sequence.state is not SequenceState.ENDED:
             self._retire([sequence])
             self._take_snapshot()
 
     def require_device(self) -> None:
         """Raises DeviceLost when nothing can be computed any more, whoever met the error first."""
-        if why := why_lost(self._device):
+        if why := self.backend.why_lost():
             raise DeviceLost(f"the device is lost: {why}")
 
     def step(self) -> bool:
@@ -225,34 +188,23 @@ class Engine:
         if not plan:
             return False
         self._announce(plan)
-        self._room.process(plan)
+        parts = [plan]  # one, as long as the device has room for it
+        while parts:
+            part = parts.pop(0).without_ended()
+            if not part:
+                continue
+            progress = KVProgress(part, self.fingerprint, self._tell_bytes, self._publish)
+            try:
+                output = self._runner.run(part, progress.layer_written)
+                tokens, embedded = self._sample(part, output)
+            except Exception as error:
+                parts[:0] = self._recover(part, progress.told, error)
+            else:
+                self._emit(part, progress, tokens, embedded)
+        self._room.step_done()
         self._steps += 1
         self._take_snapshot()
         return True
-
-    def _attempt(self, plan: StepPlan, told: int) -> int | None:
-        """See StepRoom."""
-        progress = KVProgress(plan.chunks, self.fingerprint, self._tell_bytes, self._publish, told)
-        try:
-            tokens, embedded = self._run(plan, progress)
-        except Exception as error:
-            if is_out_of_memory(error):
-                return progress.told
-            self._end(plan, error)
-        else:
-            self._emit(plan, progress, tokens, embedded)
-        return None
-
-    def _end(self, plan: StepPlan, error: Exception) -> None:
-        ids = ",".join(sequence.request.request_id for sequence in plan.sequences)
-        log.exception("a step of %d sequences failed", len(plan.sequences), extra={"request_id": ids})
-        if is_lost(error, self._device):
-            raise DeviceLost(f"the device is lost: {first_line(error)}") from error
-        self._fail(plan, InternalError("the engine failed on this step; the worker's log has the details"))
-
-    def _give_up(self, plan: StepPlan) -> None:
-        words = "the worker's device has no memory left for this request"
-        self._fail(plan, OutOfMemory(words, retry_after_ms=RETRY_AFTER_MS))
 
     def _announce(self, plan: StepPlan) -> None:
         now = time.monotonic()
@@ -261,8 +213,7 @@ class Engine:
             self._hit_tokens += sum(sequence.num_computed for sequence in started)
             self._query_tokens += sum(sequence.prompt_len for sequence in started if not sequence.averages)
 
-    def _run(self, plan: StepPlan, progress: KVProgress) -> tuple[list[Token], list[tuple[Sequence, Embedded]]]:
-        output = self._runner.run(plan, progress.layer_written, progress.told)
+    def _sample(self, plan: StepPlan, output: StepOutput) -> tuple[list[Token], list[tuple[Sequence, Embedded]]]:
         with torch.inference_mode():
             tokens = self._sampler.sample(output.logits_RxV, plan.sampled) if plan.sampled else []
             embedded = self._pooler.pool(output.hidden_ExD, plan.pooled) if plan.pooled else []
@@ -273,29 +224,39 @@ class Engine:
     ) -> None:
         self._scheduler.advance(plan)
         emissions: list[Emission] = [*progress.rest()]
-        emissions += [(s, self._append(s, token)) for s, token in zip(plan.sampled, tokens, strict=True)]
-        emissions += embedded
-        self._retire([s for s in plan.sampled if s.finished or not s.decode_here])
-        self._retire([sequence for sequence, _ in embedded])
-        self._publish(emissions)
+        for sequence, token in zip(plan.sampled, tokens, strict=True):
+            sequence.output_ids.append(token.id)
+            sequence.finish_reason = finish_reason(sequence, self.info.eos_token_ids)
+            emissions.append((sequence, NewToken(len(sequence.output_ids) - 1, token, sequence.finish_reason)))
+        self._retire([sequence for sequence in plan.sampled if sequence.finish_reason is not None])
+        self._publish([*emissions, *embedded])
 
-    def _append(self, sequence: Sequence, token: Token) -> NewToken:
-        sequence.output_ids.append(token.id)
-        sequence.finish_reason = finish_reason(sequence, self.info.eos_token_ids)
-        return NewToken(len(sequence.output_ids) - 1, token, sequence.finish_reason)
-
-    def _retire(self, gone: list[Sequence]) -> None:
-        self._scheduler.drop(gone)
-        for sequence in gone:
-            self._live.pop(sequence, None)
-            if sequence.decode_here and sequence.table is not None:
-                sequence.table.release()
+    def _recover(self, plan: StepPlan, told: int, error: Exception) -> list[StepPlan]:
+        """What is done instead of a plan that failed: without room, its halves. Raises DeviceLost."""
+        if is_out_of_memory(error):
+            halves = self._room.halve(plan, told)
+            if not halves:
+                words = "the worker's device has no memory left for this request"
+                self._fail(plan, OutOfMemory(words, retry_after_ms=RETRY_AFTER_MS))
+            return halves
+        ids = ",".join(sequence.request.request_id for sequence in plan.sequences)
+        log.exception("a step of %d sequences failed", len(plan.sequences), extra={"request_id": ids})
+        if is_lost(error, self.backend):
+            raise DeviceLost(f"the device is lost: {first_line(error)}") from error
+        self._fail(plan, InternalError("the engine failed on this step; the worker's log has the details"))
+        return []
 
     def _fail(self, plan: StepPlan, failure: TandemError) -> None:
         for sequence in plan.sequences:
             sequence.finish_reason = FinishReason.ERROR
         self._retire(plan.sequences)
         self._publish([(sequence, Failed(failure)) for sequence in plan.sequences])
+
+    def _retire(self, gone: list[Sequence]) -> None:
+        for sequence in gone:
+            self._scheduler.end(sequence)
+            if sequence.decode_here and sequence.table is not None:
+                sequence.table.release()
 
     def _take_snapshot(self) -> None:
         scheduler = self._scheduler
@@ -308,13 +269,6 @@ class Engine:
             prefix_query_tokens=self._query_tokens,
             out_of_memory=self._room.out_of_memory,
         )
-
-
-def _fuse(model: nn.Module) -> None:
-    # Imported late: a GPU worker never compiles the CPU's kernels.
-    from tandem.engine.backends.cpu.fusion import fuse_for_cpu
-
-    fuse_for_cpu(model)
 
 
 def finish_reason(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> FinishReason | None:

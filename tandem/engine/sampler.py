@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tandem.engine.sending import Noted, Parcel
+from tandem.engine.backends.backend import Backend
 from tandem.engine.sequence import Sequence
 from tandem.types import SamplingParams, Token
 
@@ -38,6 +39,32 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
+
+
+class Noted:
+    def __init__(self, here: NDArray[Any]) -> None:
+        self.here = here
+        # The same on the device, once the parcel is sent.
+        self.there: Tensor
+
+
+class Parcel:
+    """Numbers that are noted one after another, and go to the device together."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._noted: list[Noted] = []
+
+    def note(self, numbers: NDArray[Any]) -> Noted:
+        self._noted.append(Noted(numbers))
+        return self._noted[-1]
+
+    def send(self) -> None:
+        """Once. Nothing is copied if nothing was noted."""
+        if self._noted:
+            sent = self._backend.send(*(noted.here for noted in self._noted))
+            for noted, there in zip(self._noted, sent, strict=True):
+                noted.there = there
 
 
 @dataclass
@@ -98,6 +125,7 @@ class _Draws:
 @dataclass
 class Sampler:
     eos_token_ids: tuple[int, ...]
+    backend: Backend
     _seen: WeakKeyDictionary[Sequence, _Seen] = field(default_factory=WeakKeyDictionary)
 
     def sample(self, logits_RxV: Tensor, rows: list[Sequence]) -> list[Token]:
@@ -109,7 +137,7 @@ class Sampler:
         filtered = [row for row in random if _filters(rows[row].request.sampling)]
         plain = [row for row in random if row not in filtered]
         ways: tuple[tuple[_Pick, list[int]], ...] = ((_pick_plain, plain), (_pick_filtered, filtered))
-        parcel = Parcel(raw.device)
+        parcel = Parcel(self.backend)
         shapings = {row: self._shaping(sequence, parcel) for row, sequence in enumerate(rows) if _is_shaped(sequence)}
         draws = [(pick, _Draws.of(chosen, rows, parcel)) for pick, chosen in ways if chosen]
         parcel.send()

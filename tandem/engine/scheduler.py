@@ -6,39 +6,45 @@ A sequence enters only with every block it may ever need, so nothing is ever pre
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from tandem.config import EngineConfig
 from tandem.engine.block_pool import BlockPool
-from tandem.engine.sequence import Sequence
+from tandem.engine.sequence import Sequence, SequenceState
 from tandem.errors import RETRY_AFTER_MS, Overloaded
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Prompt tokens [start, end) of a sequence."""
+    """Tokens [start, end) of a sequence that one step computes: a slice of its prompt, or what it decodes, one token
+    as a rule."""
 
     sequence: Sequence
     start: int
     end: int
 
     @property
+    def decodes(self) -> bool:
+        return self.start >= self.sequence.prompt_len
+
+    @property
     def starts_prompt(self) -> bool:
         """Whether it is the first one of its sequence."""
         assert self.sequence.table is not None
-        return self.start == self.sequence.table.cached_tokens
+        return self.start == self.sequence.table.cached_tokens and not self.decodes
 
     @property
     def completes_prompt(self) -> bool:
         return self.end == self.sequence.prompt_len
 
     @property
-    def samples(self) -> bool:
-        """Whether a token is sampled at its end."""
-        return self.completes_prompt and self.sequence.embed is None
+    def sampled(self) -> range:
+        """The positions whose logits a token is sampled from."""
+        last = self.decodes or (self.completes_prompt and self.sequence.embed is None)
+        return range(self.end - 1, self.end) if last else range(0)
 
     @property
     def pooled(self) -> range:
@@ -51,38 +57,45 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepPlan:
-    decodes: list[Sequence]
+    # Decodes first; one chunk a sequence.
     chunks: list[Chunk]
+    # So many layers' KV of it is in the pool already, and may be on its way to others, by a step that had no room for
+    # the rest.
+    written: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.decodes or self.chunks)
+        return bool(self.chunks)
+
+    @property
+    def decodes(self) -> list[Chunk]:
+        return [chunk for chunk in self.chunks if chunk.decodes]
+
+    @property
+    def prefills(self) -> list[Chunk]:
+        return [chunk for chunk in self.chunks if not chunk.decodes]
 
     @property
     def sequences(self) -> list[Sequence]:
-        return [*self.decodes, *(chunk.sequence for chunk in self.chunks)]
+        return [chunk.sequence for chunk in self.chunks]
 
     @property
     def num_tokens(self) -> int:
-        return len(self.decodes) + sum(chunk.end - chunk.start for chunk in self.chunks)
+        return sum(chunk.end - chunk.start for chunk in self.chunks)
 
-    def halves(self) -> tuple[StepPlan, StepPlan]:
+    def halves(self, written: int = 0) -> list[StepPlan]:
         """The same work in two steps, about equal in tokens; the second is empty for a plan of one token."""
         left = -(-self.num_tokens // 2)
-        decodes, left = self.decodes[:left], left - len(self.decodes[:left])
-        first, second = StepPlan(decodes, []), StepPlan(self.decodes[len(decodes) :], [])
+        halves: tuple[list[Chunk], list[Chunk]] = [], []
         for chunk in self.chunks:
             middle = min(chunk.end, chunk.start + left)
             left -= middle - chunk.start
-            for half, start, end in ((first, chunk.start, middle), (second, middle, chunk.end)):
+            for half, start, end in ((halves[0], chunk.start, middle), (halves[1], middle, chunk.end)):
                 if start < end:
-                    half.chunks.append(replace(chunk, start=start, end=end))
-        return first, second
+                    half.append(replace(chunk, start=start, end=end))
+        return [StepPlan(half, written) for half in halves]
 
-    def without_finished(self) -> StepPlan:
-        return StepPlan(
-            [sequence for sequence in self.decodes if not sequence.finished],
-            [chunk for chunk in self.chunks if not chunk.sequence.finished],
-        )
+    def without_ended(self) -> StepPlan:
+        return replace(self, chunks=[c for c in self.chunks if c.sequence.state is not SequenceState.ENDED])
 
     @property
     def started(self) -> list[Sequence]:
@@ -91,7 +104,7 @@ class StepPlan:
     @property
     def sampled(self) -> list[Sequence]:
         """The sequences that get a token, in the order of the logits' rows."""
-        return [*self.decodes, *(chunk.sequence for chunk in self.chunks if chunk.samples)]
+        return [chunk.sequence for chunk in self.chunks if chunk.sampled]
 
     @property
     def pooled(self) -> list[Chunk]:
@@ -99,21 +112,29 @@ class StepPlan:
         return [chunk for chunk in self.chunks if chunk.pooled]
 
 
+# Sequences in order.
+_Queue = OrderedDict[Sequence, None]
+
+
 class Scheduler:
-    """The queues of one engine. Only the engine's thread touches it."""
+    """The queues of one engine, each of the sequences in one state. Only the engine's thread touches it."""
 
     def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
         self._config = config
-        self._pool = pool
+        self.pool = pool
         # As configured, or fewer when the device had no room for so many.
         self.max_step_tokens = config.max_step_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.prefilling: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.waiting, self.prefilling, self.running = _Queue(), _Queue(), _Queue()
+        self._queues = {
+            SequenceState.WAITING: self.waiting,
+            SequenceState.PREFILLING: self.prefilling,
+            SequenceState.RUNNING: self.running,
+        }
 
     @property
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.prefilling or self.running)
+    def num_live(self) -> int:
+        """Sequences that wait or are worked on."""
+        return sum(map(len, self._queues.values()))
 
     @property
     def queued_prompt_tokens(self) -> int:
@@ -124,30 +145,28 @@ class Scheduler:
         if len(self.waiting) >= self._config.max_waiting:
             words = f"the prefill queue is full: engine.max_waiting is {self._config.max_waiting}"
             raise Overloaded(words, retry_after_ms=RETRY_AFTER_MS)
-        sequence.name_prompt(self._pool.block_size)
-        self.waiting.append(sequence)
+        sequence.name_prompt(self.pool.block_size)
+        self._move(sequence, SequenceState.WAITING)
 
     def attach(self, sequence: Sequence) -> None:
         """Adds a sequence whose prompt KV is in the pool already, whole and verified."""
-        sequence.name_prompt(self._pool.block_size)
+        sequence.name_prompt(self.pool.block_size)
         self._computed(sequence, sequence.prompt_len)
-        self.running.append(sequence)
+        self._move(sequence, SequenceState.RUNNING)
 
-    def drop(self, gone: Iterable[Sequence]) -> None:
-        """Forgets sequences; their blocks are the caller's to release."""
-        ids = {id(sequence) for sequence in gone}
-        self.waiting = deque(sequence for sequence in self.waiting if id(sequence) not in ids)
-        self.prefilling = [sequence for sequence in self.prefilling if id(sequence) not in ids]
-        self.running = [sequence for sequence in self.running if id(sequence) not in ids]
+    def end(self, sequence: Sequence) -> None:
+        """Forgets a sequence; its blocks are the caller's to release."""
+        self._move(sequence, SequenceState.ENDED)
 
     def schedule(self) -> StepPlan:
         limit = min(self._config.max_running, self.max_step_tokens)
-        decodes = self.running[:limit]
-        # Those that did not fit come first next time.
-        self.running = [*self.running[limit:], *decodes]
-        return StepPlan(decodes, self._chunks(self.max_step_tokens - len(decodes), fill=bool(decodes)))
+        decodes = [Chunk(s, s.num_computed, s.num_computed + 1) for s in islice(self.running, limit)]
+        if limit < len(self.running):  # those that did not fit come first next time
+            for chunk in decodes:
+                self.running.move_to_end(chunk.sequence)
+        return StepPlan(decodes + self._prefills(self.max_step_tokens - len(decodes), fill=bool(decodes)))
 
-    def _chunks(self, budget: int, fill: bool) -> list[Chunk]:
+    def _prefills(self, budget: int, fill: bool) -> list[Chunk]:
         """Chunks in order of arrival; prompts are admitted one by one while there is budget.
 
         Unless the step is to be filled, one that ends a prompt is made longer only by prompts that end in it too: the
@@ -167,10 +186,11 @@ class Scheduler:
         return chunks
 
     def _admit_next(self) -> Sequence | None:
-        sequence = next(filter(self._admit, self._in_line()), None)
+        sequence = next(filter(self._has_blocks, self._in_line()), None)
         if sequence is not None:
-            self.waiting.remove(sequence)
-            self.prefilling.append(sequence)
+            assert sequence.table is not None
+            sequence.num_computed = sequence.table.cached_tokens
+            self._move(sequence, SequenceState.PREFILLING)
         return sequence
 
     def _in_line(self) -> Iterator[Sequence]:
@@ -179,31 +199,32 @@ class Scheduler:
         yield from islice(self.waiting, 1)
         yield from islice((sequence for sequence in self.waiting if sequence.table is not None), 1)
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _has_blocks(self, sequence: Sequence) -> bool:
+        """Brought, or taken from the pool now."""
         if sequence.table is None:
-            block_size = self._pool.block_size
-            names = (sequence.prompt_names or ())[: sequence.reusable_tokens // block_size]
-            sequence.table = self._pool.acquire(self._pool.blocks_for(sequence.prompt_len), names)
-        if sequence.table is None:
-            return False
-        sequence.num_computed = sequence.table.cached_tokens
-        return True
+            names = (sequence.prompt_names or ())[: sequence.reusable_tokens // self.pool.block_size]
+            sequence.table = self.pool.acquire(self.pool.blocks_for(sequence.prompt_len), names)
+        return sequence.table is not None
 
     def advance(self, plan: StepPlan) -> None:
         """Records that the plan's tokens are computed: publishes full blocks, moves finished prompts on."""
-        for sequence in plan.decodes:
-            self._computed(sequence, sequence.num_computed + 1)
         for chunk in plan.chunks:
             self._computed(chunk.sequence, chunk.end)
-        done = [chunk.sequence for chunk in plan.chunks if chunk.completes_prompt]
-        if done:
-            self.drop(done)
-            self.running += [sequence for sequence in done if sequence.decode_here]
+            if chunk.completes_prompt:
+                here = chunk.sequence.decode_here
+                self._move(chunk.sequence, SequenceState.RUNNING if here else SequenceState.ENDED)
 
     def _computed(self, sequence: Sequence, num_computed: int) -> None:
         sequence.num_computed = num_computed
         published = len(sequence.hashes)
-        sequence.extend_hashes(self._pool.block_size)
+        sequence.extend_hashes(self.pool.block_size)
         assert sequence.table is not None
         for index in range(published, len(sequence.hashes)):
-            self._pool.publish(sequence.table.blocks[index], sequence.hashes[index])
+            self.pool.publish(sequence.table.blocks[index], sequence.hashes[index])
+
+    def _move(self, sequence: Sequence, state: SequenceState) -> None:
+        if sequence.state in self._queues:
+            del self._queues[sequence.state][sequence]
+        sequence.state = state
+        if state in self._queues:
+            self._queues[state][sequence] = None

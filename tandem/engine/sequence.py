@@ -6,6 +6,7 @@ import time
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from tandem.engine.block_pool import BlockTable
 from tandem.errors import TandemError
@@ -26,7 +27,7 @@ class Started:
 
 @dataclass(frozen=True)
 class KVWritten:
-    """The KV of prompt tokens [start, end) is final in the pool, in these layers; on cuda, in the stream's order."""
+    """The KV of prompt tokens [start, end) is final in the pool, in these layers; on a GPU, in the stream's order."""
 
     layers: range
     start: int
@@ -61,6 +62,23 @@ Names = abc.Sequence[bytes]
 Emission = tuple["Sequence", EngineEvent]
 
 
+class SequenceState(StrEnum):
+    """Where a sequence stands in its engine; the scheduler alone changes it.
+
+        NEW ──add──▶ WAITING ──has its blocks──▶ PREFILLING ──decode_here──▶ RUNNING ──last token──▶ ENDED
+         │                                           └──── handed to the sender, or embedded ────────▶ ENDED
+         └──attach (KV came from elsewhere)────────────────────────────────▶ RUNNING
+
+    An abort or a failure leads from each of them to ENDED.
+    """
+
+    NEW = "new"
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
 @dataclass(eq=False)
 class Sequence:
     """One request in one engine.
@@ -68,10 +86,6 @@ class Sequence:
     With `decode_here` it goes on decoding after its first token, in blocks that were reserved for prompt and output
     (colocated). Without, the prompt is all that is computed here, and its blocks stay held for the handoff until the
     holder of the sequence releases the table.
-
-        waiting ──▶ prefilling ──▶ running (decode_here) ──▶ finished
-                        └────────▶ handed to the sender, or embedded
-        attached (KV came from elsewhere) ──▶ running ──▶ finished
     """
 
     request: EngineRequest
@@ -81,15 +95,15 @@ class Sequence:
     table: BlockTable | None = None
     # The prompt is to be embedded: its end is a vector, not a token.
     embed: EmbedParams | None = None
+    state: SequenceState = SequenceState.NEW
     # Tokens whose KV is in the pool.
     num_computed: int = 0
     output_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    aborted: bool = False
     arrived_s: float = field(default_factory=time.monotonic)
-    # Of the prompt's full blocks; None until the engine takes the sequence, if nobody has named them before.
+    # Names of the prompt's full blocks; None until the engine takes the sequence, if nobody has named them before.
     prompt_names: Names | None = None
-    # Of the full blocks whose tokens are computed, prompt's and output's.
+    # Names of the full blocks whose tokens are computed, prompt's and output's.
     hashes: list[bytes] = field(default_factory=list)
 
     @property
@@ -106,10 +120,6 @@ class Sequence:
         """Leading prompt tokens whose KV may come from the prefix cache: it holds no hidden states, and those of the
         last token are needed in any case."""
         return 0 if self.averages else self.prompt_len - 1
-
-    @property
-    def finished(self) -> bool:
-        return self.aborted or self.finish_reason is not None
 
     @property
     def tokens_left_to_prefill(self) -> int:

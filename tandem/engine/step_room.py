@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
-from tandem.engine.backends.cuda.device import free_memory
+from tandem.engine.backends.backend import Backend
 from tandem.engine.scheduler import Scheduler, StepPlan
 
 log = logging.getLogger(__name__)
@@ -18,53 +17,35 @@ GOOD_STEPS = 100
 
 
 class StepRoom:
-    """Does the steps of one engine; limits those that its scheduler plans."""
+    """Cuts the steps of one engine to the room that its device has; limits those that its scheduler plans."""
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        device: str,
-        attempt: Callable[[StepPlan, int], int | None],
-        give_up: Callable[[StepPlan], None],
-    ) -> None:
-        """attempt: does a plan of which so many layers' KV was told before; None if there was room, else how many are
-        told now. give_up: ends a plan of one token for which there is none.
-        """
-        self._scheduler, self._device = scheduler, device
-        self._attempt, self._give_up = attempt, give_up
+    def __init__(self, scheduler: Scheduler, backend: Backend) -> None:
+        self._scheduler, self._backend = scheduler, backend
         self._configured = scheduler.max_step_tokens
         self._good_steps = 0
         # Attempts that had no room.
         self.out_of_memory = 0
 
-    def process(self, plan: StepPlan) -> None:
-        before = self.out_of_memory
-        self._process(plan, 0)
-        self._good_steps = self._good_steps + 1 if self.out_of_memory == before else 0
-        if self._good_steps == GOOD_STEPS:
-            self._good_steps = 0
-            self._scheduler.max_step_tokens = min(self._configured, 2 * self._scheduler.max_step_tokens)
-
-    def _process(self, plan: StepPlan, told: int) -> None:
-        now_told = self._attempt(plan, told)
-        if now_told is None:
-            return
-        free_memory(self._device)
+    def halve(self, plan: StepPlan, written: int) -> list[StepPlan]:
+        """What is tried instead of a plan that had no room; empty for one of a single token. written: see StepPlan."""
+        self._backend.free_memory()
         self.out_of_memory += 1
+        self._good_steps = -1  # the step under way is none
         if plan.num_tokens == 1:
             log.error("out of memory in a step of one token: its request fails")
-            self._give_up(plan)
-            return
-        self._shrink(plan.num_tokens)
-        for half in plan.halves():
-            if rest := half.without_finished():
-                self._process(rest, now_told)
-
-    def _shrink(self, tokens: int) -> None:
-        limit = max(-(-tokens // 2), LEAST_TOKENS)
+            return []
+        limit = max(-(-plan.num_tokens // 2), LEAST_TOKENS)
         self._scheduler.max_step_tokens = min(self._scheduler.max_step_tokens, limit)
         log.warning(
             "out of memory in a step of %d tokens, which is tried again in two; steps have at most %d for a while: "
             "engine.max_step_tokens or engine.kv_memory_mib may be lower",
-            *(tokens, self._scheduler.max_step_tokens),
+            *(plan.num_tokens, self._scheduler.max_step_tokens),
         )
+        return plan.halves(written)
+
+    def step_done(self) -> None:
+        """Whether or not in parts."""
+        self._good_steps += 1
+        if self._good_steps == GOOD_STEPS:
+            self._good_steps = 0
+            self._scheduler.max_step_tokens = min(self._configured, 2 * self._scheduler.max_step_tokens)

@@ -12,8 +12,8 @@ from functools import partial
 from typing import TypeVar
 
 from tandem.config import TandemConfig
+from tandem.engine.backends.backend import Allocate
 from tandem.engine.engine import Engine
-from tandem.engine.kv_cache import Allocate
 from tandem.engine.sequence import Emission
 from tandem.process import logs
 

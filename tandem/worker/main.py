@@ -17,8 +17,7 @@ from kv_transfer.carriers.table import make_carriers
 from kv_transfer.ends.carrier import PoolMemory
 from tandem.addresses import ANY_ADDRESS, check_listening
 from tandem.config import TandemConfig, WorkerConfig
-from tandem.engine.backends.cuda.device import DeviceLost, first_line, is_lost
-from tandem.engine.process import tune_process
+from tandem.engine.backends.backend import DeviceLost, backend_for, first_line, is_lost, tune_process
 from tandem.errors import ConfigError, TandemError
 from tandem.process import descriptors, logs
 from tandem.process.entry import INTERRUPTED, on_stop_signals
@@ -94,7 +93,7 @@ def serve_worker(
     try:
         thread = EngineThread(config, memory.allocate)
     except Exception as error:
-        if is_lost(error, config.engine.device):
+        if is_lost(error, backend_for(config.engine.device)):
             raise DeviceLost(f"the device is lost: {first_line(error)}") from error
         raise
     # Torch, transformers and the model stay until the end. To look through them for garbage stops every thread for

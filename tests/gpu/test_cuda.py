@@ -64,8 +64,8 @@ def test_fp32_tokens_equal_transformers(architecture: str, chunk: int, tmp_path:
 @pytest.mark.parametrize("rows", [(1, 70), (1, 1)], ids=["mixed", "decode"])
 def test_attention_is_as_the_reference_has_it(page: int, window: int, rows: tuple[int, int]) -> None:
     """Pages of 256 are read in place from torch 2.12 on; others are gathered."""
-    from tandem.engine.backends.cpu.attention import reference_attention
-    from tandem.engine.backends.cuda.attention import paged_attention_cuda, why_not_flash
+    from tandem.engine.backends.cuda.attention import CudaAttention, why_not_flash
+    from tandem.engine.backends.torch_attention import reference_attention
     from tandem.engine.batch import AttentionOptions, PagedBatch
 
     heads, kv_heads, dim, contexts = 8, 2, 64, [300, 400]
@@ -87,7 +87,7 @@ def test_attention_is_as_the_reference_has_it(page: int, window: int, rows: tupl
     options = AttentionOptions(dim**-0.5, window)
     assert why_not_flash(query.dtype, dim, options, torch.cuda.get_device_capability()) == ""
     new = torch.empty(sum(rows), kv_heads, dim, device="cuda", dtype=torch.bfloat16)
-    got = paged_attention_cuda(query, new, new, pools[0], pools[1], batch, options)
+    got = CudaAttention(batch, options)(query, new, new, pools[0], pools[1])
     for index, context in enumerate(contexts):
         keys, values = (pool.cpu()[tables[index]].flatten(0, 1)[:context] for pool in pools)
         mine = slice(starts[index], starts[index + 1])
@@ -142,20 +142,20 @@ def test_a_lost_device_is_told_from_a_bug() -> None:
     """In a process of its own, whose GPU context does not outlive it."""
     script = """
 import torch
-from tandem.engine.backends.cuda.device import is_lost
+from tandem.engine.backends.backend import backend_for, is_lost
 from tandem.out_of_memory import is_out_of_memory
 try:
     torch.empty(1 << 60, dtype=torch.uint8, device="cuda")
 except RuntimeError as error:
-    assert is_out_of_memory(error) and not is_lost(error, "cuda"), repr(error)
+    assert is_out_of_memory(error) and not is_lost(error, backend_for("cuda")), repr(error)
 try:
     torch.zeros(2, device="cuda") @ torch.zeros(3, device="cuda")
 except RuntimeError as error:
-    assert not is_lost(error, "cuda"), repr(error)
+    assert not is_lost(error, backend_for("cuda")), repr(error)
 try:
     torch.zeros(1, device="cuda")[torch.tensor([5], device="cuda")].cpu()
 except RuntimeError as error:
-    print("lost" if is_lost(error, "cuda") else repr(error))
+    print("lost" if is_lost(error, backend_for("cuda")) else repr(error))
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=90, check=False)
     assert ended.stdout.strip() == "lost", ended.stderr[-2000:]

@@ -12,7 +12,7 @@ from zoo_features import features
 from zoo_result import Outcome
 from zoo_trial import Verdict, tried
 
-from tandem.engine import attention
+from tandem.engine.loading import examination
 
 # Architecture, feature: what it covers is the feature's name, and the architecture's own.
 EXACT = [
@@ -70,7 +70,7 @@ def test_refused_by_name(architecture: str, feature: str, reason: str, tmp_path:
 
 def test_another_computation_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The zoo can fail: a softcap that is forgotten, and not noticed when the model is loaded."""
-    options = attention._options
-    monkeypatch.setattr(attention, "_options", lambda *given: replace(options(*given), softcap=0.0))
+    options = examination.options_asked
+    monkeypatch.setattr(examination, "options_asked", lambda *given: replace(options(*given), softcap=0.0))
     monkeypatch.setattr("tandem.engine.engine.require_exactness", lambda *arguments: logging.info("not checked"))
     assert verdict("gemma2", "attn_logit_softcapping 1.5", tmp_path).outcome is Outcome.WRONG

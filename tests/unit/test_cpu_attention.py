@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tandem.engine.backends.cpu import attention
-from tandem.engine.backends.cpu.attention import paged_attention_cpu, reference_attention, write_kv
+from tandem.engine.backends.cpu.attention import CpuAttention, write_kv
+from tandem.engine.backends.cpu.kernels import tile
 from tandem.engine.backends.cpu.kernels.tile import registers_suffice
+from tandem.engine.backends.torch_attention import reference_attention
 from tandem.engine.batch import AttentionOptions, PagedBatch
 
 
@@ -42,7 +43,7 @@ class Step:
 
     def run(self, options: AttentionOptions) -> Tensor:
         write_kv(self.key, self.value, self.k_pool, self.v_pool, self.batch)
-        return paged_attention_cpu(self.query, self.key, self.value, self.k_pool, self.v_pool, self.batch, options)
+        return CpuAttention(self.batch, options)(self.query, self.key, self.value, self.k_pool, self.v_pool)
 
 
 def make_sequence(
@@ -168,7 +169,7 @@ def test_heads_first_views_are_accepted() -> None:
     want = step.run(OPTIONS["plain"])
     views = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (step.query, step.key, step.value)]
     write_kv(views[1], views[2], step.k_pool, step.v_pool, step.batch)
-    got = paged_attention_cpu(*views, step.k_pool, step.v_pool, step.batch, OPTIONS["plain"])
+    got = CpuAttention(step.batch, OPTIONS["plain"])(*views, step.k_pool, step.v_pool)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
@@ -216,7 +217,7 @@ def test_large_scores_and_nan(rows: int) -> None:
 
 
 def test_without_tiles_chunks_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_tiles_take", lambda *_: False)
+    monkeypatch.setattr(tile, "registers_suffice", lambda: False)
     test_mixed_batch_equals_the_textbook(OPTIONS["window"], 6, 2, 24, 5, torch.float32)
     test_mixed_batch_equals_the_textbook(OPTIONS["plain"], 4, 4, 16, 16, torch.float32)
     test_mixed_batch_equals_the_textbook(OPTIONS["chunk"], 6, 2, 24, 5, torch.float32)

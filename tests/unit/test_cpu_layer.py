@@ -62,8 +62,8 @@ class Bench:
     def __init__(self, loaded: LoadedModel) -> None:
         fingerprint = loaded.info.fingerprint
         self._pool = BlockPool(64, fingerprint.block_size, prefix_cache=False)
-        self.cache = KVCache(fingerprint, 64, "cpu")
-        self._runner = ModelRunner(loaded, self.cache, "cpu")
+        self.cache = KVCache(fingerprint, 64, loaded.backend)
+        self._runner = ModelRunner(loaded, self.cache)
 
     def logits(self, chunk: int) -> list[Tensor]:
         """Of all prompts' last tokens and two decode steps more; prompts in chunks of so many tokens, side by side."""
@@ -72,13 +72,10 @@ class Bench:
         seen: list[Tensor] = []
         for start in range(0, max(PROMPTS), chunk):
             chunks = [Chunk(s, start, min(start + chunk, s.prompt_len)) for s in sequences if start < s.prompt_len]
-            seen += self._runner.run(StepPlan([], chunks)).logits_RxV.unbind()
-        for sequence in sequences:
-            sequence.num_computed = sequence.prompt_len
-        for _ in range(2):
-            seen += self._runner.run(StepPlan(sequences, [])).logits_RxV.unbind()
-            for sequence in sequences:
-                sequence.num_computed += 1
+            seen += self._runner.run(StepPlan(chunks)).logits_RxV.unbind()
+        for after in range(2):
+            decodes = [Chunk(s, s.prompt_len + after, s.prompt_len + after + 1) for s in sequences]
+            seen += self._runner.run(StepPlan(decodes)).logits_RxV.unbind()
         for sequence in sequences:
             assert sequence.table is not None
             sequence.table.release()

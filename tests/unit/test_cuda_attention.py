@@ -11,9 +11,9 @@ import torch
 from fake_cuda import check_arguments
 from torch import Tensor
 
-from tandem.engine.backends.cpu.attention import reference_attention
 from tandem.engine.backends.cuda import attention as cuda_attention
-from tandem.engine.backends.cuda.attention import FlashFeatures, paged_attention_cuda, why_not_flash, why_not_pages
+from tandem.engine.backends.cuda.attention import CudaAttention, FlashFeatures, why_not_flash, why_not_pages
+from tandem.engine.backends.torch_attention import reference_attention
 from tandem.engine.batch import AttentionOptions, PagedBatch
 
 HEADS, KV_HEADS = 6, 2
@@ -108,7 +108,7 @@ def worst_error(rows: list[int], page: int, dim: int, options: AttentionOptions,
     for at, (start, end) in enumerate(pairwise(starts)):
         for side in (0, 1):
             new[side, start:end] = contexts[side][at][-(end - start) :]
-    got = paged_attention_cuda(query, new[0], new[1], pools[0], pools[1], batch, options)
+    got = CudaAttention(batch, options)(query, new[0], new[1], pools[0], pools[1])
     errors = []
     for at, (start, end) in enumerate(pairwise(starts)):
         first = CONTEXTS[at] - (end - start)

@@ -21,9 +21,10 @@ from kv_transfer.frames.cells import Cells
 from kv_transfer.frames.int8 import Int8
 from kv_transfer.frames.layout import KVLayout
 from tandem.config import parse_config
-from tandem.engine import model_runner, sending
+from tandem.engine.backends.backend import backend_for
 from tandem.engine.backends.cuda import attention as cuda_attention
 from tandem.engine.backends.cuda.attention import FLASH, FlashFeatures
+from tandem.engine.backends.cuda.backend import SPARE_SHARE, CudaBackend
 from tandem.engine.engine import Engine
 from tandem.engine.kv_cache import block_bytes
 from tandem.engine.loading import kv_sizing
@@ -196,15 +197,15 @@ def test_the_pool_takes_what_the_largest_step_leaves(
     tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = []
-    run_step = kv_sizing._run
-    monkeypatch.setattr(kv_sizing, "_run", lambda plan, *rest: (steps.append(plan), run_step(plan, *rest)))
+    run_step = kv_sizing.run_step
+    monkeypatch.setattr(kv_sizing, "run_step", lambda plan, *rest: (steps.append(plan), run_step(plan, *rest)))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 << 20)
     run = Run(model_of("llama", tmp_path, max_position_embeddings=400), device, kv_memory_mib=0, max_step_tokens=1000)
     (plan,) = steps
     assert plan.num_tokens == 1000
     assert len(plan.decodes) == 256
-    assert [chunk.end for chunk in plan.chunks] == [400, 344]
-    room = FREE - (5 << 20) - int(TOTAL * kv_sizing.SPARE_SHARE)
+    assert [chunk.end for chunk in plan.prefills] == [400, 344]
+    room = FREE - (5 << 20) - int(TOTAL * SPARE_SHARE)
     assert run.engine.pool.num_blocks == room // block_bytes(run.engine.fingerprint)
     run.add([5, 6, 7])
     run.all()
@@ -226,7 +227,7 @@ def test_a_step_that_never_fits_is_said_before_anything_is_served(
     def no_room(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(kv_sizing, "_run", no_room)
+    monkeypatch.setattr(kv_sizing, "run_step", no_room)
     with pytest.raises(ConfigError, match=r"engine\.max_step_tokens \(96\) and engine\.max_running \(256\)"):
         Run(model_of("llama", tmp_path, num_hidden_layers=1), device, kv_memory_mib=0)
 
@@ -269,11 +270,11 @@ def test_a_frame_without_room_fails_its_transfer_alone(
 
 
 def _cpu_index(real: Any) -> Any:
-    return lambda device, *parts: [*real(torch.device("cpu"), *parts[:2]), *real(device, *parts[2:])]
+    return lambda backend, *parts: [*backend_for("cpu").send(*parts[:2]), *real(backend, *parts[2:])]
 
 
 def _wide_table(real: Any) -> Any:
-    return lambda device, *parts: real(device, *(part.astype(np.int64) for part in parts))
+    return lambda backend, *parts: real(backend, *(part.astype(np.int64) for part in parts))
 
 
 def _no_keys(real: Any) -> Any:
@@ -295,8 +296,8 @@ def _turned(real: Any) -> Any:
 @pytest.mark.parametrize(
     ("place", "name", "bug", "says"),
     [
-        (model_runner, "send", _cpu_index, "mixes a tensor on cpu with one on cuda"),
-        (model_runner, "send", _wide_table, "torch.int64"),
+        (CudaBackend, "send", _cpu_index, "mixes a tensor on cpu with one on cuda"),
+        (CudaBackend, "send", _wide_table, "torch.int64"),
         (cuda_attention, "varlen_attn", _no_keys, "both set or both not set"),
         (cuda_attention, "varlen_attn", _asked(seqused_k=None), "come together"),
         (cuda_attention, "varlen_attn", _asked(enable_gqa=False), "without enable_gqa"),
@@ -318,17 +319,16 @@ def test_bugs_are_caught(
     run = Run(model_of("llama", tmp_path, num_hidden_layers=2), device)
     monkeypatch.setattr(place, name, bug(getattr(place, name)))
     met: list[Exception] = []
-    monkeypatch.setattr(run.engine, "_end", lambda plan, error: (met.append(error), run.engine._fail(plan, error)))
+    fail = run.engine._fail
+    monkeypatch.setattr(run.engine, "_recover", lambda plan, told, error: (met.append(error), fail(plan, error), ())[2])
     run.add(range(5, 40))
     run.step()
     assert [says in str(error) for error in met] == [True], met
 
 
 def test_a_copy_too_many_is_caught(tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_by_one(on: torch.device, *parts: Any) -> list[Tensor]:
-        return [sending.send(on, part)[0] for part in parts]
-
-    monkeypatch.setattr(model_runner, "send", one_by_one)
+    send = CudaBackend.send
+    monkeypatch.setattr(CudaBackend, "send", lambda backend, *parts: [send(backend, part)[0] for part in parts])
     run = Run(model_of("llama", tmp_path, num_hidden_layers=1), device)
     run.add([5, 6, 7])
     assert max(run.all())[0] == 7

@@ -18,8 +18,8 @@ import torch
 from engine_driver import EngineDriver
 
 from tandem.config import TINY_MODEL, parse_config
+from tandem.engine.backends.backend import DeviceLost, backend_for, is_lost
 from tandem.engine.backends.cpu.fusion import unfuse_layers
-from tandem.engine.backends.cuda.device import DeviceLost, is_lost
 from tandem.engine.engine import Engine
 from tandem.engine.scheduler import Chunk, StepPlan
 from tandem.engine.sequence import Failed, KVWritten, NewToken, Sequence, Started
@@ -30,6 +30,7 @@ from tandem.types import EmbedParams, EngineRequest, Pooling, SamplingParams
 from tandem.worker import main
 from tandem.worker.engine_thread import EngineThread
 
+CPU = backend_for("cpu")
 PROMPTS = [list(range(5, 45)), [7, 8, 9], list(range(60, 77)), [11] * 5]
 PARAMS = [
     SamplingParams(max_tokens=5, ignore_eos=True),
@@ -43,13 +44,13 @@ def plant(engine: Engine, fails: Callable[[StepPlan, int], Exception | None]) ->
     """fails: what goes wrong in a layer of a step, once its KV is written."""
     run = engine._runner.run
 
-    def planted(plan: StepPlan, layer_written: Callable[[int], None], told: int) -> Any:
+    def planted(plan: StepPlan, layer_written: Callable[[int], None]) -> Any:
         def written(layer: int) -> None:
             layer_written(layer)
             if (error := fails(plan, layer)) is not None:
                 raise error
 
-        return run(plan, written, told)
+        return run(plan, written)
 
     engine._runner.run = planted  # type: ignore[method-assign,assignment]
 
@@ -178,9 +179,10 @@ def test_a_request_that_has_no_room_alone_fails_alone() -> None:
 def test_halves_are_the_plan() -> None:
     names = "abcde"
     rows = {name: Sequence(EngineRequest(name, (1,) * 50, PARAMS[0]), lambda event: None, True) for name in names}
-    for chunks in ([], [("d", 0, 9)], [("d", 3, 4), ("e", 0, 31)]):
+    for prefills in ([], [("d", 0, 9)], [("d", 3, 4), ("e", 0, 31)]):
         for decodes in ("", "a", "abc"):
-            plan = StepPlan([rows[name] for name in decodes], [Chunk(rows[name], *span) for name, *span in chunks])
+            spans = [*((name, 50, 51) for name in decodes), *prefills]
+            plan = StepPlan([Chunk(rows[name], start, end) for name, start, end in spans])
             first, second = plan.halves()
             assert first.num_tokens - second.num_tokens in (0, 1)
             assert [*first.decodes, *second.decodes] == plan.decodes
@@ -216,11 +218,11 @@ def test_which_errors_are_which() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(of_the_host.value)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
-    assert not is_lost(torch.AcceleratorError("CUDA error: out of memory"), "cpu")
-    assert not is_lost(RuntimeError("shapes do not match"), "cpu")
+    assert not is_lost(torch.AcceleratorError("CUDA error: out of memory"), CPU)
+    assert not is_lost(RuntimeError("shapes do not match"), CPU)
     wrapped = RuntimeError("cannot load")
     wrapped.__cause__ = torch.AcceleratorError("CUDA error: unspecified launch failure")
-    assert is_lost(wrapped, "cpu")
+    assert is_lost(wrapped, CPU)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), ValueError("bug")])
@@ -229,16 +231,16 @@ def test_any_error_is_the_devices_end_when_it_answers_no_more(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert not is_lost(error, "cuda")
+    assert not is_lost(error, backend_for("cuda"))
 
     def gone() -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", gone)
-    assert is_lost(error, "cuda")
+    assert is_lost(error, backend_for("cuda"))
     engine = Engine(parse_config({"engine": {"kv_memory_mib": 4}}), print)
     engine.require_device()
-    engine._device = "cuda"
+    engine.backend = backend_for("cuda")
     with pytest.raises(DeviceLost):
         engine.require_device()
 
@@ -280,7 +282,7 @@ async def test_an_idle_worker_looks_after_its_device(monkeypatch: pytest.MonkeyP
     try:
         watch = asyncio.create_task(main.watch_device(host))
         assert not (await asyncio.wait({watch}, timeout=0.2))[0]
-        monkeypatch.setattr("tandem.engine.engine.why_lost", lambda device: "CUDA error: gone")
+        monkeypatch.setattr(thread.engine.backend, "why_lost", lambda: "CUDA error: gone")
         with pytest.raises(DeviceLost, match="CUDA error: gone"):
             await asyncio.wait_for(watch, 30)
     finally:

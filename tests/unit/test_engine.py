@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tandem.config import EngineConfig, parse_config
 from tandem.engine.engine import Engine
-from tandem.engine.kv_cache import count_blocks
+from tandem.engine.loading.kv_sizing import count_blocks
 from tandem.engine.loading.model_loader import load_model
 from tandem.engine.sequence import Emission, KVWritten, Started
 from tandem.errors import ConfigError, InvalidRequest, ModelRefused

@@ -43,7 +43,7 @@ def test_unread_rows_are_not_computed(architecture: str, tmp_path: Path) -> None
     within_mlp = count_rows(next(layer.mlp.children()))
     fingerprint = loaded.info.fingerprint
     pool = BlockPool(8, fingerprint.block_size, prefix_cache=False)
-    runner = ModelRunner(loaded, KVCache(fingerprint, 8, "cpu"), "cpu")
+    runner = ModelRunner(loaded, KVCache(fingerprint, 8, loaded.backend))
     within_mlp.clear()  # what the runner tried out
     check_exactness(loaded, runner, pool)
     # Half a prompt, the rest of it beside another one, and a decode beside a third.
@@ -55,7 +55,7 @@ def test_what_the_cut_leaves_is_written_to_the_cache_by_all_rows(tmp_path: Path)
     attention = last_layer(loaded).self_attn
     keys = count_rows(attention.k_proj)
     fingerprint = loaded.info.fingerprint
-    runner = ModelRunner(loaded, KVCache(fingerprint, 8, "cpu"), "cpu")
+    runner = ModelRunner(loaded, KVCache(fingerprint, 8, loaded.backend))
     check_exactness(loaded, runner, BlockPool(8, fingerprint.block_size, prefix_cache=False))
     assert keys[-3:] == [7, 8 + 8, 1 + 1]
 

@@ -24,11 +24,12 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tandem.config import parse_config
-from tandem.engine.attention import NAME, PROBE, Step
+from tandem.engine.attention import NAME, PagedStep
 from tandem.engine.backends.cpu.kernels.tile import registers_suffice
 from tandem.engine.backends.cpu.layer import FusedLayer
 from tandem.engine.batch import AttentionOptions
 from tandem.engine.engine import Engine
+from tandem.engine.loading.examination import PROBE
 from tandem.engine.loading.model_loader import load_model
 from tandem.errors import ModelRefused
 from tandem.types import SamplingParams
@@ -70,7 +71,7 @@ def test_a_short_cut_that_is_wrong_is_not_taken(
     folder = save_model(tmp_path, "llama", **TINY)
     run, wrong = FusedLayer._run, []
 
-    def planted(self: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
+    def planted(self: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, step: PagedStep) -> Tensor:
         out = run(self, x, cos, sin, step)
         if len(step.batch.context_lens) == 1:
             return out

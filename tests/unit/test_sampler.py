@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tandem.engine.sampler import Sampler, uniform
-from tandem.engine.sending import Parcel
+from tandem.engine.backends.backend import backend_for
+from tandem.engine.sampler import Parcel, Sampler, uniform
 from tandem.engine.sequence import Sequence
 from tandem.types import EngineRequest, SamplingParams
 
 VOCAB = 50
 EOS = 2
 MOST = 100
+CPU = backend_for("cpu")
 
 
 def _row(params: SamplingParams, outputs: tuple[int, ...] = (), prompt: tuple[int, ...] = (5, 6)) -> Sequence:
@@ -27,7 +28,7 @@ def _logits(rows: int = 1, seed: int = 0) -> Tensor:
 
 
 def _sample(logits: Tensor, *rows: Sequence) -> list[int]:
-    return [token.id for token in Sampler((EOS,)).sample(logits, list(rows))]
+    return [token.id for token in Sampler((EOS,), CPU).sample(logits, list(rows))]
 
 
 def _draws(logits: Tensor, params: SamplingParams, count: int) -> Tensor:
@@ -124,7 +125,7 @@ def test_penalties_agree_with_their_definitions() -> None:
 
 def test_penalty_counts_follow_the_output_as_it_grows_and_after_a_handoff() -> None:
     params = SamplingParams(frequency_penalty=0.5, repetition_penalty=1.2, temperature=1.0, seed=4)
-    sampler, logits = Sampler((EOS,)), _logits()
+    sampler, logits = Sampler((EOS,), CPU), _logits()
     stayed = _row(params)
     for _ in range(8):
         stayed.output_ids.append(sampler.sample(logits, [stayed])[0].id)
@@ -148,13 +149,13 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     logits = _logits()
     wanted = torch.log_softmax(logits[0], dim=-1)
     params = SamplingParams(temperature=0.5, top_k=2, seed=1, logprobs=3, logit_bias={4: 50.0})
-    token = Sampler((EOS,)).sample(logits, [_row(params)])[0]
+    token = Sampler((EOS,), CPU).sample(logits, [_row(params)])[0]
     assert token.id == 4
     assert token.logprob == pytest.approx(float(wanted[4]))
     best = wanted.topk(3)
     assert [id_ for id_, _ in token.top_logprobs] == best.indices.tolist()
     assert [value for _, value in token.top_logprobs] == pytest.approx(best.values.tolist())
-    assert Sampler((EOS,)).sample(logits, [_row(SamplingParams(logprobs=0))])[0].top_logprobs == ()
+    assert Sampler((EOS,), CPU).sample(logits, [_row(SamplingParams(logprobs=0))])[0].top_logprobs == ()
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-40, 1e-31, 1e-30, 1e-20, 1e-6])
@@ -226,7 +227,7 @@ def test_biases_come_before_penalties_as_in_transformers() -> None:
     wanted = order(torch.tensor([[5, 6, 9]]), logits.clone())
     params = SamplingParams(logit_bias=biases, repetition_penalty=1.7)
     row = _row(params, outputs=(9,))
-    sampler, parcel = Sampler((EOS,)), Parcel(logits.device)
+    sampler, parcel = Sampler((EOS,), CPU), Parcel(CPU)
     shapings = {0: sampler._shaping(row, parcel)}
     parcel.send()
     assert torch.equal(sampler._shape(logits, [row], shapings), wanted)

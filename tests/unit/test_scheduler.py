@@ -22,14 +22,14 @@ def _scheduler(blocks: int = 64, **settings: int) -> Scheduler:
 def _chunks(scheduler: Scheduler) -> list[tuple[int, int]]:
     plan = scheduler.schedule()
     scheduler.advance(plan)
-    return [(chunk.start, chunk.end) for chunk in plan.chunks]
+    return [(chunk.start, chunk.end) for chunk in plan.prefills]
 
 
 def test_a_long_prompt_is_cut_to_the_budget() -> None:
     scheduler = _scheduler()
     scheduler.add(_sequence(40))
     assert [_chunks(scheduler) for _ in range(4)] == [[(0, 16)], [(16, 32)], [(32, 40)], []]
-    assert not scheduler.has_work
+    assert scheduler.num_live == 0
 
 
 def test_short_prompts_share_a_step_in_order_of_arrival() -> None:
@@ -50,14 +50,14 @@ def test_the_end_of_a_long_prompt_waits_for_no_part_of_the_next_but_for_a_whole_
         assert [(chunk.start, chunk.end) for chunk in plan.chunks] == step
         assert plan.started == [chunk.sequence for chunk in plan.chunks if chunk.start == 0]
         scheduler.advance(plan)
-    assert not scheduler.has_work
+    assert scheduler.num_live == 0
 
 
 def test_a_step_that_decodes_is_filled() -> None:
     """The next one would make those who decode wait again."""
     scheduler = _scheduler()
     decoding = _sequence(4, 1000)
-    decoding.table = scheduler._pool.acquire(2)
+    decoding.table = scheduler.pool.acquire(2)
     decoding.output_ids = [1]
     scheduler.attach(decoding)
     for first in (0, 100):
@@ -69,23 +69,23 @@ def test_decodes_come_first_and_leave_the_rest_to_chunks() -> None:
     scheduler = _scheduler()
     for first in (1000, 2000, 3000):
         decoding = _sequence(4, first)
-        decoding.table = scheduler._pool.acquire(2)
+        decoding.table = scheduler.pool.acquire(2)
         decoding.output_ids = [1]
         scheduler.attach(decoding)
     scheduler.add(_sequence(40))
     plan = scheduler.schedule()
     assert len(plan.decodes) == 3
-    assert [(chunk.start, chunk.end) for chunk in plan.chunks] == [(0, 13)]
+    assert [(chunk.start, chunk.end) for chunk in plan.prefills] == [(0, 13)]
 
 
 def test_more_decodes_than_fit_take_turns() -> None:
     scheduler = _scheduler(max_running=2)
     decoding = [_sequence(4, first) for first in (0, 100, 200)]
     for sequence in decoding:
-        sequence.table = scheduler._pool.acquire(2)
+        sequence.table = scheduler.pool.acquire(2)
         sequence.output_ids = [1]
         scheduler.attach(sequence)
-    turns = [scheduler.schedule().decodes for _ in range(3)]
+    turns = [scheduler.schedule().sequences for _ in range(3)]
     assert [len(turn) for turn in turns] == [2, 2, 2]
     assert all(sum(sequence in turn for turn in turns) == 2 for sequence in decoding)
 
@@ -124,7 +124,7 @@ def test_a_prompt_that_brought_its_blocks_does_not_wait_behind_one_that_waits_fo
     """Or the two would wait for each other: the pool is full of what the second one reserved."""
     scheduler = _scheduler(blocks=4)
     reserved = _sequence(8)
-    reserved.table = scheduler._pool.acquire(4)
+    reserved.table = scheduler.pool.acquire(4)
     first = _sequence(8, 100)
     scheduler.add(first)
     scheduler.add(reserved)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
@@ -21,12 +22,85 @@ from transformers.cache_utils import (
 
 from tandem.engine import attention
 from tandem.engine.batch import AttentionOptions
+from tandem.engine.loading import masks
 from tandem.engine.loading.failures import refusing
 from tandem.errors import ModelRefused
 
+# Name of the attention that records; each layer hears its mask.
+PROBE = "tandem_probe"
+# Keyword arguments that do not change attention over the step's own metadata. The sliding window is a hint to other
+# libraries: in transformers' own attention the mask alone hides keys.
+_HARMLESS = {
+    *("dropout", "position_ids", "cache_position", "is_causal", "use_cache", "layer_idx", "position_embeddings"),
+    *("sliding_window", "logits_to_keep"),
+}
+_HONOURED = {"scaling", "softcap"}
 # Layers of transformers' caches that keep nothing else; their subclasses keep more.
 _KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer, DummyLayer)
 _STATE = "layer {} keeps state that is not keys and values"
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+@dataclass
+class AttentionProbe:
+    """Records what each layer asks of attention, in a forward pass at load, in the order of calls; computes none."""
+
+    options: dict[int, AttentionOptions] = field(default_factory=dict)
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    # The module that called most recently.
+    last: Any = None
+
+    def run(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, asked: dict[str, Any]) -> Tensor:
+        """Raises ModelRefused for what is not honoured."""
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int):
+            raise ModelRefused(f"its {type(module).__name__} does not say which layer it is of (layer_idx)")
+        if layer in self.options:
+            raise ModelRefused(f"layer {layer} computes attention more than once")
+        if not getattr(module, "is_causal", True):
+            raise ModelRefused(f"layer {layer} is not causal")
+        heard = masks.require_mask(mask, layer)
+        if key.shape != value.shape:
+            raise ModelRefused("its keys and values differ in shape")
+        if key.shape[2] != query.shape[2]:
+            raise ModelRefused(f"layer {layer} attends to {key.shape[2]} keys of {query.shape[2]} tokens")
+        for name, value_asked in asked.items():
+            if not (name in _HONOURED or name in _HARMLESS or value_asked is None or value_asked is False):
+                raise ModelRefused(f"it needs the attention argument {name}, which Tandem does not honour")
+        self.last = module
+        self.options[layer] = options_asked(query, heard, asked)
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], key.dtype)
+        return query.transpose(1, 2)
+
+
+def options_asked(query: Tensor, mask: masks.HeardMask, asked: dict[str, Any]) -> AttentionOptions:
+    scale = asked.get("scaling")
+    return AttentionOptions(
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        window=mask.window,
+        chunk=mask.chunk,
+        softcap=float(asked.get("softcap") or 0.0),
+    )
+
+
+def probed_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The contract of attention.paged_attention, under the other name."""
+    probe = kwargs.pop("paged", None)
+    if not isinstance(probe, AttentionProbe):
+        raise ModelRefused(attention.NOT_PASSED_ON)
+    return probe.run(module, query, key, value, attention_mask, kwargs), None
+
+
+AttentionInterface.register(PROBE, probed_attention)
+AttentionMaskInterface.register(PROBE, masks.hear)
 
 
 @dataclass(frozen=True)
@@ -34,14 +108,14 @@ class Examined:
     # By layer index.
     options: dict[int, AttentionOptions]
     # The same for every layer.
-    shape: attention.LayerShape
+    shape: LayerShape
     # The attention module that a forward calls last.
     last_attention: nn.Module
 
 
 def examine(model: Any) -> Examined:
     """One forward over a few tokens that records what every attention layer asks for. Raises ModelRefused."""
-    probe = attention.Probe()
+    probe = AttentionProbe()
     try:
         with refusing("its forward pass with Tandem's attention"), _probed(model):
             ids = torch.arange(4, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
@@ -60,7 +134,7 @@ def examine(model: Any) -> Examined:
 
 @contextmanager
 def _probed(model: Any) -> Iterator[None]:
-    model.set_attn_implementation(attention.PROBE)
+    model.set_attn_implementation(PROBE)
     try:
         with torch.inference_mode():
             yield
@@ -79,7 +153,7 @@ def as_transformers(model: Any) -> Iterator[None]:
         model.set_attn_implementation(attention.NAME)
 
 
-def _require_every_layer(model: Any, probe: attention.Probe) -> None:
+def _require_every_layer(model: Any, probe: AttentionProbe) -> None:
     if not model.config.get_text_config().num_hidden_layers:
         raise ModelRefused("its configuration gives it no layers (num_hidden_layers)")
     if not probe.options:

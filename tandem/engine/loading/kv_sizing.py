@@ -7,38 +7,90 @@ from collections.abc import Callable
 
 import torch
 
-from tandem.config import EngineConfig
-from tandem.engine.backends.cuda.attention import why_not_flash, why_not_pages
+from tandem.config import MOST_BLOCKS, EngineConfig
 from tandem.engine.block_pool import BlockPool, BlockTable
-from tandem.engine.kv_cache import DTYPES, KVCache, block_bytes
+from tandem.engine.kv_cache import KVCache, block_bytes
 from tandem.engine.loading.model_loader import LoadedModel
+from tandem.engine.loading.self_check import tokens_checked
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import Sampler
 from tandem.engine.scheduler import Chunk, StepPlan
 from tandem.engine.sequence import Sequence
 from tandem.errors import ConfigError, ModelRefused
 from tandem.out_of_memory import is_out_of_memory
-from tandem.types import EngineRequest, SamplingParams
+from tandem.types import EngineRequest, Fingerprint, SamplingParams
 
 log = logging.getLogger(__name__)
 
-# Of the GPU's memory, left alone: for what torch's allocator cannot place, and for libraries.
-SPARE_SHARE = 0.05
 # What makes sampling take the most memory.
 _SAMPLING = SamplingParams(max_tokens=2, temperature=1.0, top_p=0.9, seed=0)
 
 
+def size_pool(config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, sampler: Sampler) -> int:
+    """Blocks of the pool. Raises ConfigError when it would be too small for anything. Logs what is worth knowing."""
+    fingerprint, longest = loaded.info.fingerprint, loaded.info.max_model_len
+    kinds = set(loaded.options.values())
+    if obstacles := loaded.backend.attention_obstacles(fingerprint, kinds):
+        log.warning("attention copies keys and values together in every step, which is slow: %s", "; ".join(obstacles))
+    least = tokens_checked(loaded.info)
+    blocks = count_blocks(config, fingerprint, least, lambda: blocks_left(config, loaded, runner, sampler))
+    if (held := blocks * fingerprint.block_size) < longest:
+        log.warning(
+            "the KV pool holds %d tokens: longer requests are refused, though the model takes %d; "
+            "for those engine.num_blocks must be %d or more",
+            *(held, longest, -(-longest // fingerprint.block_size)),
+        )
+    return blocks
+
+
+def count_blocks(
+    config: EngineConfig, fingerprint: Fingerprint, least_tokens: int, left: Callable[[], int] = lambda: 0
+) -> int:
+    """Blocks in the pool. `left` finds for how many the device has room, where the configuration leaves that open.
+
+    Raises ConfigError when they do not hold the KV of least_tokens.
+    """
+    least = -(-least_tokens // fingerprint.block_size)
+    if config.num_blocks:
+        if config.num_blocks < least:
+            raise ConfigError(
+                f"engine.num_blocks must be {least} or more, not {config.num_blocks}: the check of the model at load "
+                f"takes {least_tokens} tokens, a block holds {fingerprint.block_size}",
+                field="engine.num_blocks",
+            )
+        return config.num_blocks
+    bytes_each = block_bytes(fingerprint)
+    mib = -(-least * bytes_each >> 20)
+    if not config.kv_memory_mib:
+        blocks = min(left(), MOST_BLOCKS)
+        if blocks < least:
+            raise ConfigError(
+                f"the GPU has room for {blocks} KV blocks of {bytes_each} bytes beside the model and its largest step, "
+                f"and the check of the model at load takes {least}: lower engine.max_step_tokens or engine.max_running",
+                field="engine.max_step_tokens",
+            )
+        return blocks
+    blocks = (config.kv_memory_mib << 20) // bytes_each
+    if blocks < least:
+        raise ConfigError(
+            f"engine.kv_memory_mib must be {mib} or more, not {config.kv_memory_mib}: the check of the model at load "
+            f"takes {least_tokens} tokens, a KV block of {fingerprint.block_size} takes {bytes_each} bytes",
+            field="engine.kv_memory_mib",
+        )
+    return blocks
+
+
 def blocks_left(config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, sampler: Sampler) -> int:
-    """Blocks for which a GPU has room beside the largest step, which is run to see.
+    """Blocks for which the device has room beside the largest step, which is run to see.
 
     Raises ConfigError when there is no room for such a step.
     """
-    fingerprint = loaded.info.fingerprint
+    fingerprint, backend = loaded.info.fingerprint, loaded.backend
     plan, tables, pool = _largest_step(config, loaded)
-    torch.cuda.empty_cache()
+    backend.free_memory()
     try:
-        runner.cache = KVCache(fingerprint, pool.num_blocks, config.device)
-        peak = _peak_of(lambda: _run(plan, runner, sampler))
+        runner.cache = KVCache(fingerprint, pool.num_blocks, backend)
+        peak = backend.peak_bytes(lambda: run_step(plan, runner, sampler))
     except Exception as error:
         if not (is_out_of_memory(error) or isinstance(error, ModelRefused)):  # the second says it of a pool
             raise
@@ -48,41 +100,17 @@ def blocks_left(config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, 
             field="engine.max_step_tokens",
         ) from None
     finally:
-        runner.cache = KVCache(fingerprint, 0, config.device)
+        runner.cache = KVCache(fingerprint, 0, backend)
         for table in tables:
             table.release()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    room = free - peak - int(SPARE_SHARE * total)
     bytes_each = block_bytes(fingerprint)
-    if attention_obstacles(loaded):
+    if backend.attention_obstacles(fingerprint, set(loaded.options.values())):
         # A layer's share of all contexts of a step is gathered beside the pool.
         bytes_each += -(-bytes_each // fingerprint.num_layers)
-    log.info(
-        "of %d MiB on the GPU %d are free, and the largest step takes %d: %d are for KV",
-        *(total >> 20, free >> 20, peak >> 20, max(0, room) >> 20),
-    )
-    return max(0, room) // bytes_each
+    return backend.bytes_left(peak) // bytes_each
 
 
-def attention_obstacles(loaded: LoadedModel) -> set[str]:
-    """Why attention on the GPU does not read the pool's pages in place; empty if it does, in every layer."""
-    fingerprint, capability = loaded.info.fingerprint, torch.cuda.get_device_capability()
-    dtype = DTYPES[fingerprint.dtype]
-    layers = (why_not_flash(dtype, fingerprint.head_dim, options, capability) for options in loaded.options.values())
-    return {why for why in (*layers, why_not_pages(fingerprint.block_size)) if why}
-
-
-def _peak_of(run: Callable[[], object]) -> int:
-    """Bytes that a call takes beside what is there before, at most."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _run(plan: StepPlan, runner: ModelRunner, sampler: Sampler) -> None:
+def run_step(plan: StepPlan, runner: ModelRunner, sampler: Sampler) -> None:
     with torch.inference_mode():
         sampler.sample(runner.run(plan).logits_RxV, plan.sampled)
 
@@ -103,13 +131,11 @@ def _largest_step(config: EngineConfig, loaded: LoadedModel) -> tuple[StepPlan, 
         return table
 
     shared = table_for(2)
-    decodes = [_sequence(1, shared, num_computed=1) for _ in range(num_decodes)]
-    chunks = [Chunk(_sequence(length, table_for(length)), 0, length) for length in lengths]
-    return StepPlan(decodes, chunks), tables, pool
+    decodes = [Chunk(_sequence(1, shared, output_ids=[0]), 1, 2) for _ in range(num_decodes)]
+    prefills = [Chunk(_sequence(length, table_for(length)), 0, length) for length in lengths]
+    return StepPlan(decodes + prefills), tables, pool
 
 
-def _sequence(prompt_len: int, table: BlockTable, num_computed: int = 0) -> Sequence:
-    """Computed prompts have their first token."""
+def _sequence(prompt_len: int, table: BlockTable, output_ids: list[int] | None = None) -> Sequence:
     request = EngineRequest("largest-step", (0,) * prompt_len, _SAMPLING)
-    output_ids = [0] if num_computed else []
-    return Sequence(request, lambda event: None, True, table=table, num_computed=num_computed, output_ids=output_ids)
+    return Sequence(request, lambda event: None, True, table=table, output_ids=output_ids or [])

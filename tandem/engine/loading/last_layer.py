@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tandem.engine.attention import Tail, spread
+from tandem.engine.backends.backend import Backend
 from tandem.engine.batch import PagedBatch
 from tandem.engine.loading.failures import of_the_machine
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # What transformers calls the projections to queries and from the heads' outputs, where keys and values have their own.
 _PROJECTIONS = {"q_proj", "o_proj", "out_proj", "dense", "c_proj"}
-# Of a row computed alone from one among others, relative: half precision rounds, a module that mixes differs by 1.
+# Difference of a row computed alone and among others, relative: half precision rounds, mixing makes it 1.
 _TOLERANCE = 0.05
 
 
@@ -49,7 +50,7 @@ class LastLayer:
             module.forward = whole
         self._whole.clear()
 
-    def tail(self, rows: list[int], batch: PagedBatch) -> Tail | None:
+    def tail(self, rows: list[int], batch: PagedBatch, backend: Backend) -> Tail | None:
         """For a step of which `rows` are read; None where cutting the others saves little or nothing, or is over.
 
         More rows than sequences are a mean over a prompt: attention row by row would cost more than it saves.
@@ -57,9 +58,7 @@ class LastLayer:
         if not self._whole or len(rows) > len(batch.context_lens) or len(rows) == batch.query_starts[-1]:
             return None
         # One at least: kernels need not cope with none.
-        kept = rows or [0]
-        device = batch.slots_T.device
-        return Tail(torch.tensor(kept, device=device), batch.rows_alone(kept), self._attention)
+        return Tail(*batch.rows_alone(rows or [0], backend.send), self._attention)
 
     @contextmanager
     def only(self, tail: Tail | None) -> Iterator[None]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionMaskInterface
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
@@ -54,7 +53,7 @@ class HeardMask:
 
     def joined(self, other: HeardMask) -> HeardMask:
         """What both show."""
-        # Of nested windows the smallest counts; chunks of different lengths would be something else.
+        # The smallest of nested windows counts; chunks of different lengths would be something else.
         chunks = {self.chunk, other.chunk} - {0}
         return HeardMask(
             self.causal or other.causal,
@@ -132,8 +131,3 @@ def _agrees(function: Callable[..., Any], mask: HeardMask) -> bool:
 
 def _name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__qualname__", function)).split(".<locals>")[0]
-
-
-def register(name: str) -> None:
-    """Models whose attention has this name hear; see `hear`."""
-    AttentionMaskInterface.register(name, hear)

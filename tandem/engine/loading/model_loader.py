@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from tandem.config import TandemConfig
+from tandem.engine.backends.backend import Backend, backend_for
 from tandem.engine.batch import AttentionOptions
 from tandem.engine.kv_cache import LAYOUT_VERSION
 from tandem.engine.loading.checkpoint import load_whole
@@ -30,16 +31,17 @@ from tandem.types import Fingerprint, ModelInfo
 log = logging.getLogger(__name__)
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_DEFAULT_BLOCK_SIZE = {"cpu": 16, "cuda": 256}
 # A few models choose a class by this name, and know none but transformers' own.
 _UNTIL_EXAMINED = "eager"
-# Of a configuration, what says nothing about the model's function.
+# Settings of a configuration that say nothing about the model's function.
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"}
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     model: nn.Module
+    # What it computes on.
+    backend: Backend
     info: ModelInfo
     # What each layer's attention asks for, by layer index.
     options: dict[int, AttentionOptions]
@@ -90,10 +92,11 @@ def _instantiate(config: TandemConfig, source: str, model_config: Any) -> nn.Mod
 def _dtype(config: TandemConfig) -> Any:
     if config.model.dtype != "auto":
         return getattr(torch, config.model.dtype)
-    return torch.float32 if config.engine.device == "cpu" else "auto"
+    return backend_for(config.engine.device).dtype
 
 
 def _examine(config: TandemConfig, model: Any, max_model_len: int, eos_token_ids: tuple[int, ...]) -> LoadedModel:
+    backend = backend_for(config.engine.device)
     with _refusing(config, model.config), refusing("its examination"):
         examined = examine(model)
         if max_model_len == 0:
@@ -105,7 +108,7 @@ def _examine(config: TandemConfig, model: Any, max_model_len: int, eos_token_ids
             config_hash=_config_hash(model.config),
             weights_hash=_weights_hash(model),
             dtype=_DTYPE_NAMES[shape.dtype],
-            block_size=config.engine.block_size or _DEFAULT_BLOCK_SIZE[config.engine.device],
+            block_size=config.engine.block_size or backend.block_size,
             num_layers=len(examined.options),
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
@@ -119,7 +122,7 @@ def _examine(config: TandemConfig, model: Any, max_model_len: int, eos_token_ids
             fingerprint=fingerprint,
             hidden_size=text.hidden_size,
         )
-    return LoadedModel(model, info, examined.options, examined.last_attention)
+    return LoadedModel(model, backend, info, examined.options, examined.last_attention)
 
 
 @contextmanager
@@ -167,7 +170,7 @@ def _config_hash(model_config: Any) -> str:
 
 
 def _weights_hash(model: nn.Module) -> str:
-    """Of up to 256 evenly spaced elements of every parameter: enough to tell a fine-tune from its base."""
+    """Up to 256 evenly spaced elements of every parameter, hashed: enough to tell a fine-tune from its base."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())

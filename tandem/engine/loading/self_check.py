@@ -37,14 +37,14 @@ _TOLERANCE = {"float32": 1e-3, "float16": 0.2, "bfloat16": 0.2}
 _SAME = 1e-5
 # Logits so far below the best one have no probability in any arithmetic.
 _OUT_OF_REACH = 1000.0
-# Of logits that are all alike, rounding is no relative error.
+# Spread of logits below which rounding is no relative error: they are all alike.
 _LEAST_SPREAD = 1e-6
 # Tokens of the longest sequence, with the one that it decodes.
 _TOKENS = 16
 
 
 def tokens_checked(info: ModelInfo) -> int:
-    """Of which the pool must hold the KV: two sequences at once, in blocks of their own."""
+    """Tokens whose KV the pool must hold: two sequences at once, in blocks of their own."""
     size = info.fingerprint.block_size
     return 2 * -(-_length(info) // size) * size
 
@@ -56,12 +56,8 @@ def require_exactness(loaded: LoadedModel, runner: ModelRunner, pool: BlockPool)
     except ModelRefused as refused:
         runner.compute_all_rows()
         without = "cutting the last layer to the rows that are read"
-        if next(loaded.model.parameters()).device.type == "cpu":
-            # Imported late: a GPU worker never compiles the CPU's kernels.
-            from tandem.engine.backends.cpu.fusion import unfuse_layers
-
-            if unfuse_layers(loaded.model):
-                without += " and the engine's own decoder layers"
+        if loaded.backend.restore_layers(loaded.model):
+            without += " and the engine's own decoder layers"
         check_exactness(loaded, runner, pool)
         log.warning("served more slowly, without %s: otherwise %s", without, refused)
 
@@ -88,7 +84,7 @@ class _Case:
 
     ids: list[int]
     positions: list[int]
-    # Of the last token, or of the last two where the last one was generated. [1 or 2, V]
+    # Logits of the last token, or of the last two where the last one was generated. [1 or 2, V]
     wanted: Tensor
 
 
@@ -201,20 +197,20 @@ class _Check:
         prompt_len = len(long.ids) - 1
         half = prompt_len // 2
         with self._sequence(long, prompt_len) as first, refusing("a paged forward pass"):
-            self._runner.run(StepPlan([], [Chunk(first, 0, half)]))
+            self._runner.run(StepPlan([Chunk(first, 0, half)]))
             with self._sequence(short, len(short.ids)) as second:
                 chunks = [Chunk(second, 0, len(short.ids)), Chunk(first, half, prompt_len)]
-                ends = self._runner.run(StepPlan([], chunks)).logits_RxV
-            first.num_computed = prompt_len
+                ends = self._runner.run(StepPlan(chunks)).logits_RxV
             with self._sequence(far, len(far.ids)) as second:
-                beside = self._runner.run(StepPlan([first], [Chunk(second, 0, len(far.ids))])).logits_RxV
+                chunks = [Chunk(first, prompt_len, prompt_len + 1), Chunk(second, 0, len(far.ids))]
+                beside = self._runner.run(StepPlan(chunks)).logits_RxV
         return _relative_error(torch.cat([ends, beside]), torch.cat([short.wanted, long.wanted, far.wanted]))
 
     def _error_at_once(self, long: _Case) -> float:
-        """Of a prompt in one chunk, with no other beside it."""
+        """The same for a prompt in one chunk, with no other beside it."""
         prompt_len = len(long.ids) - 1
         with self._sequence(long, prompt_len) as sequence, refusing("a paged forward pass"):
-            logits = self._runner.run(StepPlan([], [Chunk(sequence, 0, prompt_len)])).logits_RxV
+            logits = self._runner.run(StepPlan([Chunk(sequence, 0, prompt_len)])).logits_RxV
         return _relative_error(logits, long.wanted[:1])
 
     @contextmanager
@@ -230,12 +226,12 @@ class _Check:
             table.release()
 
     def _thresholds(self) -> dict[str, int]:
-        """Of the lengths that the configuration names, those that matter to prompts longer than SHORT alone."""
+        """Lengths that the configuration names and that matter to prompts longer than SHORT alone."""
         if not self._lengths:
             return {}
 
         def logits() -> tuple[Tensor, Tensor]:
-            """Of a long prompt with a token more, whose keys come from transformers' cache, and of a short prompt."""
+            """Those of a long prompt and a token more, whose keys come from transformers' cache; of a short prompt."""
             long = self._generated(self._ids[: self._length - 1], 2)
             return long.wanted, self._own(self._ids[: SHORT - 1], None)
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tandem.engine.attention import NAME, Step, Tail, spread
-from tandem.engine.backends.cpu.attention import paged_attention_cpu, pool_attention, write_kv
+from tandem.engine.attention import NAME, PagedStep, Tail, spread
+from tandem.engine.backends.backend import backend_for
+from tandem.engine.backends.cpu.attention import CpuAttention
 from tandem.engine.backends.cpu.kernels.heads import dim_fits, project_heads
 from tandem.engine.backends.cpu.modules import FusedRMSNorm, PackedGatedMLP, PackedLinear
 from tandem.engine.backends.cpu.probe import REPEATS, RefusedError, random_rows, require_same
@@ -42,7 +43,7 @@ class FusedLayer:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         step, turns = kwargs.get("paged"), kwargs.get("position_embeddings")
-        if not isinstance(step, Step) or turns is None or not self._takes(hidden_states, *turns):
+        if not isinstance(step, PagedStep) or turns is None or not self._takes(hidden_states, *turns):
             return self._own(hidden_states, *args, **kwargs)
         if self._attention.layer_idx < step.written:  # _attend would write
             return self._own(hidden_states, *args, **kwargs)
@@ -53,14 +54,14 @@ class FusedLayer:
         whole = cos.shape == sin.shape == (1, x.shape[1], self._dim)
         return whole and all(t.dtype == torch.float32 and t.is_contiguous() for t in (x, cos, sin))
 
-    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
-        tail = step.tail if step.tail is not None and step.tail.last_attention is self._attention else None
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, step: PagedStep) -> Tensor:
+        tail = step.tail_in(self._attention)
         attended = self._attend(self._norm.forward(x), cos, sin, step, tail)
         if tail is None:
             return self._finish(attended, x)
         return spread(self._finish(attended, x[tail.rows]).unsqueeze(0), tail.rows, x.shape[0])[0]
 
-    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step, tail: Tail | None) -> Tensor:
+    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, step: PagedStep, tail: Tail | None) -> Tensor:
         """[T, H * D]; T: rows of the tail, if there is one."""
         index, batch = self._attention.layer_idx, step.batch
         k_pool, v_pool = step.pools(index)
@@ -71,7 +72,9 @@ class FusedLayer:
         if tail is not None:
             rows, batch = tail.rows, tail.batch
             project_heads(x[rows], (to_query, None, None), cos[rows], sin[rows], batch.slots_T)
-        return pool_attention(query, k_pool, v_pool, batch, step.options[index]).flatten(1)
+        attention = step.attention(index, tail)
+        assert isinstance(attention, CpuAttention)
+        return attention.over_pools(query, k_pool, v_pool).flatten(1)
 
     def _finish(self, attended: Tensor, residual: Tensor) -> Tensor:
         x = self._out.plus(attended, residual)
@@ -108,7 +111,7 @@ def _pools(layer: Any, rows: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(1, rows, heads, dim), torch.zeros(1, rows, heads, dim)
 
 
-def _step(layer: Any, x: Tensor, pools: tuple[Tensor, Tensor]) -> Step:
+def _step(layer: Any, x: Tensor, pools: tuple[Tensor, Tensor]) -> PagedStep:
     """All rows are one prompt, in one block."""
     rows = x.shape[1]
     batch = PagedBatch(
@@ -121,7 +124,7 @@ def _step(layer: Any, x: Tensor, pools: tuple[Tensor, Tensor]) -> Step:
         query_starts_B1=torch.tensor([0, rows], dtype=torch.int32),
     )
     options = {layer.self_attn.layer_idx: AttentionOptions(scale=layer.self_attn.head_dim**-0.5)}
-    return Step(batch, lambda index: pools, options, paged_attention_cpu, write_kv, lambda index: None, None)
+    return PagedStep(backend_for("cpu"), batch, lambda index: pools, options, lambda index: None, None)
 
 
 def _require_fused_parts(layer: Any) -> None:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from tandem.engine.backends.cpu.attention import paged_attention_cpu
+from tandem.engine.backends.torch_attention import TorchAttention
 from tandem.engine.batch import AttentionOptions, PagedBatch
 
-# Of flash attention 2, which stock torch brings.
+# Limits of flash attention 2, which stock torch brings.
 PAGE_MULTIPLE, HEAD_DIM_MULTIPLE, LARGEST_HEAD_DIM, LEAST_CAPABILITY = 256, 8, 256, (8, 0)
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -54,42 +54,52 @@ class FlashFeatures:
 FLASH = FlashFeatures.of(varlen_attn, torch.__version__)
 
 
-def paged_attention_cuda(
-    query_TxHxD: Tensor,
-    key_TxKxD: Tensor,
-    value_TxKxD: Tensor,
-    k_pool_NxPxKxD: Tensor,
-    v_pool_NxPxKxD: Tensor,
-    batch: PagedBatch,
-    options: AttentionOptions,
-) -> Tensor:
-    """Attention for all rows of a step whose keys and values are in the pool already; [T, H, D]."""
-    if why_not_flash(query_TxHxD.dtype, query_TxHxD.shape[2], options, _capability(query_TxHxD.device)):
-        return paged_attention_cpu(query_TxHxD, key_TxKxD, value_TxKxD, k_pool_NxPxKxD, v_pool_NxPxKxD, batch, options)
-    asked: dict[str, Any] = {"scale": options.scale, "window_size": _window(batch, options)}
-    if FLASH.gqa:
-        asked["enable_gqa"] = query_TxHxD.shape[1] != k_pool_NxPxKxD.shape[2]
-    if FLASH.splits:
-        # One: the order of summation, and so the result, does not depend on the batch.
-        asked["num_splits"] = 1
-    if why_not_pages(k_pool_NxPxKxD.shape[1]):
-        keys, values = (_gather(pool, batch) for pool in (k_pool_NxPxKxD, v_pool_NxPxKxD))
-    else:
-        keys, values = k_pool_NxPxKxD, v_pool_NxPxKxD
-        asked |= {"seqused_k": batch.context_lens_B, "block_table": batch.block_table_BxM}
-    out = varlen_attn(
-        query_TxHxD.contiguous(),
-        keys,
-        values,
-        batch.query_starts_B1,
-        # Asked for with pages too, though lengths and pages say the same.
-        batch.key_starts_B1,
-        batch.most_rows,
-        batch.longest_context,
-        **asked,
-    )
-    assert isinstance(out, Tensor)
-    return out
+class CudaAttention(TorchAttention):
+    """One step's attention, for layers that ask for the same, by flash attention where it takes the tensors."""
+
+    def __init__(self, batch: PagedBatch, options: AttentionOptions) -> None:
+        super().__init__(batch, options)
+        self._asked: dict[str, Any] = {"scale": options.scale, "window_size": self._window()}
+        if FLASH.splits:
+            # One: the order of summation, and so the result, does not depend on the batch.
+            self._asked["num_splits"] = 1
+
+    def __call__(self, query_TxHxD: Tensor, key: Tensor, value: Tensor, k_pool: Tensor, v_pool: Tensor) -> Tensor:
+        batch, asked = self.batch, dict(self._asked)
+        if why_not_flash(query_TxHxD.dtype, query_TxHxD.shape[2], self.options, _capability(query_TxHxD.device)):
+            return super().__call__(query_TxHxD, key, value, k_pool, v_pool)
+        if FLASH.gqa:
+            asked["enable_gqa"] = query_TxHxD.shape[1] != k_pool.shape[2]
+        if why_not_pages(k_pool.shape[1]):
+            keys, values = self._gathered(k_pool), self._gathered(v_pool)
+        else:
+            keys, values = k_pool, v_pool
+            asked |= {"seqused_k": batch.context_lens_B, "block_table": batch.block_table_BxM}
+        out = varlen_attn(
+            query_TxHxD.contiguous(),
+            keys,
+            values,
+            batch.query_starts_B1,
+            # Asked for with pages too, though lengths and pages say the same.
+            batch.key_starts_B1,
+            batch.most_rows,
+            batch.longest_context,
+            **asked,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    def _window(self) -> tuple[int, int]:
+        """Keys before and after a row's own position that it sees; -1 for all."""
+        if 0 < self.options.window < self.batch.longest_context:
+            return self.options.window - 1, 0
+        # A sequence's only row is its last, and there is no key after it: said so, the kernel reads keys and values
+        # once for all query heads that share them.
+        return (-1, -1) if self.batch.most_rows == 1 else (-1, 0)
+
+    def _gathered(self, pool_NxPxKxD: Tensor) -> Tensor:
+        """The sequences' keys or values one after another, [C, K, D]; C: tokens of all contexts."""
+        return pool_NxPxKxD.flatten(0, 1).index_select(0, self.batch.context_slots_C(pool_NxPxKxD.shape[1]))
 
 
 def why_not_flash(dtype: torch.dtype, head_dim: int, options: AttentionOptions, capability: tuple[int, int]) -> str:
@@ -115,20 +125,6 @@ def why_not_pages(block_size: int) -> str:
     if block_size % PAGE_MULTIPLE:
         return f"engine.block_size must be a multiple of {PAGE_MULTIPLE}, not {block_size}"
     return ""
-
-
-def _window(batch: PagedBatch, options: AttentionOptions) -> tuple[int, int]:
-    """Keys before and after a row's own position that it sees; -1 for all."""
-    if 0 < options.window < batch.longest_context:
-        return options.window - 1, 0
-    # A sequence's only row is its last, and there is no key after it: said so, the kernel reads keys and values once
-    # for all query heads that share them.
-    return (-1, -1) if batch.most_rows == 1 else (-1, 0)
-
-
-def _gather(pool_NxPxKxD: Tensor, batch: PagedBatch) -> Tensor:
-    """The sequences' keys or values one after another, [C, K, D]; C: tokens of all contexts."""
-    return pool_NxPxKxD.flatten(0, 1).index_select(0, batch.context_slots_C(pool_NxPxKxD.shape[1]))
 
 
 @cache
