@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from router.aio import Scope
-from router.life.emit_pacer import EmitPacer
-from router.life.inbox import Inbox, Lost, State
+from router.life.events import EmitPacer
+from router.life.inbox import Inbox, Lost, Stage
 from router.placement import Demand, WorkerView, blocks_for, choose, choose_prefill
 from router.pool.holds import DecodeHold, PrefillHold
 from router.pool.registry import Registry
 from router.pool.transports import LOCAL, pick
-from router.pool.worker import Worker
 from tandem.errors import InternalError, TandemError, Unavailable
 from tandem.process import logs
 from tandem.timeline import Phase, Timeline
@@ -44,7 +43,7 @@ class ChoiceSpec:
 class Attempt:
     """One try, on one prefill and one decode worker, each held by a scope.
 
-        placed ──Reserve──▶ reserved ──Prefill──▶ told to the inbox, whose State says how far it is
+        placed ──Reserve──▶ reserved ──Prefill──▶ told to the inbox, whose Stage says how far it is
            │                   │                      │  answered: the choice has taken its last token
            └───────────────────┴── ended in any way ──┴──▶ the scopes are left ──▶ released
 
@@ -94,7 +93,7 @@ class Attempt:
     def answered(self) -> None:
         """The choice has all that it wants: the Prefill call may say its last, and ends."""
         self._answered.set()
-        self.scope.end(within_s=SETTLE_TIMEOUT_S if self.inbox.state is State.ENDED else 0.0)
+        self.scope.end(within_s=SETTLE_TIMEOUT_S if self.inbox.state is Stage.ENDED else 0.0)
 
     def _lost(self, role: Role) -> Callable[[TandemError], None]:
         return lambda error: self.inbox.put(Lost(role, error))
@@ -116,7 +115,11 @@ class Attempt:
     def _place_prefill(self, view: WorkerView) -> None:
         self._prefill_on, self.prefill_worker = self._registry[view.worker_id], view.worker_id
         self._to_compute = view.to_compute(self._demand.prompt_tokens)
-        self.transport = LOCAL if self._prefill_on is self._decode_on else self._pick(self._prefill_on)
+        self.transport = LOCAL
+        if self._prefill_on is not self._decode_on:
+            source, target = self._prefill_on.reported, self._decode_on.reported
+            kv_bytes = self._demand.prompt_tokens * source.model.fingerprint.token_bytes
+            self.transport = pick(self._spec.transport, source.hello.transports, target.hello.transports, kv_bytes)
 
     def _place_prefill_again(self) -> None:
         """While the request waited for blocks, its prefill worker may have begun to drain, or gone: then it moves.
@@ -136,11 +139,6 @@ class Attempt:
             raise
         self._place_prefill(chosen)
         self._log.debug("moved from %s to %s before its prefill", former.id, chosen.worker_id)
-
-    def _pick(self, source: Worker) -> str:
-        kv_bytes = self._demand.prompt_tokens * source.reported.model.fingerprint.token_bytes
-        ours, theirs = source.reported.hello.transports, self._decode_on.reported.hello.transports
-        return pick(self._spec.transport, ours, theirs, kv_bytes)
 
     def _remaining_s(self) -> float:
         return max(0.0, self._spec.deadline - asyncio.get_running_loop().time())

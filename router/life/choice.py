@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 from router.life.attempt import Attempt, ChoiceSpec
-from router.life.emit_pacer import EmitPacer
-from router.life.events import EventStream
+from router.life.events import EmitPacer, EventStream
 from router.life.output import ChoiceOutput
 from router.pool.registry import Registry
 from router.pool.transports import GRPC
@@ -21,7 +21,7 @@ from tandem.v1 import worker_pb2
 OnRetry = Callable[[TandemError, str], None]
 
 
-class Choice:
+class LiveChoice:
     """One answer to a request.
 
         attempt 0 ──the worker's reason, or a stop string──▶ released ──▶ ChoiceFinished (stop or length)
@@ -163,11 +163,7 @@ class Choice:
             latest_ms = self.timeline.marks[Phase.FINISHED] if arrived_ms is None else arrived_ms
             self.timeline.mark(Phase.KV_SEALED, min(first_ms + inbox.sealed.after_first_token_ms, latest_ms))
         if arrived_ms is not None:
-            self.timeline.mark(Phase.DECODE_STARTED, self._decode_started_ms(arrived_ms))
-
-    def _decode_started_ms(self, arrived_ms: float) -> float:
-        """The end of the first decode step: measured from the seal if the workers said so, else its arrival here."""
-        sealed_ms, gap_ms = self.timeline.marks.get(Phase.KV_SEALED), self._attempt.inbox.decode_gap_ms
-        if sealed_ms is None or gap_ms is None:
-            return arrived_ms
-        return min(sealed_ms + gap_ms, arrived_ms)
+            # The end of the first decode step: measured from the seal if the workers said so, else its arrival here.
+            sealed_ms, gap_ms = self.timeline.marks.get(Phase.KV_SEALED), inbox.decode_gap_ms
+            measured_ms = math.inf if sealed_ms is None or gap_ms is None else sealed_ms + gap_ms
+            self.timeline.mark(Phase.DECODE_STARTED, min(measured_ms, arrived_ms))

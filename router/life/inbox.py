@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from router.life.emit_pacer import EmitPacer
-from router.life.output import Step
+from router.life.events import EmitPacer
+from router.life.output import TokenStep
 from tandem import errors, wire
 from tandem.types import FinishReason, Role
 from tandem.v1 import worker_pb2
@@ -19,7 +19,7 @@ UNPACKED_STEPS = 64
 MOST_AT_ONCE = 256
 
 
-class State(StrEnum):
+class Stage(StrEnum):
     """Who has told what of an attempt. Two connections: decode tokens can overtake the first token.
 
         waiting ──first token──▶ handing off ──sealed, or decode tokens──▶ decoding ──the last──▶ ended
@@ -43,9 +43,9 @@ class State(StrEnum):
     FAILED = "failed"
 
 
-_NEEDED: dict[Role, frozenset[State]] = {
-    Role.PREFILL: frozenset({State.WAITING, State.OVERTAKEN, State.ALL_BUT_FIRST, State.HANDING_OFF}),
-    Role.DECODE: frozenset({State.WAITING, State.OVERTAKEN, State.HANDING_OFF, State.DECODING}),
+_NEEDED: dict[Role, frozenset[Stage]] = {
+    Role.PREFILL: frozenset({Stage.WAITING, Stage.OVERTAKEN, Stage.ALL_BUT_FIRST, Stage.HANDING_OFF}),
+    Role.DECODE: frozenset({Stage.WAITING, Stage.OVERTAKEN, Stage.HANDING_OFF, Stage.DECODING}),
 }
 
 
@@ -78,7 +78,7 @@ class Inbox:
         """offer: called when there is something to take, and not again before it is taken. fail: called once, if it
         fails. given: ids of the answer's tokens that its client has from an earlier attempt; the first of them at most.
         """
-        self.state = State.WAITING
+        self.state = Stage.WAITING
         self._max_tokens = max_tokens
         self._clock_ms = clock_ms
         self._pacer = pacer
@@ -88,7 +88,7 @@ class Inbox:
         self._on_failure = fail
         self._given = given
         # What waits for a slow client is bytes, a tenth of its objects' size.
-        self._steps: deque[Step | bytes] = deque()
+        self._steps: deque[TokenStep | bytes] = deque()
         self._next_position = 1
         # When the decode worker's first tokens arrived.
         self.decoding_since_ms: float | None = None
@@ -100,22 +100,24 @@ class Inbox:
 
     def put(self, arrival: Arrival) -> None:
         match arrival, self.state:
-            case worker_pb2.RequestTokens(), State.HANDING_OFF | State.DECODING:
+            case worker_pb2.RequestTokens(), Stage.HANDING_OFF | Stage.DECODING:
                 if self._add(arrival):
-                    self.state = State.ENDED if arrival.finish_reason else State.DECODING
-                    self._ask_for_turn()
-            case worker_pb2.RequestTokens(), State.WAITING | State.OVERTAKEN:
+                    self.state = Stage.ENDED if arrival.finish_reason else Stage.DECODING
+                    if not self._asked:
+                        self._asked = True
+                        self._pacer.ask(self._take_turn)
+            case worker_pb2.RequestTokens(), Stage.WAITING | Stage.OVERTAKEN:
                 if self._add(arrival):
-                    self.state = State.ALL_BUT_FIRST if arrival.finish_reason else State.OVERTAKEN
-            case worker_pb2.FirstToken(), State.WAITING | State.OVERTAKEN | State.ALL_BUT_FIRST as before:
+                    self.state = Stage.ALL_BUT_FIRST if arrival.finish_reason else Stage.OVERTAKEN
+            case worker_pb2.FirstToken(), Stage.WAITING | Stage.OVERTAKEN | Stage.ALL_BUT_FIRST as before:
                 if self._add_first(arrival):
-                    last = arrival.finish_reason or before is State.ALL_BUT_FIRST
-                    going_on = State.HANDING_OFF if before is State.WAITING else State.DECODING
-                    self.state = State.ENDED if last else going_on
+                    last = arrival.finish_reason or before is Stage.ALL_BUT_FIRST
+                    going_on = Stage.HANDING_OFF if before is Stage.WAITING else Stage.DECODING
+                    self.state = Stage.ENDED if last else going_on
                     self._offer_steps()  # the first token waits for no turn
             case worker_pb2.Sealed(), state:
                 self.sealed = arrival
-                self.state = State.DECODING if state is State.HANDING_OFF else state
+                self.state = Stage.DECODING if state is Stage.HANDING_OFF else state
             case Lost(), _ if self.needs(arrival.role):
                 self._fail(arrival.error)
 
@@ -128,7 +130,7 @@ class Inbox:
             self.decoding_since_ms = self._clock_ms()
             self.decode_gap_ms = message.decode_gap_ms if message.HasField("decode_gap_ms") else None
         self._next_position += len(message.tokens)
-        self._steps.append(_packed(message) if len(self._steps) >= UNPACKED_STEPS else _step(message))
+        self._steps.append(_step(message) if len(self._steps) < UNPACKED_STEPS else _packed(message))
         return True
 
     def _problem(self, message: worker_pb2.RequestTokens) -> errors.TandemError | None:
@@ -149,19 +151,14 @@ class Inbox:
             words = f"the first token was {self._given[0]}, the second attempt says {token.id}"
             self._fail(errors.InternalError(words))
             return False
-        self._steps.appendleft(Step(() if self._given else (token,), wire.reason_from_wire(first.finish_reason)))
+        self._steps.appendleft(TokenStep(() if self._given else (token,), wire.reason_from_wire(first.finish_reason)))
         return True
 
     def _fail(self, error: errors.TandemError) -> None:
-        self.state = State.FAILED
+        self.state = Stage.FAILED
         self._on_failure(error)
 
     # What the choice takes.
-
-    def _ask_for_turn(self) -> None:
-        if not self._asked:
-            self._asked = True
-            self._pacer.ask(self._take_turn)
 
     def _take_turn(self) -> None:
         self._asked = False
@@ -172,23 +169,20 @@ class Inbox:
             self._offered = True
             self._offer()
 
-    def take(self) -> list[Step]:
+    def take(self) -> list[TokenStep]:
         """What was offered; of much, the first part, and the rest is offered again. Nothing once it has failed."""
-        if not self._offered or self.state is State.FAILED:
+        if not self._offered or self.state is Stage.FAILED:
             return []
         some = [self._steps.popleft() for _ in range(min(len(self._steps), MOST_AT_ONCE))]
         self._offered = False
         self._offer_steps()
-        return [_unpacked(each) if isinstance(each, bytes) else each for each in some]
+        unpacked = worker_pb2.RequestTokens.FromString
+        return [_step(unpacked(each)) if isinstance(each, bytes) else each for each in some]
 
 
-def _step(message: worker_pb2.RequestTokens) -> Step:
-    return Step(tuple(map(wire.token_from_wire, message.tokens)), wire.reason_from_wire(message.finish_reason))
+def _step(message: worker_pb2.RequestTokens) -> TokenStep:
+    return TokenStep(tuple(map(wire.token_from_wire, message.tokens)), wire.reason_from_wire(message.finish_reason))
 
 
 def _packed(message: worker_pb2.RequestTokens) -> bytes:
     return worker_pb2.RequestTokens(tokens=message.tokens, finish_reason=message.finish_reason).SerializeToString()
-
-
-def _unpacked(data: bytes) -> Step:
-    return _step(worker_pb2.RequestTokens.FromString(data))

@@ -12,7 +12,7 @@ from router.tokenizer import Tokenizer
 from tandem.types import FinishReason, Token
 
 
-class Step(NamedTuple):
+class TokenStep(NamedTuple):
     """What a worker produced for one choice at once; a finish reason marks the last."""
 
     tokens: tuple[Token, ...]
@@ -50,7 +50,7 @@ class ChoiceOutput:
     def stop(self) -> str | None:
         return self._stops.matched
 
-    def push(self, steps: Iterable[Step]) -> tuple[tuple[Token, ...], str]:
+    def push(self, steps: Iterable[TokenStep]) -> tuple[tuple[Token, ...], str]:
         """The tokens and the text to emit for these steps."""
         tokens: list[Token] = []
         text = ""

@@ -12,10 +12,9 @@ from typing import Protocol
 from router.aio import Scope, ends_after, first_error, first_of
 from router.life.admission import Admission, Admitted, AdmittedEmbed, ConcurrencyLimit, answers_of, deadline_s
 from router.life.attempt import ChoiceSpec
-from router.life.choice import Choice
+from router.life.choice import LiveChoice
 from router.life.embedding import EmbedJob
-from router.life.emit_pacer import EmitPacer
-from router.life.events import EventStream
+from router.life.events import EmitPacer, EventStream
 from router.life.output import output_of
 from router.life.request_log import Placed, RequestLog
 from router.placement import Demand
@@ -189,12 +188,12 @@ class Orchestrator:
             call.events.put(Completed(usage))
             await call.events.drained()
 
-    def _choice(self, call: _Call, admitted: Admitted, index: int, deadline: float) -> Choice:
+    def _choice(self, call: _Call, admitted: Admitted, index: int, deadline: float) -> LiveChoice:
         request = admitted.choice(index)
         marks = replace(call.timeline, marks=dict(call.timeline.marks))
         spec = ChoiceSpec(index, request, admitted.block_names, deadline, marks, self._config.transport)
         output = output_of(admitted, self._admission.tokenizer)
-        return Choice(spec, output, self._registry, self._pacer, call.events, call.retried)
+        return LiveChoice(spec, output, self._registry, self._pacer, call.events, call.retried)
 
     async def check_limits(self) -> None:
         """For doors, before they look at a request without a deadline. Raises Unavailable or Overloaded when `generate`

@@ -77,9 +77,6 @@ class StopStrings:
     def _held_length(self, text: str) -> int:
         longest = max(map(len, self._strings), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
-            if self._begins_one(text[-length:]):
+            if any(len(string) > length and string.startswith(text[-length:]) for string in self._strings):
                 return length
         return 0
-
-    def _begins_one(self, tail: str) -> bool:
-        return any(len(string) > len(tail) and string.startswith(tail) for string in self._strings)

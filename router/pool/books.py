@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from router.pool.pace import PrefillPace
-from router.pool.subscriptions import Subscription
+from router.pool.subscriptions import TokenSubscription
 from tandem.errors import TandemError
 from tandem.types import Role
 
@@ -59,7 +59,7 @@ class Books:
         # Prompt tokens to compute, and blocks to reserve.
         self.queued, self.promised = Ledger(), Ledger()
         self.prefill_pace = PrefillPace()
-        self.subscription = Subscription()
+        self.subscription = TokenSubscription()
         # Reservations of live requests; their leases are renewed.
         self.leases: set[str] = set()
         # What to call when the worker is lost, for everything that depends on it in a role.

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 ABORT_TIMEOUT_S = 2.0
 
 
-class Link:
+class WorkerLink:
     """The channel to a worker, from its Join to its loss, and every call that the router makes on it."""
 
     def __init__(self, worker_id: str, address: str, config: RouterConfig) -> None:

@@ -25,7 +25,7 @@ class Subscriber(Protocol):
         """Called before the message in which the worker says that it is done."""
 
 
-class Subscription:
+class TokenSubscription:
     """The token stream from one decode worker to this router, and the attempts that it is for."""
 
     def __init__(self) -> None:

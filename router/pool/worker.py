@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from router.aio import first_of
 from router.placement import WorkerView
 from router.pool.books import Books, OnLoss
-from router.pool.link import Link
+from router.pool.link import WorkerLink
 from router.pool.prefix_index import PrefixIndex
 from tandem import errors, wire
 from tandem.config import RouterConfig
@@ -65,7 +65,7 @@ class Worker:
         self.id = first.hello.worker_id
         self.reported = Reported(first)
         self.books = Books()
-        self.link = Link(self.id, first.hello.address, config)
+        self.link = WorkerLink(self.id, first.hello.address, config)
         self.routable = False
         self.directives: asyncio.Queue[registry_pb2.Directive] = asyncio.Queue(MAX_DIRECTIVES)
         self._config = config

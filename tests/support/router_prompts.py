@@ -17,7 +17,7 @@ keep_torch_out()
 from router.http.chat_template import chat_template_of  # noqa: E402
 from router.http.fields import Message  # noqa: E402
 from router.life.detokenizer import CleanUp, Detokenizer  # noqa: E402
-from router.life.output import ChoiceOutput, Step  # noqa: E402
+from router.life.output import ChoiceOutput, TokenStep  # noqa: E402
 from router.tokenizer import Tokenizer  # noqa: E402
 from tandem.config import ModelConfig  # noqa: E402
 from tandem.errors import TandemError  # noqa: E402
@@ -44,8 +44,8 @@ def streamed(tokenizer: Tokenizer, ids: tuple[int, ...], keep: bool) -> str:
     """The pieces of an answer that begins with these, and ends with them."""
     clean_up = CleanUp(tokenizer.loaded.clean_up_tokenization) if tokenizer.cleans_up else None
     output = ChoiceOutput(Detokenizer(tokenizer, [], keep), (), 0, clean_up=clean_up)
-    steps = [Step((Token(token_id),)) for token_id in ids]
-    return "".join(output.push([step])[1] for step in [*steps, Step((), FinishReason.LENGTH)])
+    steps = [TokenStep((Token(token_id),)) for token_id in ids]
+    return "".join(output.push([step])[1] for step in [*steps, TokenStep((), FinishReason.LENGTH)])
 
 
 def rendered(tokenizer: Tokenizer, template: Any, messages: list[Any]) -> Any:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from router.life.detokenizer import MAX_PENDING, CleanUp, Detokenizer
-from router.life.output import ChoiceOutput, Step
+from router.life.output import ChoiceOutput, TokenStep
 from tandem.types import FinishReason, Token
 
 EOS = 256
@@ -121,11 +121,11 @@ def output(stop: tuple[str, ...] = (), min_tokens: int = 0, keep_special: bool =
     return ChoiceOutput(Detokenizer(BYTES, ids_of("p"), keep_special), stop, min_tokens, spelled)
 
 
-def step(ids: list[int], reason: FinishReason | None = None) -> Step:
-    return Step(tuple(Token(id_) for id_ in ids), reason)
+def step(ids: list[int], reason: FinishReason | None = None) -> TokenStep:
+    return TokenStep(tuple(Token(id_) for id_ in ids), reason)
 
 
-def text_of(choice: ChoiceOutput, *steps: Step) -> str:
+def text_of(choice: ChoiceOutput, *steps: TokenStep) -> str:
     return "".join(choice.push([one])[1] for one in steps)
 
 

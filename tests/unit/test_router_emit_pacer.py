@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from router.life.emit_pacer import BURST, INTERVAL_S, RATE, EmitPacer
+from router.life.events import BURST, INTERVAL_S, RATE, EmitPacer
 
 
 def noting(seen: list[int], number: int) -> Callable[[], None]:

@@ -6,10 +6,10 @@ import tracemalloc
 import grpc
 import pytest
 
-from router.life.emit_pacer import BURST, EmitPacer
-from router.life.inbox import MOST_AT_ONCE, Arrival, Inbox, Lost, State
-from router.life.output import Step
-from router.pool.subscriptions import MOST_IN_A_PASS, Subscription
+from router.life.events import BURST, EmitPacer
+from router.life.inbox import MOST_AT_ONCE, Arrival, Inbox, Lost, Stage
+from router.life.output import TokenStep
+from router.pool.subscriptions import MOST_IN_A_PASS, TokenSubscription
 from tandem.errors import InternalError, TandemError, Unavailable, WorkerLost
 from tandem.types import FinishReason, Role
 from tandem.v1 import common_pb2, worker_pb2
@@ -29,7 +29,7 @@ class Reader:
     def offered(self) -> bool:
         return self._offered.is_set()
 
-    async def take(self) -> list[Step]:
+    async def take(self) -> list[TokenStep]:
         """What is offered next."""
         await asyncio.wait_for(self._offered.wait(), 5)
         self._offered.clear()
@@ -63,7 +63,7 @@ def finish(reason: FinishReason | None) -> common_pb2.FinishReason:
     return common_pb2.FINISH_REASON_LENGTH if reason else common_pb2.FINISH_REASON_UNSPECIFIED
 
 
-def taken(steps: list[Step]) -> list[int]:
+def taken(steps: list[TokenStep]) -> list[int]:
     return [token.id for step in steps for token in step.tokens]
 
 
@@ -76,24 +76,24 @@ FAILURE = worker_pb2.RequestTokens(failure=common_pb2.Failure(code="unavailable"
 @pytest.mark.parametrize(
     ("arrivals", "state", "tokens"),
     [
-        ([first()], State.HANDING_OFF, [0]),
-        ([first(), worker_pb2.Sealed()], State.DECODING, [0]),
-        ([first(), decoded(1), worker_pb2.Sealed()], State.DECODING, [0, 1]),
-        ([first(), decoded(1), decoded(2, LAST)], State.ENDED, [0, 1, 2]),
-        ([decoded(1), first(), decoded(2, LAST)], State.ENDED, [0, 1, 2]),
-        ([decoded(1), decoded(2, LAST), first()], State.ENDED, [0, 1, 2]),
-        ([first(LAST)], State.ENDED, [0]),
-        ([decoded(1), decoded(2, LAST)], State.ALL_BUT_FIRST, []),
+        ([first()], Stage.HANDING_OFF, [0]),
+        ([first(), worker_pb2.Sealed()], Stage.DECODING, [0]),
+        ([first(), decoded(1), worker_pb2.Sealed()], Stage.DECODING, [0, 1]),
+        ([first(), decoded(1), decoded(2, LAST)], Stage.ENDED, [0, 1, 2]),
+        ([decoded(1), first(), decoded(2, LAST)], Stage.ENDED, [0, 1, 2]),
+        ([decoded(1), decoded(2, LAST), first()], Stage.ENDED, [0, 1, 2]),
+        ([first(LAST)], Stage.ENDED, [0]),
+        ([decoded(1), decoded(2, LAST)], Stage.ALL_BUT_FIRST, []),
         # Who is not needed may go, and what comes too late is nothing.
-        ([first(), worker_pb2.Sealed(), PREFILL_LOST], State.DECODING, [0]),
-        ([first(), decoded(1), PREFILL_LOST], State.DECODING, [0, 1]),
-        ([decoded(1), decoded(2, LAST), DECODE_LOST, first()], State.ENDED, [0, 1, 2]),
-        ([first(), decoded(1, LAST), PREFILL_LOST, DECODE_LOST, decoded(2)], State.ENDED, [0, 1]),
-        ([first(LAST), PREFILL_LOST, DECODE_LOST, FAILURE, worker_pb2.Sealed()], State.ENDED, [0]),
-        ([first(), first(), decoded(1)], State.DECODING, [0, 1]),
+        ([first(), worker_pb2.Sealed(), PREFILL_LOST], Stage.DECODING, [0]),
+        ([first(), decoded(1), PREFILL_LOST], Stage.DECODING, [0, 1]),
+        ([decoded(1), decoded(2, LAST), DECODE_LOST, first()], Stage.ENDED, [0, 1, 2]),
+        ([first(), decoded(1, LAST), PREFILL_LOST, DECODE_LOST, decoded(2)], Stage.ENDED, [0, 1]),
+        ([first(LAST), PREFILL_LOST, DECODE_LOST, FAILURE, worker_pb2.Sealed()], Stage.ENDED, [0]),
+        ([first(), first(), decoded(1)], Stage.DECODING, [0, 1]),
     ],
 )
-async def test_what_comes_in_any_order(arrivals: list[Arrival], state: State, tokens: list[int]) -> None:
+async def test_what_comes_in_any_order(arrivals: list[Arrival], state: Stage, tokens: list[int]) -> None:
     reader = Reader()
     for arrival in arrivals:
         reader.inbox.put(arrival)
@@ -121,7 +121,7 @@ async def test_the_first_failure_ends_it(arrivals: list[Arrival], error: type[Ta
     reader = Reader()
     for arrival in arrivals:
         reader.inbox.put(arrival)
-    assert reader.inbox.state is State.FAILED
+    assert reader.inbox.state is Stage.FAILED
     assert [(type(each), words in str(each)) for each in reader.failures] == [(error, True)]
     assert reader.inbox.take() == []
 
@@ -179,7 +179,7 @@ class _Stream:
 
 async def test_others_get_the_event_loop_while_a_large_step_is_sorted() -> None:
     count = 3 * MOST_IN_A_PASS
-    subscription, readers, pacer = Subscription(), list[Reader](), EmitPacer()
+    subscription, readers, pacer = TokenSubscription(), list[Reader](), EmitPacer()
     for number in range(count):
         readers.append(Reader(pacer=pacer))
         subscription.register(str(number), 0, readers[-1])
@@ -213,7 +213,7 @@ async def test_what_waits_for_a_slow_client_is_small_and_whole() -> None:
     finally:
         tracemalloc.stop()
     assert held / count < 600, "bytes a token; as objects they are over 2000"
-    steps, parts = list[Step](), 0
+    steps, parts = list[TokenStep](), 0
     while len(steps) <= count:
         part = await reader.take()
         assert 0 < len(part) <= MOST_AT_ONCE
