@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from types import TracebackType
 from typing import Any, Self
 
 from tandem.errors import DeadlineExceeded
@@ -76,14 +75,12 @@ class Scope:
         self._open = True
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
+    async def __aexit__(self, *raised: Any) -> bool:
         self._open, ended = False, False
         try:
-            await self._timeout.__aexit__(kind, error, trace)
+            await self._timeout.__aexit__(*raised)
         except TimeoutError:
             ended = True
-        if self._error is not None and (ended or isinstance(error, Exception)):
+        if self._error is not None and (ended or isinstance(raised[1], Exception)):
             raise self._error from None
         return ended

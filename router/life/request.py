@@ -39,24 +39,13 @@ _LEAST = Demand(1, 1)
 
 
 class Job(Placed, Protocol):
-    """A part of a request: one of n choices, or all inputs of an Embed call."""
+    """A part of a request: one of n choices, or all inputs of an Embed live."""
 
     timeline: Timeline
 
     @property
     def phase(self) -> Phase:
         """The furthest phase that it is known to have reached."""
-
-
-@dataclass(frozen=True)
-class Live:
-    """An accepted request that has not ended."""
-
-    request_id: str
-    timeline: Timeline
-    jobs: tuple[Job, ...]
-    # Failed from outside, it ends by that error.
-    scope: Scope = field(default_factory=Scope)
 
 
 class Observer(Protocol):
@@ -72,15 +61,19 @@ class Observer(Protocol):
         """A request ended, or was refused: "ok", or its error's code."""
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of `generate`."""
+@dataclass
+class Live:
+    """A request that has not ended."""
 
     request_id: str
     entry: RequestLog
     observers: tuple[Observer, ...]
     timeline: Timeline = field(default_factory=Timeline)
     events: EventStream = field(default_factory=EventStream)
+    # Empty until it is accepted.
+    jobs: tuple[Job, ...] = ()
+    # Around an accepted one: failed from outside, it ends by that error.
+    scope: Scope = field(default_factory=Scope)
 
     def emitted(self, event: Event) -> None:
         """Its client is about to be given it."""
@@ -143,13 +136,13 @@ class Orchestrator:
         part: of several such requests. counted: observers hear of it.
         """
         request_id = entry.request_id if part is None else f"{entry.request_id}-{part}"
-        call = _Call(request_id, entry, tuple(self.observers) if counted else ())
+        live = Live(request_id, entry, tuple(self.observers) if counted else ())
         # A task of its own, which goes on while its client reads: losses and deadlines wait for nobody.
-        life = asyncio.create_task(self._live_through(call, request, remaining_s))
-        life.add_done_callback(lambda _: call.events.close())
+        life = asyncio.create_task(self._live_through(live, request, remaining_s))
+        life.add_done_callback(lambda _: live.events.close())
         try:
-            while (event := await call.events.next()) is not None:
-                call.emitted(event)
+            while (event := await live.events.next()) is not None:
+                live.emitted(event)
                 yield event
             await life
         finally:
@@ -159,22 +152,22 @@ class Orchestrator:
                 life.exception()  # raised above, or of no interest to whoever has left
 
     async def _live_through(
-        self, call: _Call, request: generation_pb2.GenerateRequest, remaining_s: float | None
+        self, live: Live, request: generation_pb2.GenerateRequest, remaining_s: float | None
     ) -> None:
-        with _observed(call.observers):
+        with _observed(live.observers):
             async with self._within_limits(remaining_s, answers_of(request)) as deadline:
-                admitted = await self._admission.admit(request, call.request_id)
-                call.timeline.mark(Phase.ADMITTED)
+                admitted = await self._admission.admit(request, live.request_id)
+                live.timeline.mark(Phase.ADMITTED)
                 self.check_open()
                 demand = Demand(len(admitted.prompt_ids), admitted.sampling.max_tokens)
                 self._check_deadline(demand, admitted.n, admitted.block_names, deadline)
-                await self._run(call, admitted, deadline)
+                await self._run(live, admitted, deadline)
 
-    async def _run(self, call: _Call, admitted: Admitted, deadline: float) -> None:
-        choices = tuple(self._choice(call, admitted, index, deadline) for index in range(admitted.n))
-        call.entry.model, call.entry.tag = admitted.model.name, admitted.user_tag
-        async with self._counted(Live(call.request_id, call.timeline, choices), call.entry):
-            call.events.put(Accepted(call.request_id, len(admitted.prompt_ids)))
+    async def _run(self, live: Live, admitted: Admitted, deadline: float) -> None:
+        choices = tuple(self._choice(live, admitted, index, deadline) for index in range(admitted.n))
+        live.entry.model, live.entry.tag = admitted.model.name, admitted.user_tag
+        async with self._counted(live, choices):
+            live.events.put(Accepted(live.request_id, len(admitted.prompt_ids)))
             try:
                 with first_error():
                     async with asyncio.TaskGroup() as tasks:
@@ -185,15 +178,15 @@ class Orchestrator:
                     self._output.ended(choice.output_tokens, admitted.sampling.max_tokens if choice.whole else 0)
             output_tokens = sum(choice.output_tokens for choice in choices)
             usage = Usage(len(admitted.prompt_ids), output_tokens, choices[0].cached_prompt_tokens)
-            call.events.put(Completed(usage))
-            await call.events.drained()
+            live.events.put(Completed(usage))
+            await live.events.drained()
 
-    def _choice(self, call: _Call, admitted: Admitted, index: int, deadline: float) -> LiveChoice:
+    def _choice(self, live: Live, admitted: Admitted, index: int, deadline: float) -> LiveChoice:
         request = admitted.choice(index)
-        marks = replace(call.timeline, marks=dict(call.timeline.marks))
+        marks = replace(live.timeline, marks=dict(live.timeline.marks))
         spec = ChoiceSpec(index, request, admitted.block_names, deadline, marks, self._config.transport)
         output = output_of(admitted, self._admission.tokenizer)
-        return LiveChoice(spec, output, self._registry, self._pacer, call.events, call.retried)
+        return LiveChoice(spec, output, self._registry, self._pacer, live.events, live.retried)
 
     async def check_limits(self) -> None:
         """For doors, before they look at a request without a deadline. Raises Unavailable or Overloaded when `generate`
@@ -236,22 +229,18 @@ class Orchestrator:
         self, request: generation_pb2.EmbedRequest, remaining_s: float | None, entry: RequestLog
     ) -> generation_pb2.EmbedResponse:
         """Raises a TandemError. Cancelling the call releases everything."""
-        with _observed(tuple(self.observers)):
+        live = Live(entry.request_id, entry, tuple(self.observers))
+        with _observed(live.observers):
             async with self._within_concurrency(remaining_s) as deadline:
-                return await self._embed(request, Timeline(), deadline, entry)
-
-    async def _embed(
-        self, request: generation_pb2.EmbedRequest, timeline: Timeline, deadline: float, entry: RequestLog
-    ) -> generation_pb2.EmbedResponse:
-        admitted = await self._admission.admit_embed(request, entry.request_id)
-        timeline.mark(Phase.ADMITTED)
-        self.check_open()
-        self._check_embed_deadline(admitted, deadline)
-        job = EmbedJob(admitted, deadline, timeline, self._registry)
-        entry.model, entry.tag = self._registry.served().name, admitted.user_tag
-        entry.prompt_tokens = admitted.prompt_tokens
-        async with self._counted(Live(admitted.request_id, timeline, (job,)), entry):
-            return await job.run()
+                admitted = await self._admission.admit_embed(request, live.request_id)
+                live.timeline.mark(Phase.ADMITTED)
+                self.check_open()
+                self._check_embed_deadline(admitted, deadline)
+                job = EmbedJob(admitted, deadline, live.timeline, self._registry)
+                entry.model, entry.tag = self._registry.served().name, admitted.user_tag
+                entry.prompt_tokens = admitted.prompt_tokens
+                async with self._counted(live, (job,)):
+                    return await job.run()
 
     @asynccontextmanager
     async def _within_concurrency(self, remaining_s: float | None, answers: int = 1) -> AsyncIterator[float]:
@@ -283,8 +272,9 @@ class Orchestrator:
             raise errors.Unavailable("the router is stopping")
 
     @asynccontextmanager
-    async def _counted(self, live: Live, entry: RequestLog) -> AsyncIterator[None]:
+    async def _counted(self, live: Live, jobs: tuple[Job, ...]) -> AsyncIterator[None]:
         """The one place where an accepted request begins and ends (law 2)."""
+        live.jobs = jobs
         logs.about(live.request_id)
         log.debug("accepted")
         self._live[live.request_id] = live
@@ -304,7 +294,7 @@ class Orchestrator:
             log.exception("unexpected error", extra={"request_id": live.request_id})
             raise errors.InternalError("internal error; the router's log has the details") from error
         finally:
-            entry.placed(live.jobs)
+            live.entry.placed(live.jobs)
             del self._live[live.request_id]
             if not self._live:
                 self._idle.set()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from router.pool.books import OnLoss
 from router.pool.worker import Worker
-from tandem import rpc
+from tandem import rpc, wire
 from tandem.types import EngineRequest, Role
 from tandem.v1 import worker_pb2
 
@@ -36,7 +35,7 @@ class PrefillHold:
         self._worker.attach(self._key, Role.PREFILL, self._on_loss)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.cancel()
         self._books.queued.drop(self._key)
         self._books.prefill_pace.dropped(self._key)
@@ -49,7 +48,7 @@ class PrefillHold:
 
     async def start_prefill(self, message: worker_pb2.PrefillRequest, timeout_s: float) -> None:
         """Returns when the worker has the prompt in its queue, or the call has ended. Raises a TandemError."""
-        self._call = self._worker.link.prefill(message, timeout_s)
+        self._call = self._worker.link.prefill.Prefill(message, timeout=timeout_s)
         with self._worker.link.calling(Role.PREFILL):
             await self._taken()
 
@@ -61,7 +60,7 @@ class PrefillHold:
 
     async def embed(self, message: worker_pb2.EmbedPromptRequest, timeout_s: float) -> worker_pb2.EmbedPromptResponse:
         """Raises a TandemError."""
-        self._call = self._worker.link.embed(message, timeout_s)
+        self._call = self._worker.link.prefill.Embed(message, timeout=timeout_s)
         with self._worker.link.calling(Role.PREFILL):
             await self._taken()
             answer: worker_pb2.EmbedPromptResponse = await self._call
@@ -109,9 +108,7 @@ class DecodeHold:
         self._worker.attach(self._key, Role.DECODE, self._on_loss)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._books.promised.drop(self._key)
         self._let_go()
         self._books.subscription.forget(self._key, self._request.attempt)
@@ -120,9 +117,17 @@ class DecodeHold:
             await asyncio.shield(self.abort())
 
     async def reserve(self, transport: str, timeout_s: float) -> worker_pb2.Reservation:
-        """Raises a TandemError."""
-        subscriber_id = self._books.subscription.id
-        self.reservation = await self._worker.link.reserve(self._request, subscriber_id, transport, timeout_s)
+        """timeout_s: until the request's deadline. Raises a TandemError."""
+        message = worker_pb2.ReserveRequest(
+            request=wire.request_to_wire(self._request),
+            subscriber_id=self._books.subscription.id,
+            lease_ms=self._worker.link.lease_ms,
+            transport=transport,
+            # 0 would mean that there is no deadline.
+            deadline_ms=max(1, round(timeout_s * 1000)),
+        )
+        with self._worker.link.calling(Role.DECODE):
+            self.reservation = await self._worker.link.decode.Reserve(message, timeout=timeout_s)
         self._books.promised.taken(self._key, self.reservation.counted_from)
         self._books.leases.add(self.reservation.reservation_id)
         return self.reservation

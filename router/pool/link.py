@@ -10,9 +10,9 @@ from typing import Any
 
 import grpc
 
-from tandem import errors, rpc, wire
+from tandem import errors, rpc
 from tandem.config import RouterConfig
-from tandem.types import EngineRequest, Role
+from tandem.types import Role
 from tandem.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -27,13 +27,14 @@ class WorkerLink:
     def __init__(self, worker_id: str, address: str, config: RouterConfig) -> None:
         self._id = worker_id
         self._address = address
-        self._lease_ms = round(config.lease_s * 1000)
+        self.lease_ms = round(config.lease_s * 1000)
         # Why the worker was lost; None while it is not.
         self.loss: errors.TandemError | None = None
         self._aborts: set[asyncio.Task[None]] = set()
         self._channel = rpc.make_channel(address, rpc.MAX_WORKER_MESSAGE_BYTES)
-        self._prefill: Any = worker_pb2_grpc.PrefillWorkerStub(self._channel)
-        self._decode: Any = worker_pb2_grpc.DecodeWorkerStub(self._channel)
+        # What they raise is translated inside `calling` or `streaming`.
+        self.prefill: Any = worker_pb2_grpc.PrefillWorkerStub(self._channel)
+        self.decode: Any = worker_pb2_grpc.DecodeWorkerStub(self._channel)
         self._admin: Any = worker_pb2_grpc.WorkerAdminStub(self._channel)
 
     async def dial(self, timeout_s: float) -> None:
@@ -97,43 +98,15 @@ class WorkerLink:
 
     # Calls.
 
-    def subscribe(self, subscriber_id: str) -> Any:
-        """The Subscribe call, a stream of TokenBatch; read it inside `streaming`."""
-        return self._decode.Subscribe(worker_pb2.SubscribeRequest(subscriber_id=subscriber_id))
-
     async def renew(self, reservation_ids: Sequence[str], timeout_s: float) -> None:
         """Extends the leases of these reservations."""
-        request = worker_pb2.RenewRequest(reservation_ids=reservation_ids, lease_ms=self._lease_ms)
+        request = worker_pb2.RenewRequest(reservation_ids=reservation_ids, lease_ms=self.lease_ms)
         try:
-            await self._decode.Renew(request, timeout=timeout_s)
+            await self.decode.Renew(request, timeout=timeout_s)
         except grpc.RpcError as error:
             # The next round may come through before the leases end; if none does, the worker ends the requests.
             count, why = len(reservation_ids), rpc.error_from_rpc(error)
             log.warning("worker %s did not renew %d leases: %s", self._id, count, why)
-
-    async def reserve(
-        self, request: EngineRequest, subscriber_id: str, transport: str, timeout_s: float
-    ) -> worker_pb2.Reservation:
-        """timeout_s: until the request's deadline."""
-        message = worker_pb2.ReserveRequest(
-            request=wire.request_to_wire(request),
-            subscriber_id=subscriber_id,
-            lease_ms=self._lease_ms,
-            transport=transport,
-            # 0 would mean that there is no deadline.
-            deadline_ms=max(1, round(timeout_s * 1000)),
-        )
-        with self.calling(Role.DECODE):
-            reservation: worker_pb2.Reservation = await self._decode.Reserve(message, timeout=timeout_s)
-            return reservation
-
-    def prefill(self, message: worker_pb2.PrefillRequest, timeout_s: float) -> Any:
-        """The Prefill call, a stream of PrefillEvent; read it inside `calling`."""
-        return self._prefill.Prefill(message, timeout=timeout_s)
-
-    def embed(self, message: worker_pb2.EmbedPromptRequest, timeout_s: float) -> Any:
-        """The Embed call; await it inside `calling`."""
-        return self._prefill.Embed(message, timeout=timeout_s)
 
     def abort(self, request_id: str, attempt: int) -> asyncio.Task[None]:
         """Starts Abort. The task ends in bounded time, never fails, and goes on when its waiter is cancelled."""
@@ -148,7 +121,7 @@ class WorkerLink:
         message = worker_pb2.AbortRequest(request_id=request_id, attempt=attempt)
         try:
             with self.calling(Role.DECODE):
-                await self._decode.Abort(message, timeout=ABORT_TIMEOUT_S)
+                await self.decode.Abort(message, timeout=ABORT_TIMEOUT_S)
         except errors.TandemError as error:
             log.warning("abort on worker %s failed: %s", self._id, error, extra={"request_id": request_id})
 

@@ -17,7 +17,7 @@ from router.pool.prefix_index import PrefixIndex
 from tandem import errors, wire
 from tandem.config import RouterConfig
 from tandem.types import Role
-from tandem.v1 import registry_pb2
+from tandem.v1 import registry_pb2, worker_pb2
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,8 @@ class Worker:
         subscription = self.books.subscription
         with self.link.streaming():
             try:
-                await subscription.open(self.link.subscribe(subscription.id), self._config.heartbeat_timeout_s)
+                call = self.link.decode.Subscribe(worker_pb2.SubscribeRequest(subscriber_id=subscription.id))
+                await subscription.open(call, self._config.heartbeat_timeout_s)
             except TimeoutError:
                 raise errors.Unavailable(f"worker {self.id} did not accept Subscribe in time") from None
             self._become_routable()
