@@ -52,23 +52,24 @@ class Scope:
           ├──────end──────────▶ its body is cancelled ──▶ left
           └──────fail─────────▶ its body is cancelled ──▶ left, raising the error
 
-    The first end counts; an error counts before one that the body raises because of it.
+    The first call counts, and its error before one that the body raises because of it.
     """
 
     def __init__(self) -> None:
         self._timeout = asyncio.timeout(None)
-        self._error: Exception | None = None
         self._open = False
+        self._error: Exception | None = None
 
     def end(self, within_s: float = 0.0) -> None:
         """within_s: the body has so long to end by itself."""
-        if self._open and self._error is None and not self._timeout.expired():
+        if self._open:
+            self._open = False
             self._timeout.reschedule(asyncio.get_running_loop().time() + within_s)
 
     def fail(self, error: Exception) -> None:
-        if self._open and self._error is None and not self._timeout.expired():
-            self.end()
+        if self._open:
             self._error = error
+            self.end()
 
     async def __aenter__(self) -> Self:
         await self._timeout.__aenter__()

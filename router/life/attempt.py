@@ -156,7 +156,7 @@ class Attempt:
                 await prefill.start_prefill(self._message(), self._remaining_s())
                 await self._read(prefill, decode)
             except TandemError as error:
-                if self.inbox.needs(Role.PREFILL):
+                if self.inbox.needs(Role.PREFILL) and not self._answered.is_set():
                     raise
                 self._log.warning("the Prefill call failed after the handoff: %s", error)
 

@@ -37,19 +37,26 @@ async def test_its_body_may_end_in_time_by_itself() -> None:
     assert reached == ["in", "through", "out"]
 
 
-@pytest.mark.parametrize("leaving", [False, True])
-async def test_the_first_error_counts(leaving: bool) -> None:
-    """leaving: it had a while to end by itself."""
+async def test_the_first_error_counts() -> None:
     scope, reached = Scope(), list[str]()
     task = asyncio.create_task(body(scope, reached))
     await asyncio.sleep(0)
-    if leaving:
-        scope.end(within_s=5.0)
     scope.fail(WorkerLost("first"))
     scope.fail(Unavailable("second"))
+    scope.end()
     with pytest.raises(WorkerLost, match="first"):
         await asyncio.wait_for(task, 1)
     assert reached == ["in"]
+
+
+async def test_what_has_been_ended_fails_no_more() -> None:
+    scope, reached = Scope(), list[str]()
+    task = asyncio.create_task(body(scope, reached))
+    await asyncio.sleep(0)
+    scope.end(within_s=0.01)
+    scope.fail(WorkerLost("nobody waits for it"))
+    await asyncio.wait_for(task, 1)
+    assert reached == ["in", "out"]
 
 
 async def test_what_the_body_raises_because_of_it_does_not_hide_it() -> None:
