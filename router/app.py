@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
-from router.generation import GenerationService
+from router.doors.grpc.generation import GenerationService
 from router.life.admission import Admission
 from router.life.request import Orchestrator
 from router.pool.join import JoinService
@@ -120,7 +120,7 @@ def _http_door(
     if config.router.http_port < 0:
         return nullcontext(0)
     try:
-        from router.http.door import open_door
+        from router.doors.http.door import open_door
     except ModuleNotFoundError as error:
         words = (
             f"the HTTP door needs {error.name}: pip install -c constraints.txt -e '.[http]' in a checkout, "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from router.aio import Scope
 from router.life.events import EmitPacer
 from router.life.inbox import Inbox, Lost, Stage
-from router.placement import Demand, WorkerView, blocks_for, choose, choose_prefill
+from router.policy.placement import Demand, WorkerView, blocks_for, choose, choose_prefill
 from router.pool.holds import DecodeHold, PrefillHold
 from router.pool.registry import Registry
 from router.pool.transports import LOCAL, pick

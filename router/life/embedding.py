@@ -6,7 +6,7 @@ import asyncio
 
 from router.aio import first_error
 from router.life.admission import AdmittedEmbed, EmbedPrompt
-from router.placement import choose_prefill
+from router.policy.placement import choose_prefill
 from router.pool.holds import PrefillHold
 from router.pool.registry import Registry
 from router.pool.worker import Worker

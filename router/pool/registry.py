@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 import tandem
-from router.placement import NEVER_CAME, Demand, WorkerView, blocks_for, choose, choose_prefill
+from router.policy.placement import NEVER_CAME, Demand, WorkerView, blocks_for, choose, choose_prefill
 from router.pool.pace import Ahead, PrefillPace
 from router.pool.worker import Worker
 from tandem.config import RouterConfig
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 MAX_LABEL_CHARS = 128
 # A worker knows a few.
 MAX_TRANSPORTS = 16
-# Why there is no worker (router.placement.Absent).
+# Why there is no worker (router.policy.placement.Absent).
 _JOINING = "is ready yet: one is joining"
 _LEFT = "is there: the last one has left"
 _LOST = "is there: the last one was lost"

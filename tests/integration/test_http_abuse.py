@@ -25,8 +25,8 @@ from http_house import (
 from router_house import eventually_status
 from scripted_worker import eventually
 
-from router.http import body
-from router.http.door import SEND_BUFFER_BYTES
+from router.doors.http import body
+from router.doors.http.door import SEND_BUFFER_BYTES
 from tandem.process.descriptors import MOST_BACKLOG as BACKLOG
 
 LIMIT = 64 << 10
@@ -65,7 +65,7 @@ async def test_a_body_that_says_it_is_endless_is_not_read(door: HttpHouse) -> No
 
 
 async def test_a_body_that_does_not_arrive(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.http.body.READ_S", 0.2)
+    monkeypatch.setattr("router.doors.http.body.READ_S", 0.2)
     raw = door.dial()
     await asyncio.get_running_loop().sock_sendall(raw, HEAD_OF_20 + b"{")
     answer = await read_all(raw)
@@ -97,14 +97,14 @@ async def test_a_client_that_leaves_within_its_body_is_no_bug(
 
 @pytest.mark.parametrize("beginning", [b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-slow: "])
 async def test_headers_that_do_not_arrive(door: HttpHouse, monkeypatch: pytest.MonkeyPatch, beginning: bytes) -> None:
-    monkeypatch.setattr("router.http.door.HEADERS_S", 0.2)
+    monkeypatch.setattr("router.doors.http.door.HEADERS_S", 0.2)
     raw = door.dial()
     await asyncio.get_running_loop().sock_sendall(raw, beginning)
     assert await outcome(raw) == b""
 
 
 async def test_headers_of_a_second_request_that_do_not_arrive(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.http.door.HEADERS_S", 0.3)
+    monkeypatch.setattr("router.doors.http.door.HEADERS_S", 0.3)
     raw, loop = door.dial(), asyncio.get_running_loop()
     await loop.sock_sendall(raw, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
     assert b'{"status":"ok"}' in await loop.sock_recv(raw, 1 << 16)
@@ -114,7 +114,7 @@ async def test_headers_of_a_second_request_that_do_not_arrive(door: HttpHouse, m
 
 async def test_a_thousand_connections_that_never_send(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that have waited longest make room for the next, the others time out; requests are served all the time."""
-    monkeypatch.setattr("router.http.door.HEADERS_S", 2.0)
+    monkeypatch.setattr("router.doors.http.door.HEADERS_S", 2.0)
     protocols = noted_connections(monkeypatch)
     assert (await door.complete()).status_code == 200  # its connection stays
     idle = []
@@ -159,7 +159,7 @@ def stream_request(max_tokens: int) -> bytes:
 
 
 async def test_clients_that_never_read_are_cancelled(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.http.door.STALL_S", 0.5)
+    monkeypatch.setattr("router.doors.http.door.STALL_S", 0.5)
     door.house.cluster.top_logprobs = 100
     with ExitStack() as stack:
         for _ in range(5):
@@ -177,7 +177,7 @@ async def test_the_last_bytes_of_an_answer_wait_for_nobody_either(
     door: HttpHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few enough to be taken at once by the process: who leaves them must not keep the connection."""
-    monkeypatch.setattr("router.http.door.STALL_S", 0.5)
+    monkeypatch.setattr("router.doors.http.door.STALL_S", 0.5)
     protocols = noted_connections(monkeypatch)
     with door.dial(4096) as raw:
         await eventually(lambda: protocols)
@@ -215,7 +215,7 @@ async def test_what_waits_for_a_client_that_does_not_read_is_bounded(
 
 async def test_a_thousand_connections_that_ask_and_never_read(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
     """A house for 8 takes 8 of them; they are cut off, and the others' refusals wait for nobody."""
-    monkeypatch.setattr("router.http.door.STALL_S", 0.5)
+    monkeypatch.setattr("router.doors.http.door.STALL_S", 0.5)
     door.house.cluster.top_logprobs = 100
     loop = asyncio.get_running_loop()
     with ExitStack() as stack:

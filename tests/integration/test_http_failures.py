@@ -90,8 +90,8 @@ async def test_a_stream_that_breaks_off_says_so(door: HttpHouse) -> None:
 
 async def test_readiness_is_about_the_way_through_both_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that live, but hand nothing over, are not ready; and they are again once they do."""
-    monkeypatch.setattr("router.http.probe.FRESH_S", 0.0)
-    monkeypatch.setattr("router.http.probe.PATIENCE_S", 0.3)
+    monkeypatch.setattr("router.doors.http.probe.FRESH_S", 0.0)
+    monkeypatch.setattr("router.doors.http.probe.PATIENCE_S", 0.3)
     async with open_http_house(http_configuration()) as door:
         prefill, decode = await door.house.pair()
 

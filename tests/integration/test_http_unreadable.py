@@ -13,7 +13,7 @@ import pytest
 from http_house import HEAD, HttpHouse, http_configuration, noted_connections, open_http_house, read_all, refused
 from scripted_worker import eventually
 
-from router.http.door import HEADERS_BYTES, Patience
+from router.doors.http.door import HEADERS_BYTES, Patience
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ async def test_a_body_in_bad_chunks(
     door: HttpHouse, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, chunk: bytes, at_once: bool
 ) -> None:
     """Its client is told, and need not leave for its connection to end."""
-    monkeypatch.setattr("router.http.door.HEADERS_S", 0.5)
+    monkeypatch.setattr("router.doors.http.door.HEADERS_S", 0.5)
     protocols, loop = noted_connections(monkeypatch), asyncio.get_running_loop()
     with door.dial() as raw:
         head = HEAD + b"transfer-encoding: chunked\r\n\r\n"
@@ -107,7 +107,7 @@ async def test_headers_that_are_too_large(door: HttpHouse, size: int, filler: by
 
 async def test_headers_that_never_end(door: HttpHouse, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes after the refusal is dropped, for as long as headers may take."""
-    monkeypatch.setattr("router.http.door.HEADERS_S", 1.0)
+    monkeypatch.setattr("router.doors.http.door.HEADERS_S", 1.0)
     protocols = noted_connections(monkeypatch)
     with door.dial() as raw:
         async with asyncio.timeout(10):

@@ -184,7 +184,7 @@ async def test_a_client_that_does_not_read_delays_no_release(house: House) -> No
 
 async def test_a_client_that_never_reads_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its place goes to others while it is still connected; when it reads on, it hears why its answer ended."""
-    monkeypatch.setattr("router.generation.STALL_S", 0.5)
+    monkeypatch.setattr("router.doors.grpc.generation.STALL_S", 0.5)
     async with open_house(configuration(max_live_requests=2)) as house:
         await house.pair()
         house.cluster.top_logprobs = WIDER_THAN_A_WINDOW

@@ -12,7 +12,7 @@ from http_house import error_of, http_configuration, open_http_house
 from manual_clock import ManualClock
 from router_house import House, collect, configuration, ids_of, next_event, open_house
 
-from router.http.chat_template import ChatTemplate
+from router.doors.http.chat_template import ChatTemplate
 from router.pool.pace import OutputShare, PrefillPace
 from tandem import AsyncClient, errors
 from tandem.types import Accepted, Delta, FinishReason

@@ -32,7 +32,7 @@ _MAX_COMMAND_BYTES = 1 << 18
 _START_S = 120.0
 
 _TOKENIZERS = ("transformers.models.auto.tokenization_auto",)
-_ROUTER = ("router.app", "router.http.door", *_TOKENIZERS)
+_ROUTER = ("router.app", "router.doors.http.door", *_TOKENIZERS)
 # The kernels' modules compile when they are imported, which is late in a worker's life.
 _WORKER = ("tandem.cli.app", "tandem.launch.worker", "prefill_worker.service", "decode_worker.service", *_TOKENIZERS)
 _KERNELS = (

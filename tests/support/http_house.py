@@ -14,7 +14,7 @@ import httpx
 import pytest
 from router_house import House, open_house
 
-from router.http.door import Patience
+from router.doors.http.door import Patience
 from tandem.config import TandemConfig, parse_config
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"

@@ -14,8 +14,8 @@ from tandem.process.entry import keep_torch_out
 
 keep_torch_out()
 
-from router.http.chat_template import chat_template_of  # noqa: E402
-from router.http.fields import Message  # noqa: E402
+from router.doors.http.chat_template import chat_template_of  # noqa: E402
+from router.doors.http.fields import Message  # noqa: E402
 from router.life.detokenizer import CleanUp, Detokenizer  # noqa: E402
 from router.life.output import ChoiceOutput, TokenStep  # noqa: E402
 from router.tokenizer import Tokenizer  # noqa: E402

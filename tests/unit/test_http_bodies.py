@@ -10,9 +10,9 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from router.http.body import parse
-from router.http.fields import UNSUPPORTED, ChatRequest, CompletionRequest
-from router.http.prompts import CHAT_TOKENS, chat_request, completion_requests, prompts_of
+from router.doors.http.body import parse
+from router.doors.http.fields import UNSUPPORTED, ChatRequest, CompletionRequest
+from router.doors.http.prompts import CHAT_TOKENS, chat_request, completion_requests, prompts_of
 from tandem.errors import InvalidRequest
 from tandem.v1 import generation_pb2
 from tandem.wire import sampling_from_wire

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tokenizer_zoo import make
 
-from router.http.chat_template import ChatTemplate, chat_template_of
-from router.http.fields import Message, TextPart
+from router.doors.http.chat_template import ChatTemplate, chat_template_of
+from router.doors.http.fields import Message, TextPart
 from tandem.config import ModelConfig
 from tandem.errors import InvalidRequest
 from tandem.tokenizer import load_tokenizer

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from router.http.answers import LEAST_LOGPROB, ChatShape, CompletionShape, Progress, Shape
+from router.doors.http.answers import LEAST_LOGPROB, ChatShape, CompletionShape, Progress, Shape
 from tandem.types import Token
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.http.failures import named_as_sent
+from router.doors.http.failures import named_as_sent
 from tandem.errors import InvalidRequest
 
 NAMES = {"user_tag": "user", "max_tokens": "max_completion_tokens", "prompt": "messages"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from router.http.token_text import TokenText
+from router.doors.http.token_text import TokenText
 from tandem.config import TINY_MODEL
 
 TINY = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))

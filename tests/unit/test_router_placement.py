@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from router.placement import Demand, Placement, WorkerView, choose
+from router.policy.placement import Demand, Placement, WorkerView, choose
 from router.pool.books import Ledger
 from tandem.errors import InvalidRequest, Unavailable
 from tandem.types import Role

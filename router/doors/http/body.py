@@ -10,8 +10,8 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from router.http.failures import Impolite
-from router.http.fields import brief
+from router.doors.http.failures import Impolite
+from router.doors.http.fields import brief
 from tandem.errors import InvalidRequest
 
 M = TypeVar("M", bound=BaseModel)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from router.http.token_text import TokenText
+from router.doors.http.token_text import TokenText
 from tandem.timeline import Phase
 from tandem.types import ChoiceFinished, Delta, RequestReport, Token, Usage
 

@@ -11,10 +11,10 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from router.aio import first_error, first_of
-from router.http import failures
-from router.http.answers import Answer
-from router.http.failures import named_as_sent, stream_event
-from router.http.fields import Request
+from router.doors.http import failures
+from router.doors.http.answers import Answer
+from router.doors.http.failures import named_as_sent, stream_event
+from router.doors.http.fields import Request
 from router.life.request import Orchestrator
 from router.life.request_log import RequestLog
 from tandem.errors import Cancelled, TandemError

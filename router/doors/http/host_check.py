@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from router.http.failures import error_object
+from router.doors.http.failures import error_object
 
 _CODE = "misdirected_request"
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from router.http.fields import Message
+from router.doors.http.fields import Message
 from tandem.errors import InvalidRequest
 
 log = logging.getLogger(__name__)

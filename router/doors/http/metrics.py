@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from router.http.answers import SPANS
+from router.doors.http.answers import SPANS
 from router.life.request import Orchestrator
 from router.pool.registry import Registry
 from router.pool.worker import Worker

@@ -12,18 +12,18 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from router.http import failures
-from router.http.answers import Answer, ChatShape, CompletionShape, Progress, Shape
-from router.http.body import parse, read_body
-from router.http.chat_template import ChatTemplate
-from router.http.exchange import Exchange
-from router.http.failures import entry_of, named_as_sent
-from router.http.fields import ChatRequest, CompletionRequest
-from router.http.fields import Request as Fields
-from router.http.metrics import Metrics
-from router.http.probe import Probe
-from router.http.prompts import Prompt, chat_request, completion_requests, prompts_of
-from router.http.token_text import TokenText
+from router.doors.http import failures
+from router.doors.http.answers import Answer, ChatShape, CompletionShape, Progress, Shape
+from router.doors.http.body import parse, read_body
+from router.doors.http.chat_template import ChatTemplate
+from router.doors.http.exchange import Exchange
+from router.doors.http.failures import entry_of, named_as_sent
+from router.doors.http.fields import ChatRequest, CompletionRequest
+from router.doors.http.fields import Request as Fields
+from router.doors.http.metrics import Metrics
+from router.doors.http.probe import Probe
+from router.doors.http.prompts import Prompt, chat_request, completion_requests, prompts_of
+from router.doors.http.token_text import TokenText
 from router.life.request import Orchestrator
 from router.pool.registry import Registry
 from router.tokenizer import Tokenizer

@@ -7,8 +7,8 @@ import logging
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router.http.answers import ChatShape, CompletionShape
-from router.http.failures import response_to
+from router.doors.http.answers import ChatShape, CompletionShape
+from router.doors.http.failures import response_to
 from router.life.request_log import ID_HEADER, RequestLog, new_id
 from tandem.errors import InvalidRequest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from router.http.fields import COMPLETION_TOKENS, MAX_PROMPTS, ChatRequest, CompletionRequest, Request, brief
+from router.doors.http.fields import COMPLETION_TOKENS, MAX_PROMPTS, ChatRequest, CompletionRequest, Request, brief
 from tandem.errors import InvalidRequest
 from tandem.types import SamplingParams, shown
 from tandem.v1 import generation_pb2

@@ -16,11 +16,11 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from router.http.app import OpenAIDoor
-from router.http.chat_template import chat_template_of
-from router.http.failures import refusal
-from router.http.host_check import HostCheck
-from router.http.request_ids import RequestIds
+from router.doors.http.app import OpenAIDoor
+from router.doors.http.chat_template import chat_template_of
+from router.doors.http.failures import refusal
+from router.doors.http.host_check import HostCheck
+from router.doors.http.request_ids import RequestIds
 from router.life.request import STALL_S, Orchestrator
 from router.life.request_log import ID_HEADER, new_id
 from router.pool.registry import Registry

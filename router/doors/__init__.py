@@ -1,0 +1,1 @@
+"""Two ways in, grpc/ and http/, to one orchestrator."""

@@ -1,0 +1,1 @@
+"""The first front door: the Generation service, which the SDK and the CLI speak."""
