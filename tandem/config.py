@@ -194,6 +194,8 @@ class RouterConfig(Section):
     # (grpc, shm, ray, nixl): by that one, or not at all; workers refuse to start with a name that they do not know.
     # Either way the second attempt after a failed transfer goes by grpc.
     transport: str = "auto"
+    # Which workers serve a request: "cache_aware", or module:Class for a policy of your own (docs/extend.md).
+    policy: str = Field("cache_aware", max_length=256)
     # A stopping router takes no new requests, and waits this long for live ones.
     drain_timeout_s: Seconds = Field(30.0, ge=0, le=_YEAR_S)
     # A request message, the body of an HTTP request, or the vectors of an Embed call may be this large; workers, who

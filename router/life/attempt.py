@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from router.aio import Scope
 from router.life.events import EmitPacer
 from router.life.inbox import Inbox, Lost, Stage
-from router.policy.placement import Demand, WorkerView, blocks_for, choose, choose_prefill
+from router.policy.base import Demand, WorkerView, blocks_for
 from router.pool.holds import DecodeHold, PrefillHold
 from router.pool.registry import Registry
 from router.pool.transports import LOCAL, pick
@@ -105,9 +105,9 @@ class Attempt:
         return Demand(len(self._request.prompt_ids), self._request.sampling.max_tokens)
 
     def _place(self) -> None:
-        """Raises Unavailable, or as choose."""
+        """Raises Unavailable, or as Placer.choose."""
         views = {view.worker_id: view for view in self._registry.snapshot(self._spec.block_names)}
-        placement = choose(tuple(views.values()), self._demand, self._registry.absent())
+        placement = self._registry.placer.choose(tuple(views.values()), self._demand, self._registry.absent())
         self._decode_on, self.decode_worker = self._registry[placement.decode], placement.decode
         self._place_prefill(views[placement.prefill])
         self._log.debug("placed on %s and %s by %s", placement.prefill, placement.decode, self.transport)
@@ -125,14 +125,15 @@ class Attempt:
         """While the request waited for blocks, its prefill worker may have begun to drain, or gone: then it moves.
 
         When nobody else is there, a draining worker that has not left yet takes it: it refuses nothing. Raises as
-        choose.
+        Placer.choose.
         """
         former = self._prefill_on
         if former is self._decode_on or former.takes(Role.PREFILL):
             return
         workers = self._registry.snapshot(self._spec.block_names)
         try:
-            chosen = choose_prefill(workers, self._demand.prompt_tokens, self._registry.absent())
+            prompt_tokens = self._demand.prompt_tokens
+            chosen = self._registry.placer.choose_prefill(workers, prompt_tokens, self._registry.absent())
         except Unavailable:
             if former.loss is None and Role.PREFILL in former.roles:
                 return

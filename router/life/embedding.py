@@ -6,7 +6,6 @@ import asyncio
 
 from router.aio import first_error
 from router.life.admission import AdmittedEmbed, EmbedPrompt
-from router.policy.placement import choose_prefill
 from router.pool.holds import PrefillHold
 from router.pool.registry import Registry
 from router.pool.worker import Worker
@@ -53,7 +52,8 @@ class EmbedJob:
     async def _embed(self, index: int, prompt: EmbedPrompt) -> worker_pb2.EmbedPromptResponse:
         async with self._turns:
             key, tokens = f"{self._admitted.request_id}-{index}", len(prompt.prompt_ids)
-            view = choose_prefill(self._registry.snapshot(prompt.block_names), tokens, self._registry.absent())
+            workers = self._registry.snapshot(prompt.block_names)
+            view = self._registry.placer.choose_prefill(workers, tokens, self._registry.absent())
             self.prefill_worker, worker = view.worker_id, self._registry[view.worker_id]
             hold = PrefillHold(worker, key, view.to_compute(tokens), prompt.block_names, lambda _: hold.cancel())
             with hold:

@@ -17,7 +17,7 @@ from router.life.embedding import EmbedJob
 from router.life.events import EmitPacer, EventStream
 from router.life.output import output_of
 from router.life.request_log import Placed, RequestLog
-from router.policy.placement import Demand
+from router.policy.base import Demand
 from router.pool.pace import OutputShare, check_deadline
 from router.pool.registry import Registry
 from tandem import errors

@@ -1,14 +1,23 @@
-"""Which workers serve a choice: a pure function from a snapshot. Filter, score, pick."""
+"""Which workers serve a request: those that can, and of them the policy's choice."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import TypeVar
 
-from tandem.errors import InvalidRequest, Unavailable
-from tandem.types import Role
+from router.policy.base import Demand, Placement, Policy, WorkerView, blocks_for
+from router.policy.cache_aware import CacheAware
+from tandem.errors import ConfigError, InternalError, InvalidRequest, Unavailable
+from tandem.types import Role, shown
 
+log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+# What router.policy may say, besides module:Class.
+POLICIES: Mapping[str, Callable[[], Policy]] = MappingProxyType({"cache_aware": CacheAware})
 # Why nobody plays a role now, where more is known than that nobody has joined: how a sentence goes on that begins with
 # "no decode worker". Clients read it, so it names nobody.
 Absent = Mapping[Role, str]
@@ -16,83 +25,83 @@ NEVER_CAME = "has joined"
 _UNKNOWN: Absent = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class WorkerView:
-    """One routable worker at one moment: its last heartbeat and what this router placed since."""
-
-    worker_id: str
-    roles: frozenset[Role]
-    draining: bool
-    block_size: int
-    total_blocks: int
-    # Less what was placed since the heartbeat; below 0 when more is promised than there is.
-    free_blocks: int
-    # Prompt tokens not yet computed.
-    queued_prompt_tokens: int
-    # Decoding, reserved or waiting for blocks.
-    live_requests: int
-    # Leading blocks of the prompt at hand that are in its prefix cache, and all that are.
-    cached_blocks: int = 0
-    cache_size: int = 0
-
-    def to_compute(self, prompt_tokens: int) -> int:
-        """Prompt tokens that its prefix cache does not save. The last one is always computed, for its logits."""
-        reusable = (prompt_tokens - 1) // self.block_size
-        return prompt_tokens - min(self.cached_blocks, reusable) * self.block_size
+def load_policy(name: str) -> Policy:
+    """name: as in router.policy. Raises ConfigError."""
+    if name in POLICIES:
+        return POLICIES[name]()
+    module, colon, kind = name.partition(":")
+    if not colon:
+        known = ", ".join(POLICIES)
+        words = f"there is no policy {shown(name)}: say one of {known}, or module:Class for your own"
+        raise ConfigError(f"router.policy: {words}", field="router.policy")
+    try:
+        policy = getattr(importlib.import_module(module), kind)()
+    except Exception as error:  # whatever is wrong with the name, or with what its author wrote
+        words = f"cannot make a policy of {shown(name)}: {type(error).__name__}: {error}"
+        raise ConfigError(f"router.policy: {words}", field="router.policy") from error
+    if not isinstance(policy, Policy):
+        words = f"{shown(name)} lacks choose_pair or choose_prefill (router/policy/base.py says what they are)"
+        raise ConfigError(f"router.policy: {words}", field="router.policy")
+    return policy
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What a choice needs: KV of its prompt while it prefills, of prompt and output while it decodes."""
+class Placer:
+    """Offers the workers that can serve a request to the policy, and checks what it answers."""
 
-    prompt_tokens: int
-    max_tokens: int
+    def __init__(self, name: str) -> None:
+        """name: as in router.policy. Raises ConfigError."""
+        self._policy = load_policy(name)
+        self._name = name
 
-    @property
-    def kv_tokens(self) -> int:
-        """Of the whole request: the last token generated is never read again, so it gets no KV."""
-        return self.prompt_tokens + self.max_tokens - 1
+    def choose(self, workers: Sequence[WorkerView], demand: Demand, absent: Absent = _UNKNOWN) -> Placement:
+        """Raises Unavailable when a role has no worker now, InvalidRequest when no joined worker could ever hold the
+        request, InternalError when the policy fails.
+        """
+        prefills = _able(workers, Role.PREFILL, demand.prompt_tokens, absent)
+        decodes = _able(workers, Role.DECODE, demand.kv_tokens, absent)
+        chosen = self._ask(lambda: self._policy.choose_pair(prefills, decodes, demand))
+        if not isinstance(chosen, Placement):
+            raise self._failed(f"answered {shown(chosen)}, which is no Placement")
+        self._offered(chosen.prefill, Role.PREFILL, prefills, workers)
+        self._offered(chosen.decode, Role.DECODE, decodes, workers)
+        return chosen
+
+    def choose_prefill(
+        self, workers: Sequence[WorkerView], prompt_tokens: int, absent: Absent = _UNKNOWN
+    ) -> WorkerView:
+        """Where a prompt is computed, whoever decodes, if anybody does. Raises as `choose` does."""
+        prefills = _able(workers, Role.PREFILL, prompt_tokens, absent)
+        chosen = self._ask(lambda: self._policy.choose_prefill(prefills, prompt_tokens))
+        return self._offered(chosen, Role.PREFILL, prefills, workers)
+
+    def _ask(self, method: Callable[[], Answer]) -> Answer:
+        try:
+            return method()
+        except Exception as error:
+            log.exception("the routing policy %s failed", self._name)
+            raise self._failed(f"raised {type(error).__name__}; the router's log has the details") from error
+
+    def _offered(
+        self, worker_id: str, role: Role, offered: Sequence[WorkerView], workers: Sequence[WorkerView]
+    ) -> WorkerView:
+        for worker in offered:
+            if worker.worker_id == worker_id:
+                return worker
+        other = next((worker for worker in workers if worker.worker_id == worker_id), None)
+        if other is None:
+            why = "which is not there"
+        elif role not in other.roles:
+            why = f"which does not play {role}"
+        else:
+            why = "which is draining" if other.draining else "which is too small for the request"
+        raise self._failed(f"chose {shown(worker_id)} as the {role} worker, {why}")
+
+    def _failed(self, words: str) -> InternalError:
+        return InternalError(f"the routing policy {self._name} {words} (router.policy)")
 
 
-@dataclass(frozen=True)
-class Placement:
-    """The ids of two workers; the same one twice when it plays both roles, and then the KV does not travel."""
-
-    prefill: str
-    decode: str
-
-
-def choose(workers: Sequence[WorkerView], demand: Demand, absent: Absent = _UNKNOWN) -> Placement:
-    """Raises Unavailable when a role has no worker now, InvalidRequest when no joined worker could ever hold it."""
-    prefill = choose_prefill(workers, demand.prompt_tokens, absent)
-    decodes = _filter(workers, Role.DECODE, demand.kv_tokens, absent)
-    decode = prefill if prefill in decodes else min(decodes, key=_decode_cost)
-    return Placement(prefill.worker_id, decode.worker_id)
-
-
-def choose_prefill(workers: Sequence[WorkerView], prompt_tokens: int, absent: Absent = _UNKNOWN) -> WorkerView:
-    """Where a prompt is computed, whoever decodes, if anybody does. Raises as `choose` does."""
-    prefills = _filter(workers, Role.PREFILL, prompt_tokens, absent)
-    return min(prefills, key=lambda worker: _prefill_cost(worker, prompt_tokens))
-
-
-def blocks_for(tokens: int, block_size: int) -> int:
-    return -(-tokens // block_size)
-
-
-def _prefill_cost(worker: WorkerView, prompt_tokens: int) -> tuple[int, int, int, str]:
-    """Tokens to compute until the first token: a cached prefix is worth exactly the queue that it makes up for, so
-    prompts that share one meet on a worker until it is busier than that. Among equals, the emptier cache."""
-    tokens = worker.queued_prompt_tokens + worker.to_compute(prompt_tokens)
-    return tokens, worker.live_requests, worker.cache_size, worker.worker_id
-
-
-def _decode_cost(worker: WorkerView) -> tuple[int, int, str]:
-    """Blocks still free afterwards, as if shared ones cost none: what is there already need not travel either."""
-    return -(worker.free_blocks + worker.cached_blocks), worker.live_requests, worker.worker_id
-
-
-def _filter(workers: Sequence[WorkerView], role: Role, tokens: int, absent: Absent) -> list[WorkerView]:
+def _able(workers: Sequence[WorkerView], role: Role, tokens: int, absent: Absent) -> list[WorkerView]:
+    """The workers that the role may be placed on. Raises Unavailable or InvalidRequest when there is none."""
     playing = [worker for worker in workers if role in worker.roles]
     if not playing:
         raise Unavailable(f"no {role} worker {absent.get(role, NEVER_CAME)}")

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 
 import tandem
-from router.policy.placement import NEVER_CAME, Demand, WorkerView, blocks_for, choose, choose_prefill
+from router.policy.base import Demand, WorkerView, blocks_for
+from router.policy.placement import NEVER_CAME, Placer
 from router.pool.pace import Ahead, PrefillPace
 from router.pool.worker import Worker
 from tandem.config import RouterConfig
@@ -39,7 +40,9 @@ class Registry:
     """
 
     def __init__(self, config: RouterConfig, model_name: str) -> None:
+        """Raises ConfigError for a policy that there is not."""
         self._config = config
+        self.placer = Placer(config.policy)
         self._model_name = model_name
         self._workers: dict[str, Worker] = {}
         # How the last worker of a role went, if none has come since; the latest one last.
@@ -75,9 +78,12 @@ class Registry:
         return tuple(worker.view(block_names) for worker in self._workers.values() if worker.routable)
 
     def ahead(self, demand: Demand, answers: int, block_names: Sequence[bytes]) -> tuple[Ahead, int]:
-        """What a request would meet now, and the tokens of its prompt that it would have computed. Raises as choose."""
+        """What a request would meet now, and the tokens of its prompt that it would have computed.
+
+        Raises as Placer.choose.
+        """
         views = {view.worker_id: view for view in self.snapshot(block_names)}
-        placement = choose(tuple(views.values()), demand, self.absent())
+        placement = self.placer.choose(tuple(views.values()), demand, self.absent())
         view, stream = views[placement.decode], self[placement.decode].books.subscription
         missing = blocks_for(demand.kv_tokens, view.block_size) * answers - view.free_blocks
         ahead = Ahead(
@@ -90,8 +96,8 @@ class Registry:
         return ahead, views[placement.prefill].to_compute(demand.prompt_tokens)
 
     def prefill_pace(self, prompt_tokens: int) -> PrefillPace:
-        """The pace of the worker that such a prompt would be computed by now. Raises as choose."""
-        view = choose_prefill(self.snapshot(), prompt_tokens, self.absent())
+        """The pace of the worker that such a prompt would be computed by now. Raises as Placer.choose."""
+        view = self.placer.choose_prefill(self.snapshot(), prompt_tokens, self.absent())
         return self[view.worker_id].books.prefill_pace
 
     def admit(self, first: registry_pb2.Heartbeat) -> Worker:

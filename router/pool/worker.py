@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from router.aio import first_of
-from router.policy.placement import WorkerView
+from router.policy.base import WorkerView
 from router.pool.books import Books, OnLoss
 from router.pool.link import WorkerLink
 from router.pool.prefix_index import PrefixIndex

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from router.policy.placement import Demand, Placement, WorkerView, choose
+from router.policy.base import Demand, Placement, WorkerView
+from router.policy.placement import Placer
 from router.pool.books import Ledger
 from tandem.errors import InvalidRequest, Unavailable
 from tandem.types import Role
@@ -12,6 +13,7 @@ from tandem.types import Role
 PREFILL, DECODE = frozenset({Role.PREFILL}), frozenset({Role.DECODE})
 BOTH = PREFILL | DECODE
 SMALL = Demand(prompt_tokens=20, max_tokens=10)
+choose = Placer("cache_aware").choose
 
 
 def worker(worker_id: str, roles: frozenset[Role], **changes: object) -> WorkerView:
