@@ -69,7 +69,6 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     # gRPC
 
     async def Reserve(self, message: worker_pb2.ReserveRequest, context: Any) -> worker_pb2.Reservation:
-        self._host.require(Role.DECODE)
         logs.about(message.request.request_id)
         self._reserving += 1
         try:

@@ -9,7 +9,9 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
+from router.doors.grpc.admin import RouterAdminService
 from router.doors.grpc.generation import GenerationService
+from router.doors.grpc.status import StatusReport
 from router.life.admission import Admission
 from router.life.request import Orchestrator
 from router.pool.join import JoinService
@@ -94,9 +96,10 @@ async def open_router(config: TandemConfig, hurry: asyncio.Event | None = None) 
         # Strangers fill it: room for as many as are served at once. With more, all would wait until it is too late.
         untaken = max(_LEAST_UNTAKEN, config.router.max_live_requests)
         server = rpc.make_server(config.router.max_message_bytes, untaken)
-        generation, join = GenerationService(orchestrator, registry, http_port), JoinService(registry, config.router)
+        generation = GenerationService(orchestrator, StatusReport(orchestrator, registry, http_port))
         generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
-        registry_pb2_grpc.add_RegistryServicer_to_server(join, server)
+        registry_pb2_grpc.add_RegistryServicer_to_server(JoinService(registry, config.router), server)
+        registry_pb2_grpc.add_RouterAdminServicer_to_server(RouterAdminService(registry), server)
         health_service = await rpc.add_health(server, _SERVICES)
         port = config.router.port
         for each in hosts:

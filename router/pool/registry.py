@@ -155,10 +155,16 @@ class Registry:
         self._named(worker_id).drain()
 
     def set_roles(self, worker_id: str, roles: frozenset[Role]) -> None:
-        """Tells a worker to play these roles."""
+        """Tells a worker to play these roles. Raises InvalidRequest for those that its process cannot play."""
         if not roles:
             raise InvalidRequest("roles must name at least one role", field="roles")
-        self._named(worker_id).set_roles(roles)
+        worker = self._named(worker_id)
+        playable = roles_from_wire(list(worker.reported.hello.playable))
+        if missing := roles - playable:
+            can = "+".join(sorted(playable)) or "nothing else"
+            words = f"worker {worker_id} cannot play {min(missing)}: its process has services for {can}"
+            raise InvalidRequest(words, field="roles")
+        worker.set_roles(roles)
 
     def _named(self, worker_id: str) -> Worker:
         if worker_id not in self._workers:

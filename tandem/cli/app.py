@@ -18,6 +18,7 @@ from tandem.cli.options import with_groups
 from tandem.cli.serve import serve
 from tandem.cli.status import status
 from tandem.cli.worker import worker
+from tandem.cli.workers import drain, roles
 
 # Tracebacks stay plain: one that a user sees is a bug, and its text belongs into a report.
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Tandem serves language models with prefill and decode split across two pools of workers.",
 )
-for command in (serve, scale, down, generate, status, worker, demo):
+for command in (serve, scale, down, generate, status, drain, roles, worker, demo):
     app.command()(with_groups(command))
 app.add_typer(bench, name="bench")
 

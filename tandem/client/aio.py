@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
@@ -27,8 +27,8 @@ from tandem.client.request import (
     check_timeout,
 )
 from tandem.client.status import ServiceStatus, status_from_wire
-from tandem.types import Event, ModelInfo, Pooling, SamplingParams
-from tandem.v1 import generation_pb2, generation_pb2_grpc
+from tandem.types import Event, ModelInfo, Pooling, Role, SamplingParams
+from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2, registry_pb2_grpc
 
 
 class AsyncGeneration:
@@ -126,6 +126,7 @@ class AsyncClient:
         self._max_message_bytes = max_message_bytes
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
+        self._admin: Any = None
         self._closed = False
 
     def _open_stub(self) -> Any:
@@ -134,7 +135,12 @@ class AsyncClient:
         if self._channel is None:  # not in __init__: gRPC takes the running loop
             self._channel = rpc.make_channel(self._address, self._max_message_bytes)
             self._stub = generation_pb2_grpc.GenerationStub(self._channel)
+            self._admin = registry_pb2_grpc.RouterAdminStub(self._channel)
         return self._stub
+
+    def _open_admin(self) -> Any:
+        self._open_stub()
+        return self._admin
 
     def generate(
         self,
@@ -211,6 +217,21 @@ class AsyncClient:
         """The models that the joined workers serve."""
         answer = await self._unary(self._open_stub().ListModels, generation_pb2.ListModelsRequest(), timeout_s)
         return tuple(map(wire.model_from_wire, answer.models))
+
+    async def drain_worker(self, worker_id: str, *, timeout_s: float = ADMIN_TIMEOUT_S) -> None:
+        """The worker gets no new work, finishes what is live and leaves; returns once it has been told."""
+        request = registry_pb2.DrainWorkerRequest(worker_id=worker_id)
+        await self._unary(self._open_admin().DrainWorker, request, timeout_s)
+
+    async def set_worker_roles(
+        self, worker_id: str, roles: Iterable[Role], *, timeout_s: float = ADMIN_TIMEOUT_S
+    ) -> None:
+        """The worker plays these roles from now on; returns once it has been told, and `status` shows when it does.
+
+        Live work of a dropped role goes on to its end.
+        """
+        request = registry_pb2.SetWorkerRolesRequest(worker_id=worker_id, roles=wire.roles_to_wire(frozenset(roles)))
+        await self._unary(self._open_admin().SetWorkerRoles, request, timeout_s)
 
     async def _unary(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         try:

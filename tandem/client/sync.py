@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Self, Unpack
 
 import grpc
@@ -24,8 +24,8 @@ from tandem.client.request import (
     check_timeout,
 )
 from tandem.client.status import ServiceStatus, status_from_wire
-from tandem.types import Event, ModelInfo, Pooling, SamplingParams
-from tandem.v1 import generation_pb2, generation_pb2_grpc
+from tandem.types import Event, ModelInfo, Pooling, Role, SamplingParams
+from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2, registry_pb2_grpc
 
 
 class Generation:
@@ -93,6 +93,7 @@ class Client:
         self._timeout_s = check_timeout(timeout_s)
         self._channel = grpc.insecure_channel(address, options=rpc.client_options(max_message_bytes))
         self._stub: Any = generation_pb2_grpc.GenerationStub(self._channel)
+        self._admin: Any = registry_pb2_grpc.RouterAdminStub(self._channel)
         self._closed = False
 
     def generate(
@@ -159,10 +160,27 @@ class Client:
         answer = self._unary(self._open_stub().ListModels, generation_pb2.ListModelsRequest(), timeout_s)
         return tuple(map(wire.model_from_wire, answer.models))
 
+    def drain_worker(self, worker_id: str, *, timeout_s: float = ADMIN_TIMEOUT_S) -> None:
+        """The worker gets no new work, finishes what is live and leaves; returns once it has been told."""
+        request = registry_pb2.DrainWorkerRequest(worker_id=worker_id)
+        self._unary(self._open_admin().DrainWorker, request, timeout_s)
+
+    def set_worker_roles(self, worker_id: str, roles: Iterable[Role], *, timeout_s: float = ADMIN_TIMEOUT_S) -> None:
+        """The worker plays these roles from now on; returns once it has been told, and `status` shows when it does.
+
+        Live work of a dropped role goes on to its end.
+        """
+        request = registry_pb2.SetWorkerRolesRequest(worker_id=worker_id, roles=wire.roles_to_wire(frozenset(roles)))
+        self._unary(self._open_admin().SetWorkerRoles, request, timeout_s)
+
     def _open_stub(self) -> Any:
         if self._closed:
             raise RuntimeError("the client is closed")
         return self._stub
+
+    def _open_admin(self) -> Any:
+        self._open_stub()
+        return self._admin
 
     def _unary(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         try:

@@ -67,7 +67,7 @@ class Transport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., domain: _Optional[str] = ..., node: _Optional[str] = ..., rank: _Optional[int] = ..., least_kv_bytes: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("worker_id", "address", "roles", "model", "version", "total_blocks", "transports", "pid", "device", "prefix_cache", "instance")
+    __slots__ = ("worker_id", "address", "roles", "model", "version", "total_blocks", "transports", "pid", "device", "prefix_cache", "instance", "playable")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ROLES_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class Hello(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    PLAYABLE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     address: str
     roles: _containers.RepeatedScalarFieldContainer[Role]
@@ -90,7 +91,8 @@ class Hello(_message.Message):
     device: str
     prefix_cache: bool
     instance: str
-    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., version: _Optional[str] = ..., total_blocks: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, _Mapping]]] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., prefix_cache: _Optional[bool] = ..., instance: _Optional[str] = ...) -> None: ...
+    playable: _containers.RepeatedScalarFieldContainer[Role]
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., version: _Optional[str] = ..., total_blocks: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[Transport, _Mapping]]] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., prefix_cache: _Optional[bool] = ..., instance: _Optional[str] = ..., playable: _Optional[_Iterable[_Union[Role, str]]] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("free_blocks", "queued_prompt_tokens", "running_decodes", "waiting_prefills", "reservations", "waiting_reservations", "kv_sent", "kv_received", "steps", "prefix_hit_tokens", "prefix_query_tokens", "quarantined_blocks", "out_of_memory")
@@ -209,6 +211,28 @@ class SetRoles(_message.Message):
     ROLES_FIELD_NUMBER: _ClassVar[int]
     roles: _containers.RepeatedScalarFieldContainer[Role]
     def __init__(self, roles: _Optional[_Iterable[_Union[Role, str]]] = ...) -> None: ...
+
+class DrainWorkerRequest(_message.Message):
+    __slots__ = ("worker_id",)
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
+
+class DrainWorkerResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SetWorkerRolesRequest(_message.Message):
+    __slots__ = ("worker_id", "roles")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ROLES_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    roles: _containers.RepeatedScalarFieldContainer[Role]
+    def __init__(self, worker_id: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ...) -> None: ...
+
+class SetWorkerRolesResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Integrity(_message.Message):
     __slots__ = ("ok", "referenced_blocks", "reservations", "quarantined_blocks", "live_sequences", "problem")

@@ -96,3 +96,124 @@ class Registry:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class RouterAdminStub:
+    """What an operator asks of a router about a worker that has joined it; an unknown one is invalid_request.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.DrainWorker = channel.unary_unary(
+                '/tandem.v1.RouterAdmin/DrainWorker',
+                request_serializer=tandem_dot_v1_dot_registry__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_registry__pb2.DrainWorkerResponse.FromString,
+                _registered_method=True)
+        self.SetWorkerRoles = channel.unary_unary(
+                '/tandem.v1.RouterAdmin/SetWorkerRoles',
+                request_serializer=tandem_dot_v1_dot_registry__pb2.SetWorkerRolesRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_registry__pb2.SetWorkerRolesResponse.FromString,
+                _registered_method=True)
+
+
+class RouterAdminServicer:
+    """What an operator asks of a router about a worker that has joined it; an unknown one is invalid_request.
+    """
+
+    def DrainWorker(self, request, context):
+        """The worker gets no new work from now on, finishes what is live, and leaves. Returns once it has been told.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetWorkerRoles(self, request, context):
+        """The worker plays these roles from now on. Returns once it has been told: a dropped role gets no new work any more,
+        and a new one gets some when the worker's next hello names it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RouterAdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=tandem_dot_v1_dot_registry__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_registry__pb2.DrainWorkerResponse.SerializeToString,
+            ),
+            'SetWorkerRoles': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetWorkerRoles,
+                    request_deserializer=tandem_dot_v1_dot_registry__pb2.SetWorkerRolesRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_registry__pb2.SetWorkerRolesResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'tandem.v1.RouterAdmin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('tandem.v1.RouterAdmin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class RouterAdmin:
+    """What an operator asks of a router about a worker that has joined it; an unknown one is invalid_request.
+    """
+
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.RouterAdmin/DrainWorker',
+            tandem_dot_v1_dot_registry__pb2.DrainWorkerRequest.SerializeToString,
+            tandem_dot_v1_dot_registry__pb2.DrainWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetWorkerRoles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.RouterAdmin/SetWorkerRoles',
+            tandem_dot_v1_dot_registry__pb2.SetWorkerRolesRequest.SerializeToString,
+            tandem_dot_v1_dot_registry__pb2.SetWorkerRolesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

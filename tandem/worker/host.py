@@ -86,14 +86,6 @@ class WorkerHost:
         self._loop = asyncio.get_running_loop()
         self.engine.pool.on_free = self._report_free
 
-    def require(self, role: Role) -> None:
-        """Raises Refused for a role that the worker does not play.
-
-        A draining worker refuses nothing: the router places nothing new on it, so what comes is of a live request.
-        """
-        if role not in self.roles:
-            raise Refused(f"worker {self.worker_id} does not play the role {role}")
-
     def require_fingerprint(self, message: registry_pb2.Fingerprint, what: str) -> Fingerprint:
         """The fingerprint that a request comes with. Raises Refused unless it is this worker's."""
         fingerprint = wire.fingerprint_from_wire(message)
@@ -138,7 +130,11 @@ class WorkerHost:
             self._loop.call_soon_threadsafe(callback)
 
     def set_roles(self, roles: frozenset[Role]) -> None:
-        """Plays these roles from now on. Raises Refused for a role whose service this process does not have."""
+        """Plays these roles from now on. Raises Refused for a role whose service this process does not have.
+
+        Neither a dropped role nor a draining worker refuses anything: the router places nothing new there, so what
+        comes is of a live request.
+        """
         missing = roles - self.services.keys()
         if missing:
             raise Refused(f"worker {self.worker_id} cannot play the role {min(missing)}: it has no such service")
@@ -173,6 +169,7 @@ class WorkerHost:
             worker_id=self.worker_id,
             address=self.address,
             roles=wire.roles_to_wire(self.roles),
+            playable=wire.roles_to_wire(frozenset(self.services)),
             model=wire.model_to_wire(self.info),
             version=__version__,
             total_blocks=self.engine.pool.num_blocks,

@@ -64,6 +64,7 @@ class ScriptedMember:
             worker_id=self.id,
             address=self.address,
             roles=wire.roles_to_wire(self.roles),
+            playable=wire.roles_to_wire(frozenset(Role)),
             model=wire.model_to_wire(self.model),
             version=self.version,
             total_blocks=self.total_blocks,

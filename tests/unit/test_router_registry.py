@@ -19,11 +19,14 @@ BOTH = frozenset({Role.PREFILL, Role.DECODE})
 ONLY_PREFILL = frozenset({Role.PREFILL})
 
 
-def heartbeat(worker_id: str = "w", roles: frozenset[Role] = BOTH) -> registry_pb2.Heartbeat:
+def heartbeat(
+    worker_id: str = "w", roles: frozenset[Role] = BOTH, playable: frozenset[Role] = BOTH
+) -> registry_pb2.Heartbeat:
     hello = registry_pb2.Hello(
         worker_id=worker_id,
         address="127.0.0.1:1",
         roles=roles_to_wire(roles),
+        playable=roles_to_wire(playable),
         model=model_to_wire(MODEL),
         version=tandem.__version__,
         total_blocks=10,
@@ -90,6 +93,14 @@ async def test_orders_that_make_no_sense(registry: Registry) -> None:
         registry.drain("x")
     with pytest.raises(InvalidRequest, match="at least one role"):
         registry.set_roles("w", frozenset())
+
+
+async def test_a_role_that_its_process_has_no_service_for_is_refused(registry: Registry) -> None:
+    worker = registry.admit(heartbeat(roles=ONLY_PREFILL, playable=ONLY_PREFILL))
+    with pytest.raises(InvalidRequest, match="worker w cannot play decode: its process has services for prefill"):
+        registry.set_roles("w", BOTH)
+    assert worker.roles == ONLY_PREFILL
+    assert worker.directives.empty()
 
 
 async def test_directives_are_bounded(registry: Registry, worker: Worker) -> None:

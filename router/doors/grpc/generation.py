@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 
-import tandem
-from router.life.request import STALL_S, Live, Orchestrator
+from router.doors.grpc.status import StatusReport
+from router.life.request import STALL_S, Orchestrator
 from router.life.request_log import ID_HEADER, RequestLog, new_id
-from router.pool.registry import Registry
-from router.pool.worker import Worker
 from tandem.errors import Cancelled
 from tandem.types import Event
-from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2
-from tandem.wire import event_to_wire, model_to_wire
-
-# Entries in one Status answer.
-MAX_LISTED_REQUESTS = 100
-INTEGRITY_TIMEOUT_S = 5.0
+from tandem.v1 import generation_pb2, generation_pb2_grpc
+from tandem.wire import event_to_wire
 
 
 class GenerationService(generation_pb2_grpc.GenerationServicer):
-    def __init__(self, orchestrator: Orchestrator, registry: Registry, http_port: int) -> None:
-        """http_port: of the other door; 0 when there is none."""
+    def __init__(self, orchestrator: Orchestrator, report: StatusReport) -> None:
         self._orchestrator = orchestrator
-        self._registry = registry
-        self._http_port = http_port
-        self._started_s = time.monotonic()
+        self._report = report
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> None:
         with RequestLog(new_id()) as entry:
@@ -47,29 +37,10 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     async def ListModels(
         self, _request: generation_pb2.ListModelsRequest, _context: Any
     ) -> generation_pb2.ListModelsResponse:
-        return generation_pb2.ListModelsResponse(models=self._models())
+        return generation_pb2.ListModelsResponse(models=self._report.models())
 
     async def Status(self, request: generation_pb2.StatusRequest, _context: Any) -> generation_pb2.StatusResponse:
-        # One that is not dialled back yet gets no requests: it does not count as there.
-        workers = [worker for worker in self._registry.workers if worker.routable]
-        checks = await asyncio.gather(*(_integrity(worker, request.check_integrity) for worker in workers))
-        live = self._orchestrator.live
-        return generation_pb2.StatusResponse(
-            version=tandem.__version__,
-            uptime_ms=(time.monotonic() - self._started_s) * 1000,
-            live_requests=len(live),
-            finished_requests=self._orchestrator.finished,
-            failed_requests=self._orchestrator.failed,
-            cancelled_requests=self._orchestrator.cancelled,
-            workers=[_worker_status(worker, check) for worker, check in zip(workers, checks, strict=True)],
-            models=self._models(),
-            requests=[_live_request(entry) for entry in live[:MAX_LISTED_REQUESTS]],
-            http_port=self._http_port,
-        )
-
-    def _models(self) -> list[registry_pb2.ModelInfo]:
-        model = self._registry.model
-        return [] if model is None else [model_to_wire(model)]
+        return await self._report.now(request.check_integrity)
 
 
 async def _write(event: Event, context: Any) -> None:
@@ -98,30 +69,3 @@ async def _identify(entry: RequestLog, context: Any) -> None:
         await context.send_initial_metadata(((ID_HEADER, entry.client_id),))
     except grpc.aio.BaseError as error:
         raise Cancelled("the client left") from error
-
-
-async def _integrity(worker: Worker, wanted: bool) -> registry_pb2.Integrity | None:
-    return await worker.link.check_integrity(INTEGRITY_TIMEOUT_S) if wanted else None
-
-
-def _worker_status(worker: Worker, check: registry_pb2.Integrity | None) -> generation_pb2.WorkerStatus:
-    return generation_pb2.WorkerStatus(
-        hello=worker.reported.hello,
-        load=worker.load,
-        heartbeat_age_ms=(time.monotonic() - worker.reported.at_s) * 1000,
-        draining=worker.draining,
-        integrity=check,
-        cached_blocks=len(worker.reported.prefixes),
-    )
-
-
-def _live_request(live: Live) -> generation_pb2.LiveRequest:
-    """Of n choices, the first stands for the request."""
-    job = live.jobs[0]
-    return generation_pb2.LiveRequest(
-        request_id=live.request_id,
-        phase=job.phase,
-        age_ms=live.timeline.now_ms(),
-        prefill_worker=job.prefill_worker,
-        decode_worker=job.decode_worker,
-    )

@@ -22,7 +22,7 @@ from ray.autoscaler.sdk import request_resources
 from tandem.addresses import dialable
 from tandem.client import Client, ServiceStatus
 from tandem.config import TandemConfig, parse_config
-from tandem.errors import ConfigError, Refused, TandemError, Unavailable
+from tandem.errors import ConfigError, InvalidRequest, Refused, TandemError, Unavailable
 from tandem.launch.ray.member import MemberActor
 from tandem.launch.ray.plan import (
     ROUTER,
@@ -210,9 +210,7 @@ class Cluster:
         if not leaving:
             return
         self._tell(f"draining {', '.join(leaving)}")
-        for name in leaving:
-            with suppress(ValueError):
-                ray.get_actor(name, NAMESPACE).drain.remote()
+        self._tell_to_leave(leaving)
         drain_s = config.router.drain_timeout_s if leaving == [ROUTER] else config.worker.drain_timeout_s
         end_s = time.monotonic() + drain_s + LEAVE_MARGIN_S
         while time.monotonic() < end_s:
@@ -221,6 +219,19 @@ class Cluster:
                 break
             time.sleep(POLL_S)
         self._remove(leaving)
+
+    def _tell_to_leave(self, names: Iterable[str]) -> None:
+        """Workers by their router; the router, and workers that it does not know, by themselves."""
+        seen, left = self._survey(), set(names)
+        workers = {name: seen[name].worker_id for name in left if name in seen and seen[name].worker_id}
+        with suppress(TandemError), Client(seen.get(ROUTER, Member()).address, timeout_s=ANSWER_S) as router:
+            for name, worker_id in workers.items():
+                with suppress(InvalidRequest):  # it has not joined, or has left
+                    router.drain_worker(worker_id, timeout_s=ANSWER_S)
+                    left.remove(name)
+        for name in left:
+            with suppress(ValueError):
+                ray.get_actor(name, NAMESPACE).drain.remote()
 
     def _remove(self, names: Iterable[str]) -> None:
         """Ends processes, and waits until Ray has forgotten them."""
