@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from router.doors.grpc.admin import RouterAdminService
 from router.doors.grpc.generation import GenerationService
 from router.doors.grpc.status import StatusReport
-from router.life.admission import Admission
+from router.life.admission import RequestAdmission
 from router.life.request import Orchestrator
 from router.pool.join import JoinService
 from router.pool.registry import Registry
@@ -89,7 +89,7 @@ async def open_router(config: TandemConfig, hurry: asyncio.Event | None = None) 
     if loaded is None:
         log.warning("no tokenizer in %s: prompts must be token ids, and answers carry no text", config.model.path)
     tokenizer = None if loaded is None else Tokenizer(loaded)
-    admission = Admission(tokenizer, registry.served, config.router.max_message_bytes)
+    admission = RequestAdmission(tokenizer, registry.served, config.router.max_message_bytes)
     orchestrator = Orchestrator(config.router, registry, admission)
     hosts = [host] if loopback is None else [host, loopback]
     async with _http_door(config, hosts, orchestrator, registry, admission) as http_port:
@@ -117,7 +117,7 @@ async def open_router(config: TandemConfig, hurry: asyncio.Event | None = None) 
 
 
 def _http_door(
-    config: TandemConfig, hosts: list[str], orchestrator: Orchestrator, registry: Registry, admission: Admission
+    config: TandemConfig, hosts: list[str], orchestrator: Orchestrator, registry: Registry, admission: RequestAdmission
 ) -> AbstractAsyncContextManager[int]:
     """Yields its port; 0 when there is none. Raises ConfigError."""
     if config.router.http_port < 0:

@@ -80,7 +80,7 @@ class Tokenizer:
         return str(found)
 
 
-# Of the steps that cut a text into pieces, those that leave all of it there.
+# Steps that cut a text into pieces and leave all of it there.
 _KEEPING = {"Digits", "ByteLevel"}
 
 

@@ -178,7 +178,7 @@ class RouterConfig(Section):
     # By which requests over loopback may name this machine in `Host`, besides its addresses and localhost: those of a
     # proxy on this machine.
     http_names: tuple[str, ...] = ()
-    # Requests in the house at once, a request for n answers counting as n; one more is refused as overloaded.
+    # Requests under way at once, a request for n answers counting as n; one more is refused as overloaded.
     max_live_requests: StrictInt = Field(1024, ge=1, le=1 << 14)
     # Deadline of a request that brings none, seconds.
     default_deadline_s: Seconds = Field(600.0, gt=0, le=_YEAR_S)

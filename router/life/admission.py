@@ -36,7 +36,7 @@ class Admitted:
     request_id: str
     model: ModelInfo
     prompt_ids: tuple[int, ...]
-    # Of the prompt's full blocks, to look up in workers' prefix caches.
+    # Names of the prompt's full blocks, to look up in workers' prefix caches.
     block_names: tuple[bytes, ...]
     # With a seed.
     sampling: SamplingParams
@@ -60,7 +60,7 @@ class Admitted:
 @dataclass(frozen=True)
 class EmbedPrompt:
     prompt_ids: tuple[int, ...]
-    # Of the prompt's full blocks; none where the prefix cache is of no use.
+    # Names of the prompt's full blocks; none where the prefix cache is of no use.
     block_names: tuple[bytes, ...]
 
 
@@ -97,11 +97,11 @@ def deadline_s(remaining_s: float | None, config: RouterConfig) -> float:
 
 
 class ConcurrencyLimit:
-    """Counts live requests, each as often as it has answers: those are what workers and memory feel."""
+    """How many answers are under way at once: of a request all n, for those are what workers and memory feel."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._inside = 0
+        self._live = 0
 
     def check(self, answers: int, field: str = "n", asked: str = "") -> None:
         """Raises InvalidRequest for what could never enter. field: of the request, that asks for so many; asked: the
@@ -112,22 +112,22 @@ class ConcurrencyLimit:
 
     @contextmanager
     def enter(self, answers: int = 1) -> Iterator[None]:
-        """Raises Overloaded when they do not fit in now, InvalidRequest when they never will."""
+        """Raises Overloaded when they do not fit now, InvalidRequest when they never will."""
         self.check(answers)
-        if self._inside + answers > self._limit:
-            words = f"{self._inside} answers are under way, and {answers} more would be too many"
+        if self._live + answers > self._limit:
+            words = f"{self._live} answers are under way, and {answers} more would be too many"
             raise Overloaded(
                 f"{words}: the most this router takes is {self._limit} (router.max_live_requests)",
                 retry_after_ms=RETRY_AFTER_MS,
             )
-        self._inside += answers
+        self._live += answers
         try:
             yield
         finally:
-            self._inside -= answers
+            self._live -= answers
 
 
-class Admission:
+class RequestAdmission:
     def __init__(self, tokenizer: Tokenizer | None, served: Callable[[], ModelInfo], max_message_bytes: int) -> None:
         """max_message_bytes: of an answer."""
         self.tokenizer = tokenizer

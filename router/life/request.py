@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from router.aio import Scope, ends_after, first_error, first_of
-from router.life.admission import Admission, Admitted, AdmittedEmbed, ConcurrencyLimit, answers_of, deadline_s
+from router.life.admission import Admitted, AdmittedEmbed, ConcurrencyLimit, RequestAdmission, answers_of, deadline_s
 from router.life.attempt import ChoiceSpec
 from router.life.choice import LiveChoice
 from router.life.embedding import EmbedJob
 from router.life.events import EmitPacer, EventStream
 from router.life.output import output_of
-from router.life.request_log import Placed, RequestLog
+from router.life.request_log import PlacedJob, RequestLog
 from router.policy.base import Demand
 from router.pool.pace import OutputShare, check_deadline
 from router.pool.registry import Registry
@@ -38,8 +38,8 @@ STALL_S = 30.0
 _LEAST = Demand(1, 1)
 
 
-class Job(Placed, Protocol):
-    """A part of a request: one of n choices, or all inputs of an Embed live."""
+class Job(PlacedJob, Protocol):
+    """A part of a request: one of n choices, or all inputs of an Embed call."""
 
     timeline: Timeline
 
@@ -93,7 +93,7 @@ class Orchestrator:
     open ──close()──▶ closing: new requests are refused, live ones have a grace ──▶ closed: the rest have failed
     """
 
-    def __init__(self, config: RouterConfig, registry: Registry, admission: Admission) -> None:
+    def __init__(self, config: RouterConfig, registry: Registry, admission: RequestAdmission) -> None:
         self._config = config
         self._registry = registry
         self._admission = admission

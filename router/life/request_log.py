@@ -24,7 +24,7 @@ MAX_ID_CHARS = 128
 _CLIENT_ID = re.compile(f"[!-~]{{1,{MAX_ID_CHARS}}}")
 
 
-class Placed(Protocol):
+class PlacedJob(Protocol):
     @property
     def prefill_worker(self) -> str:
         """Its id; empty until placed."""
@@ -85,7 +85,7 @@ class RequestLog:
             case ChoiceFinished():
                 self._reasons.append(str(event.reason))
 
-    def placed(self, jobs: Iterable[Placed]) -> None:
+    def placed(self, jobs: Iterable[PlacedJob]) -> None:
         for job in jobs:
             self._prefill.append(job.prefill_worker)
             self._decode.append(job.decode_worker)

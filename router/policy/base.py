@@ -46,7 +46,7 @@ class Demand:
 
     @property
     def kv_tokens(self) -> int:
-        """Of the whole request: the last token generated is never read again, so it gets no KV."""
+        """Tokens of the whole request that get KV: the last one generated is never read again."""
         return self.prompt_tokens + self.max_tokens - 1
 
 

@@ -78,8 +78,7 @@ class Placer:
         try:
             return method()
         except Exception as error:
-            log.exception("the routing policy %s failed", self._name)
-            raise self._failed(f"raised {type(error).__name__}; the router's log has the details") from error
+            raise self._failed(f"raised {type(error).__name__}; the router's log has the details", error) from None
 
     def _offered(
         self, worker_id: str, role: Role, offered: Sequence[WorkerView], workers: Sequence[WorkerView]
@@ -96,8 +95,11 @@ class Placer:
             why = "which is draining" if other.draining else "which is too small for the request"
         raise self._failed(f"chose {shown(worker_id)} as the {role} worker, {why}")
 
-    def _failed(self, words: str) -> InternalError:
-        return InternalError(f"the routing policy {self._name} {words} (router.policy)")
+    def _failed(self, words: str, cause: Exception | None = None) -> InternalError:
+        """Logged here: the HTTP door tells a client nothing but that there was an error."""
+        message = f"the routing policy {self._name} {words} (router.policy)"
+        log.error("%s", message, exc_info=cause)
+        return InternalError(message)
 
 
 def _able(workers: Sequence[WorkerView], role: Role, tokens: int, absent: Absent) -> list[WorkerView]:

@@ -18,9 +18,9 @@ from tandem.wire import model_from_wire, roles_from_wire
 
 log = logging.getLogger(__name__)
 
-# Of the texts in a hello: they come back in statuses, reports and log lines.
+# Characters of a text in a hello: they come back in statuses, reports and log lines.
 MAX_LABEL_CHARS = 128
-# A worker knows a few.
+# Transports in a hello: a worker knows a few.
 MAX_TRANSPORTS = 16
 # Why there is no worker (router.policy.placement.Absent).
 _JOINING = "is ready yet: one is joining"

@@ -13,7 +13,7 @@ import pytest
 from http_house import HEAD, HttpHouse, http_configuration, noted_connections, open_http_house, read_all, refused
 from scripted_worker import eventually
 
-from router.doors.http.door import HEADERS_BYTES, Patience
+from router.doors.http.door import HEADERS_BYTES, BoundedHTTP
 
 
 @pytest.fixture
@@ -131,14 +131,14 @@ async def test_a_client_that_resets_its_connection_when_it_is_refused(
     door: HttpHouse, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As gRPC's do; the server's end hears of it when it is told that nothing follows."""
-    protocols, raw, refuse = noted_connections(monkeypatch), door.dial(), Patience._refuse
+    protocols, raw, refuse = noted_connections(monkeypatch), door.dial(), BoundedHTTP._refuse
 
-    def refused_and_gone(self: Patience, *answer: Any) -> None:
+    def refused_and_gone(self: BoundedHTTP, *answer: Any) -> None:
         refuse(self, *answer)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         raw.close()
 
-    monkeypatch.setattr(Patience, "_refuse", refused_and_gone)
+    monkeypatch.setattr(BoundedHTTP, "_refuse", refused_and_gone)
     await asyncio.get_running_loop().sock_sendall(raw, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
     await eventually(lambda: protocols and protocols[0] not in protocols[0].connections)
     assert raw.fileno() == -1

@@ -153,7 +153,7 @@ async def test_so_has_one_that_was_too_many_and_one_that_met_a_bug(
     decode.errors["decode"] = InternalError("secret")
     broken = await door.complete()
     del decode.errors["decode"]
-    monkeypatch.setattr("router.doors.http.answers.Answer.object", lambda _: 1 / 0)
+    monkeypatch.setattr("router.doors.http.answers.OpenAIAnswer.object", lambda _: 1 / 0)
     bug = await door.client.post("/v1/completions", json={"prompt": [1], "max_tokens": 1})
     assert [each.status_code for each in (full, broken, bug)] == [429, 500, 500]
     told = {line["request_id"]: line.get("error") for line in lines}

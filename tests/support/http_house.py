@@ -14,7 +14,7 @@ import httpx
 import pytest
 from router_house import House, open_house
 
-from router.doors.http.door import Patience
+from router.doors.http.door import BoundedHTTP
 from tandem.config import TandemConfig, parse_config
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -86,11 +86,11 @@ def refused(answer: bytes, status: int) -> dict[str, Any]:
     return error
 
 
-def noted_connections(monkeypatch: pytest.MonkeyPatch) -> list[Patience]:
+def noted_connections(monkeypatch: pytest.MonkeyPatch) -> list[BoundedHTTP]:
     """The server's end of each, from now on."""
-    protocols: list[Patience] = []
-    made = Patience.connection_made
+    protocols: list[BoundedHTTP] = []
+    made = BoundedHTTP.connection_made
     monkeypatch.setattr(
-        Patience, "connection_made", lambda self, transport: (protocols.append(self), made(self, transport))[1]
+        BoundedHTTP, "connection_made", lambda self, transport: (protocols.append(self), made(self, transport))[1]
     )
     return protocols

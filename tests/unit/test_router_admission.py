@@ -12,9 +12,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from router.life.admission import (
     MAX_LABEL_CHARS,
-    Admission,
     Admitted,
     ConcurrencyLimit,
+    RequestAdmission,
     answers_of,
     choice_seed,
     deadline_s,
@@ -36,7 +36,7 @@ MODEL = ModelInfo("tiny", TOKENIZER.get_vocab_size(), 256, (0,), FINGERPRINT, 12
 
 
 async def admit(request: GenerateRequest, tokenizer: Tokenizer | None = SERVED, model: Any = MODEL) -> Admitted:
-    return await Admission(tokenizer, lambda: model, 1 << 20).admit(request, new_id())
+    return await RequestAdmission(tokenizer, lambda: model, 1 << 20).admit(request, new_id())
 
 
 def ids(*values: int, **fields: Any) -> GenerateRequest:
@@ -141,28 +141,28 @@ async def test_an_unknown_model_is_told_what_is_served() -> None:
     assert (await admit(ids(1, model="tiny"))).model is MODEL
 
 
-def test_the_limit_counts_who_is_inside() -> None:
-    limit = ConcurrencyLimit(1)
-    with limit.enter():
-        with pytest.raises(Overloaded) as caught, limit.enter():
+def test_the_gate_counts_who_is_inside() -> None:
+    gate = ConcurrencyLimit(1)
+    with gate.enter():
+        with pytest.raises(Overloaded) as caught, gate.enter():
             pass
         assert caught.value.retry_after_ms
-    with pytest.raises(TandemError), limit.enter():
+    with pytest.raises(TandemError), gate.enter():
         raise TandemError("left by an error")
-    with limit.enter():
+    with gate.enter():
         pass
 
 
-def test_the_limit_counts_answers() -> None:
-    limit = ConcurrencyLimit(4)
-    with limit.enter(3):
-        with pytest.raises(Overloaded, match="3 answers are under way, and 2 more"), limit.enter(2):
+def test_the_gate_counts_answers() -> None:
+    gate = ConcurrencyLimit(4)
+    with gate.enter(3):
+        with pytest.raises(Overloaded, match="3 answers are under way, and 2 more"), gate.enter(2):
             pass
-        with limit.enter(1):
+        with gate.enter(1):
             pass
-    with pytest.raises(InvalidRequest, match="5 answers at once; the most this router takes is 4"), limit.enter(5):
+    with pytest.raises(InvalidRequest, match="5 answers at once; the most this router takes is 4"), gate.enter(5):
         pass
-    with limit.enter(4):
+    with gate.enter(4):
         pass
     assert [answers_of(GenerateRequest(n=n)) for n in (0, 1, 7, 10**6)] == [1, 1, 7, MAX_CHOICES]
 

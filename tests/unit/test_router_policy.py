@@ -67,12 +67,16 @@ def test_a_policy_of_ones_own_decides(write: Write) -> None:
         ("1 / 0", "raised ZeroDivisionError; the router's log has the details"),
     ],
 )
-def test_a_wrong_answer_fails_the_request_by_name(write: Write, pair: str, words: str) -> None:
+def test_a_wrong_answer_fails_the_request_by_name(
+    write: Write, pair: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
     write(POLICY.format(pair=pair, prefill="demand"))
     placer = Placer("theirs:Named")
     with pytest.raises(InternalError) as caught:
         placer.choose(WORKERS, SMALL)
     assert caught.value.message == f"the routing policy theirs:Named {words} (router.policy)"
+    (record,) = caplog.records
+    assert (record.getMessage(), bool(record.exc_info)) == (caught.value.message, "raised" in words)
     with pytest.raises(InternalError, match="raised NameError"):
         placer.choose_prefill(WORKERS, 20)
 

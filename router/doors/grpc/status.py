@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import tandem
 from router.life.request import Live, Orchestrator
@@ -34,7 +35,9 @@ class StatusReport:
     async def now(self, check_integrity: bool) -> generation_pb2.StatusResponse:
         # One that is not dialled back yet gets no requests: it does not count as there.
         workers = [worker for worker in self._registry.workers if worker.routable]
-        checks = await asyncio.gather(*(_integrity(worker, check_integrity) for worker in workers))
+        checks: Sequence[registry_pb2.Integrity | None] = [None] * len(workers)
+        if check_integrity:
+            checks = await asyncio.gather(*(worker.link.check_integrity(INTEGRITY_TIMEOUT_S) for worker in workers))
         live = self._orchestrator.live
         return generation_pb2.StatusResponse(
             version=tandem.__version__,
@@ -48,10 +51,6 @@ class StatusReport:
             requests=[_live_request(entry) for entry in live[:MAX_LISTED_REQUESTS]],
             http_port=self._http_port,
         )
-
-
-async def _integrity(worker: Worker, wanted: bool) -> registry_pb2.Integrity | None:
-    return await worker.link.check_integrity(INTEGRITY_TIMEOUT_S) if wanted else None
 
 
 def _worker_status(worker: Worker, check: registry_pb2.Integrity | None) -> generation_pb2.WorkerStatus:
@@ -69,7 +68,7 @@ def _worker_status(worker: Worker, check: registry_pb2.Integrity | None) -> gene
 
 
 def _live_request(live: Live) -> generation_pb2.LiveRequest:
-    """Of n choices, the first stands for the request."""
+    """The first of n choices stands for the request."""
     job = live.jobs[0]
     return generation_pb2.LiveRequest(
         request_id=live.request_id,

@@ -26,7 +26,7 @@ LEAST_LOGPROB = -9999.0
 
 
 @dataclass
-class Progress:
+class ChoiceProgress:
     """What one choice has told so far."""
 
     text: list[str] = field(default_factory=list)
@@ -40,18 +40,18 @@ class Progress:
     finished: ChoiceFinished | None = None
 
 
-class Shape(Protocol):
+class AnswerShape(Protocol):
     """One endpoint's objects."""
 
     prefix: str
     whole: str
     piece: str
 
-    def choice(self, progress: Progress) -> dict[str, Any]:
-        """Of a whole answer, without index and reason."""
+    def choice(self, progress: ChoiceProgress) -> dict[str, Any]:
+        """The object of a whole answer, without index and reason."""
 
-    def delta(self, progress: Progress, text: str, tokens: tuple[Token, ...]) -> dict[str, Any]:
-        """Of a stream."""
+    def delta(self, progress: ChoiceProgress, text: str, tokens: tuple[Token, ...]) -> dict[str, Any]:
+        """As `choice`, of what is new in a stream."""
 
 
 class CompletionShape:
@@ -61,13 +61,13 @@ class CompletionShape:
         self._spell = spell
         self._logprobs = logprobs
 
-    def choice(self, progress: Progress) -> dict[str, Any]:
+    def choice(self, progress: ChoiceProgress) -> dict[str, Any]:
         return {"text": "".join(progress.text), "logprobs": self._lists(progress, progress.tokens)}
 
-    def delta(self, progress: Progress, text: str, tokens: tuple[Token, ...]) -> dict[str, Any]:
+    def delta(self, progress: ChoiceProgress, text: str, tokens: tuple[Token, ...]) -> dict[str, Any]:
         return {"text": text, "logprobs": self._lists(progress, tokens)}
 
-    def _lists(self, progress: Progress, tokens: Iterable[Token]) -> dict[str, Any] | None:
+    def _lists(self, progress: ChoiceProgress, tokens: Iterable[Token]) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
         texts, offsets = [], []
@@ -97,11 +97,11 @@ class ChatShape:
         self._spell = spell
         self._logprobs = logprobs
 
-    def choice(self, progress: Progress) -> dict[str, Any]:
+    def choice(self, progress: ChoiceProgress) -> dict[str, Any]:
         message = {"role": "assistant", "content": "".join(progress.text), "refusal": None}
         return {"message": message, "logprobs": self._list(progress.tokens)}
 
-    def delta(self, progress: Progress, text: str, tokens: tuple[Token, ...]) -> dict[str, Any]:
+    def delta(self, progress: ChoiceProgress, text: str, tokens: tuple[Token, ...]) -> dict[str, Any]:
         delta = {"content": text} if progress.tokens else {"role": "assistant", "content": text}
         return {"delta": delta, "logprobs": self._list(tokens)}
 
@@ -131,14 +131,14 @@ def spelled(spell: TokenText | None, token_id: int) -> tuple[str, bytes]:
 
 
 @dataclass
-class Answer:
+class OpenAIAnswer:
     """All of one body's choices, in order: those of the first prompt, of the second, and so on."""
 
-    shape: Shape
+    shape: AnswerShape
     model: str
     id: str
     token_ids: bool
-    choices: list[Progress]
+    choices: list[ChoiceProgress]
     usages: list[Usage] = field(default_factory=list)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -161,7 +161,7 @@ class Answer:
         return self._object(self.shape.piece, [choice])
 
     def usage_so_far(self, index: int) -> dict[str, int]:
-        """Of one choice in a stream."""
+        """One choice's, in a stream."""
         prompt, output = self.choices[index].prompt_tokens, self.choices[index].output_tokens
         return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
@@ -169,14 +169,13 @@ class Answer:
         return {**self._object(self.shape.piece, []), "usage": self.usage()}
 
     def object(self) -> dict[str, Any]:
-        choices = [self._whole(index, progress) for index, progress in enumerate(self.choices)]
+        choices = []
+        for index, progress in enumerate(self.choices):
+            choice = {"index": index, **self.shape.choice(progress), **_ending(_finished(progress))}
+            if self.token_ids:
+                choice["token_ids"] = [token.id for token in progress.tokens]
+            choices.append(choice)
         return {**self._object(self.shape.whole, choices), "usage": self.usage()}
-
-    def _whole(self, index: int, progress: Progress) -> dict[str, Any]:
-        choice = {"index": index, **self.shape.choice(progress), **_ending(_finished(progress))}
-        if self.token_ids:
-            choice["token_ids"] = [token.id for token in progress.tokens]
-        return choice
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -188,7 +187,7 @@ class Answer:
         }
 
     def usage(self) -> dict[str, Any]:
-        """Of all prompts and choices; where the time went is told of the first."""
+        """Sums over all prompts and choices; where the time went is told of the first."""
         prompt = sum(usage.prompt_tokens for usage in self.usages)
         output = sum(usage.output_tokens for usage in self.usages)
         cached = sum(usage.cached_prompt_tokens for usage in self.usages)
@@ -201,7 +200,7 @@ class Answer:
         }
 
 
-def _finished(progress: Progress) -> ChoiceFinished:
+def _finished(progress: ChoiceProgress) -> ChoiceFinished:
     assert progress.finished is not None, "every choice has ended"
     return progress.finished
 

@@ -13,15 +13,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from router.doors.http import failures
-from router.doors.http.answers import Answer, ChatShape, CompletionShape, Progress, Shape
+from router.doors.http.answers import AnswerShape, ChatShape, ChoiceProgress, CompletionShape, OpenAIAnswer
 from router.doors.http.body import parse, read_body
 from router.doors.http.chat_template import ChatTemplate
 from router.doors.http.exchange import Exchange
 from router.doors.http.failures import entry_of, named_as_sent
-from router.doors.http.fields import ChatRequest, CompletionRequest
-from router.doors.http.fields import Request as Fields
+from router.doors.http.fields import ChatRequest, CompletionRequest, OpenAIRequest
 from router.doors.http.metrics import Metrics
-from router.doors.http.probe import Probe
+from router.doors.http.probe import ReadinessProbe
 from router.doors.http.prompts import Prompt, chat_request, completion_requests, prompts_of
 from router.doors.http.token_text import TokenText
 from router.life.request import Orchestrator
@@ -50,7 +49,7 @@ class OpenAIDoor:
         self._tokenizer = tokenizer
         self._spell = None if tokenizer is None else TokenText(tokenizer.backend)
         self._template = template
-        self._probe = Probe(orchestrator)
+        self._probe = ReadinessProbe(orchestrator)
         self._metrics = Metrics(orchestrator, registry)
         orchestrator.observers.append(self._metrics)
         self._started = int(time.time())
@@ -98,27 +97,31 @@ class OpenAIDoor:
             return self._exchange(request, body, shape, [chat_request(body, list(prompt_ids), model.max_model_len)])
 
     async def _body(self, request: Request) -> bytes:
-        """Not looked at while no request would be taken in, whatever it is. Raises Impolite, and as check_limits."""
+        """Not looked at while no request would be taken in, whatever it is. Raises HTTPMisuse, and as check_limits."""
         data = await read_body(request, self._limit)
         await self._orchestrator.check_limits()
         return data
 
     async def _token_ids(self, prompt: Prompt, limit: int) -> Prompt:
-        """Of a text; what is wrong with it is admission's to say."""
+        """Ids of a text; what is wrong with it is admission's to say."""
         if isinstance(prompt, list) or not prompt or self._tokenizer is None:
             return prompt
         return list(await self._tokenizer.encode(prompt.decode(), limit))
 
     def _exchange(
-        self, request: Request, body: Fields, shape: Shape, requests: Sequence[generation_pb2.GenerateRequest]
+        self,
+        request: Request,
+        body: OpenAIRequest,
+        shape: AnswerShape,
+        requests: Sequence[generation_pb2.GenerateRequest],
     ) -> Response:
         if body.stream_options is not None and not body.streamed:
             raise InvalidRequest("stream_options needs stream to be true", field="stream_options")
         self._orchestrator.check_size(requests)
-        choices = [Progress() for request in requests for _ in range(request.n)]
+        choices = [ChoiceProgress() for request in requests for _ in range(request.n)]
         name = self._model(body.model).name
         entry = entry_of(request.scope)
-        answer = Answer(shape, name, entry.request_id, bool(body.return_token_ids), choices)
+        answer = OpenAIAnswer(shape, name, entry.request_id, bool(body.return_token_ids), choices)
         return Exchange(self._orchestrator, requests, answer, body, entry)
 
     def _model(self, name: str | None) -> ModelInfo:

@@ -10,7 +10,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from router.doors.http.failures import Impolite
+from router.doors.http.failures import HTTPMisuse
 from router.doors.http.fields import brief
 from tandem.errors import InvalidRequest
 
@@ -18,7 +18,7 @@ M = TypeVar("M", bound=BaseModel)
 
 # A body must have arrived after this long.
 READ_S = 30.0
-# Of a body that is too large so much is read and dropped: a client that still writes does not read the answer.
+# Bytes of a body that is too large which are read and dropped: a client that still writes does not read the answer.
 LINGER_BYTES = 64 << 20
 # By pydantic's name of the error: words, and which of its figures is the limit.
 _LENGTHS = {"too_short": ("least", "min_length"), "too_long": ("most", "max_length")}
@@ -29,28 +29,29 @@ _UNREAD = {
     "unexpected end of hex escape": "the body has half of a surrogate pair, which is no character,",
     "lone leading surrogate in hex escape": "the body has half of a surrogate pair, which is no character,",
 }
-# Of fields that may be several things pydantic would say only why they are not the first.
+# Fields that may be several things: pydantic would say only why they are not the first.
 _UNIONS = {"content": "a string or a list of text parts", "stop": "a string or a list of strings"}
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """Raises Impolite."""
+    """Raises HTTPMisuse."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # A page in a browser may send other types to any address unasked.
-        raise Impolite(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the content-type must be application/json")
+        raise HTTPMisuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the content-type must be application/json")
     try:
         async with asyncio.timeout(READ_S):
             return await _read(request, limit)
     except TimeoutError:
-        raise Impolite(HTTPStatus.REQUEST_TIMEOUT, f"the body did not arrive within {READ_S:g} s") from None
+        raise HTTPMisuse(HTTPStatus.REQUEST_TIMEOUT, f"the body did not arrive within {READ_S:g} s") from None
     except ClientDisconnect:  # nobody reads this, and nothing is wrong here that the log should tell of
-        raise Impolite(HTTPStatus.BAD_REQUEST, "the client left before its body had arrived") from None
+        raise HTTPMisuse(HTTPStatus.BAD_REQUEST, "the client left before its body had arrived") from None
 
 
 async def _read(request: Request, limit: int) -> bytes:
     chunks: list[bytes] = []
-    size = _declared(request)
+    declared = request.headers.get("content-length", "")
+    size = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
     if size <= LINGER_BYTES:
         size = 0
         async for chunk in request.stream():
@@ -61,13 +62,8 @@ async def _read(request: Request, limit: int) -> bytes:
                 chunks.append(chunk)
     if size > limit:
         words = f"the body has more than {limit} bytes, the most this router takes (router.max_message_bytes)"
-        raise Impolite(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, words)
+        raise HTTPMisuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, words)
     return b"".join(chunks)
-
-
-def _declared(request: Request) -> int:
-    length = request.headers.get("content-length", "")
-    return int(length) if length.isdecimal() and len(length) < 20 else 0
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -80,10 +76,12 @@ def parse(kind: type[M], data: bytes) -> M:
 
 def _explain(error: ValidationError) -> InvalidRequest:
     found = error.errors(include_url=False)
-    # Of a union's members pydantic tells one after the other why each does not fit: what is no string is a list here.
+    # A union's members, of which pydantic tells one after the other why each does not fit: what is no string is a list.
     first = found[1] if found[0]["loc"][-1:] == ("str",) and isinstance(found[0]["input"], list) else found[0]
     if first["type"] == "json_invalid":
-        return _no_json(first["msg"].removeprefix("Invalid JSON: "))
+        # What the parser says, and ` at line 1 column 5`.
+        words, at, place = first["msg"].removeprefix("Invalid JSON: ").partition(" at ")
+        return InvalidRequest(_UNREAD.get(words, f"the body is not JSON: {words}") + at + place)
     if not first["loc"]:
         return InvalidRequest("the body must be a JSON object")
     field = _place(first["loc"])
@@ -101,12 +99,6 @@ def _explain(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"{field} must be {words}, not {brief(first['input'])}", field=field)
     wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("should be ")
     return InvalidRequest(f"{field} must be {wanted}, not {brief(first['input'])}", field=field)
-
-
-def _no_json(told: str) -> InvalidRequest:
-    """told: what the parser says, and ` at line 1 column 5`."""
-    words, at, place = told.partition(" at ")
-    return InvalidRequest(_UNREAD.get(words, f"the body is not JSON: {words}") + at + place)
 
 
 def _place(location: tuple[int | str, ...]) -> str:

@@ -24,7 +24,10 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message]) -> str:
         """Raises InvalidRequest for a conversation that the template does not take."""
-        plain = [self._plain(message) for message in messages]
+        plain = [
+            {**message.model_dump(exclude_none=True), "role": self._renamed.get(message.role, message.role)}
+            for message in messages
+        ]
         try:
             if any(isinstance(each["content"], list) for each in plain):
                 plain = self._with_joined(plain)
@@ -33,23 +36,20 @@ class ChatTemplate:
             words = f"the model's chat template does not take these messages: {str(error)[:200]}"
             raise InvalidRequest(words, field="messages") from None
 
-    def _plain(self, message: Message) -> dict[str, Any]:
-        found = message.model_dump(exclude_none=True)
-        return {**found, "role": self._renamed.get(message.role, message.role)}
-
     def _with_joined(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The parts of a message become lines, as with vLLM, where the template does not look at them one by one."""
         lines: set[str] = set()
         while True:
             tried = [_joined(each) if each["role"] in lines else _noting(each) for each in messages]
             done = self._takes(tried)
-            left = [each["role"] for each in tried if isinstance(each["content"], _Parts) and not each["content"].read]
+            parts = [(each["role"], each["content"]) for each in tried if isinstance(each["content"], _TemplateParts)]
+            left = [role for role, content in parts if not content.read]
             if done or not left:
                 break
             # A template that takes text only says so in its own way; for this role, it seems. There are four.
             lines.add(left[0])
         return [
-            each if isinstance(trial["content"], _Parts) and trial["content"].read else _joined(each)
+            each if isinstance(trial["content"], _TemplateParts) and trial["content"].read else _joined(each)
             for each, trial in zip(messages, tried, strict=True)
         ]
 
@@ -63,7 +63,7 @@ class ChatTemplate:
         return True
 
 
-class _Parts(list[Any]):
+class _TemplateParts(list[Any]):
     """Notes that a template has looked at one of the parts; asking whether it could (`is iterable`) is not that."""
 
     _read = False
@@ -88,7 +88,7 @@ class _Parts(list[Any]):
 
 def _noting(message: dict[str, Any]) -> dict[str, Any]:
     content = message["content"]
-    return {**message, "content": _Parts(content)} if isinstance(content, list) else message
+    return {**message, "content": _TemplateParts(content)} if isinstance(content, list) else message
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:

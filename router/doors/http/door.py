@@ -43,7 +43,7 @@ SEND_BUFFER_BYTES = 128 << 10
 SPARE_CONNECTIONS = 512
 # A target in absolute form.
 _ABSOLUTE = re.compile(rb"(?i:https?)://(?P<host>[^/?#]+)(?P<path>[^#]*)(#.*)?")
-# Of a stopping door, for answers that are on their way.
+# How long a stopping door waits for answers that are on their way.
 STOP_S = 1
 
 
@@ -121,9 +121,9 @@ class _Server(uvicorn.Server):
 
 
 def _protocol(limit: int) -> type[asyncio.Protocol]:
-    class Limited(Patience):
+    class Limited(BoundedHTTP):
         max_connections = limit
-        awaiting: ClassVar[dict[Patience, None]] = {}
+        awaiting: ClassVar[dict[BoundedHTTP, None]] = {}
 
     return Limited
 
@@ -180,7 +180,7 @@ def _why(within_body: bool, error: h11.RemoteProtocolError) -> tuple[HTTPStatus,
     return HTTPStatus.BAD_REQUEST, "what came is not an HTTP/1.1 request that this server can read"
 
 
-class Patience(H11Protocol):
+class BoundedHTTP(H11Protocol):
     """uvicorn's HTTP/1.1, with bounds on clients that send too much, or send or take nothing.
 
     headers awaited ──they came──▶ answering ──answered──▶ idle ──bytes come──▶ headers awaited
@@ -193,15 +193,15 @@ class Patience(H11Protocol):
 
     max_connections: int
     # A door's connections whose headers are awaited, longest first: strangers that only connect keep no client out.
-    awaiting: ClassVar[dict[Patience, None]]
+    awaiting: ClassVar[dict[BoundedHTTP, None]]
     conn: _Parser
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.conn = _Parser()
         self._headers_due: asyncio.TimerHandle | None = None
-        # It was refused: what it still sends is dropped.
-        self._deaf = False
+        # What it still sends is dropped.
+        self._refused = False
         self._stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -225,12 +225,12 @@ class Patience(H11Protocol):
         return True
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing() or self._deaf:
+        if self.transport.is_closing() or self._refused:
             return
         if self._headers_due is None and not self._answering:
             self._expect_headers()  # of the connection's next request
         super().data_received(data)
-        if self._answering and not self._deaf:
+        if self._answering and not self._refused:
             self._headers_arrived()
 
     @property
@@ -243,8 +243,10 @@ class Patience(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP, or more of it than the parser takes. msg: uvicorn's own words."""
-        if self._answering:
-            self._leave_handler()
+        if self._answering:  # to the handler, which may still read the body, its client has left
+            self.cycle.disconnected = True
+            self.cycle.waiting_for_100_continue = False
+            self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun, and none can follow it
             self._refuse(*self.conn.refusal)
         # Closed with bytes unread, a connection is reset, and a client that was still sending would not see the answer.
@@ -252,16 +254,10 @@ class Patience(H11Protocol):
             self.transport.write_eof()
         except OSError:  # the client has reset the connection, and its transport has not heard of it yet
             self.transport.abort()
-        self._deaf = True
+        self._refused = True
         self.flow.resume_reading()
         if self._headers_due is None:
             self._expect_headers()
-
-    def _leave_handler(self) -> None:
-        """To the handler, which may still read the body, its client has left."""
-        self.cycle.disconnected = True
-        self.cycle.waiting_for_100_continue = False
-        self.cycle.message_event.set()
 
     def _refuse(self, status: HTTPStatus, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         """The answer to a connection that gets no other."""

@@ -12,9 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from router.aio import first_error, first_of
 from router.doors.http import failures
-from router.doors.http.answers import Answer
+from router.doors.http.answers import OpenAIAnswer
 from router.doors.http.failures import named_as_sent, stream_event
-from router.doors.http.fields import Request
+from router.doors.http.fields import OpenAIRequest
 from router.life.request import Orchestrator
 from router.life.request_log import RequestLog
 from tandem.errors import Cancelled, TandemError
@@ -32,7 +32,7 @@ _STREAM_HEADERS = [
 
 
 async def run_all(
-    orchestrator: Orchestrator, requests: Requests, answer: Answer, take: Take, entry: RequestLog
+    orchestrator: Orchestrator, requests: Requests, answer: OpenAIAnswer, take: Take, entry: RequestLog
 ) -> None:
     """All prompts at once; `answer` gets how they ended. The first failure ends the others. Raises a TandemError."""
     usages: list[Usage] = [Usage(0, 0)] * len(requests)
@@ -71,7 +71,12 @@ class Exchange(Response):
     """
 
     def __init__(
-        self, orchestrator: Orchestrator, requests: Requests, answer: Answer, body: Request, entry: RequestLog
+        self,
+        orchestrator: Orchestrator,
+        requests: Requests,
+        answer: OpenAIAnswer,
+        body: OpenAIRequest,
+        entry: RequestLog,
     ) -> None:
         """requests: what the body asks of the orchestrator."""
         super().__init__()

@@ -49,14 +49,11 @@ def object_of(error: errors.TandemError) -> dict[str, Any]:
 
 
 def response_to(error: errors.TandemError) -> Response:
-    return JSONResponse(object_of(error), rpc.status_of(error).http, _retry_headers(error))
-
-
-def _retry_headers(error: errors.TandemError) -> dict[str, str]:
-    """Whole seconds by the standard; OpenAI's clients prefer their own, in milliseconds."""
-    if error.retry_after_ms is None:
-        return {}
-    return {"retry-after": str(math.ceil(error.retry_after_ms / 1000)), "retry-after-ms": str(error.retry_after_ms)}
+    headers = {}
+    if (late_ms := error.retry_after_ms) is not None:
+        # Whole seconds by the standard; OpenAI's clients prefer their own, in milliseconds.
+        headers = {"retry-after": str(math.ceil(late_ms / 1000)), "retry-after-ms": str(late_ms)}
+    return JSONResponse(object_of(error), rpc.status_of(error).http, headers)
 
 
 def refusal(status: HTTPStatus, message: str) -> bytes:
@@ -84,7 +81,7 @@ def named_as_sent(names: Mapping[str, str]) -> Iterator[None]:
         raise errors.InvalidRequest(theirs + error.message[len(ours) :], field=field) from None
 
 
-class Impolite(HTTPException):
+class HTTPMisuse(HTTPException):
     """What is wrong with the HTTP around a request. Nothing more of it is read: the connection ends."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
@@ -98,7 +95,7 @@ async def on_tandem_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Of the framework (no such path, wrong method) and Impolite."""
+    """Errors of the framework (no such path, wrong method) and HTTPMisuse."""
     assert isinstance(error, HTTPException)
     message = error.detail
     if error.status_code == HTTPStatus.NOT_FOUND:

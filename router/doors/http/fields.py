@@ -66,7 +66,7 @@ NOTHING: tuple[Any, ...] = (None, [], {})
 _ELSEWHERE = {"max_completion_tokens": "max_tokens"}
 
 
-# Of a list's entries the first wrong one is told: pydantic would take seconds to describe a million of them.
+# The first wrong one of a list's entries is told: pydantic would take seconds to describe a million of them.
 FIRST = Field(fail_fast=True)
 
 
@@ -116,13 +116,7 @@ def _few_biases(value: object) -> object:
     return value
 
 
-def _unknown(name: str, known: list[str]) -> InvalidRequest:
-    near = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name[:100], known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return InvalidRequest(f"{shown(name)[1:-1]} is no field of this request{hint}", field=name[:100])
-
-
-class Request(Fields):
+class OpenAIRequest(Fields):
     """What both endpoints take. Limits that are missing here are checked where gRPC's are: by admission."""
 
     model: str | None = None
@@ -162,12 +156,15 @@ class Request(Fields):
                 words = f"{name} is not supported by this server (its value was {brief(sent[name])})"
                 raise InvalidRequest(words, field=name)
         if unknown := asked - UNSUPPORTED.keys():
-            raise _unknown(min(unknown), list(cls.model_fields))
+            name, known = min(unknown), list(cls.model_fields)
+            near = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name[:100], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InvalidRequest(f"{shown(name)[1:-1]} is no field of this request{hint}", field=name[:100])
         return {name: value for name, value in sent.items() if name in cls.model_fields}
 
     @property
     def names(self) -> dict[str, str]:
-        """Of fields that the house calls otherwise, what the client calls them."""
+        """The client's names of fields that are called otherwise behind the door."""
         return {"user_tag": "user"}
 
     @property
@@ -184,10 +181,10 @@ class Request(Fields):
         return options is not None and options.include_usage and options.continuous_usage_stats
 
 
-class CompletionRequest(Request):
+class CompletionRequest(OpenAIRequest):
     # One or many, as text or as token ids: prompts.py looks into it.
     prompt: Any
-    # Of each chosen token, and of so many most probable ones.
+    # Log probabilities of each chosen token, and of so many most probable ones.
     logprobs: Annotated[int | None, BeforeValidator(_unless_false)] = None
 
 
@@ -223,7 +220,7 @@ class Message(Fields):
         return _asked(sent, cls.model_fields.keys())
 
 
-class ChatRequest(Request):
+class ChatRequest(OpenAIRequest):
     messages: Annotated[list[Message], FIRST, Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None

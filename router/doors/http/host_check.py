@@ -7,7 +7,6 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -26,21 +25,18 @@ class HostCheck:
         self._names = {name.lower() for name in names} | {"localhost"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        host = Headers(scope=scope).get("host", "")
-        if _is_loopback(scope.get("server")) and not self._fits(_name(host)):
-            await _refusal(host)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+        host, server = Headers(scope=scope).get("host", ""), scope.get("server")
+        listening = _address(str(server[0])) if server else None
+        answer: ASGIApp = self._app
+        if listening is not None and listening.is_loopback and not self._fits(_name(host)):
+            message = f"this is not {host[:200]!r}; names that lead here are listed in router.http_names"
+            status = HTTPStatus.MISDIRECTED_REQUEST
+            answer = JSONResponse(error_object(message, status, _CODE), status, {"connection": "close"})
+        await answer(scope, receive, send)
 
     def _fits(self, name: str) -> bool:
         """Without any name it is no browser."""
         return not name or name in self._names or name.endswith(".localhost") or _address(name) is not None
-
-
-def _refusal(host: str) -> JSONResponse:
-    message = f"this is not {host[:200]!r}; names that lead here are listed in router.http_names"
-    status = HTTPStatus.MISDIRECTED_REQUEST
-    return JSONResponse(error_object(message, status, _CODE), status, {"connection": "close"})
 
 
 def _name(host: str) -> str:
@@ -56,8 +52,3 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return ipaddress.ip_address(name)
     except ValueError:
         return None
-
-
-def _is_loopback(server: Any) -> bool:
-    address = _address(str(server[0])) if server else None
-    return address is not None and address.is_loopback

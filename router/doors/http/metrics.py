@@ -35,9 +35,9 @@ _OF_A_WORKER: tuple[tuple[str, str, Callable[[Worker], float]], ...] = (
     ("reservations", "Requests that hold its blocks.", lambda worker: worker.load.reservations),
     ("waiting_reservations", "Requests that wait for its blocks.", lambda worker: worker.load.waiting_reservations),
 )
-# Of tandem.v1.Load: since the worker started.
+# Fields of tandem.v1.Load that count since the worker started.
 _COUNTED = (("out_of_memory", "Steps that its device had no room for."),)
-# Of tandem.v1.KVTraffic: since the worker started.
+# Fields of tandem.v1.KVTraffic, which count since the worker started.
 _OF_KV = (
     ("transfers", "Sealed transfers."),
     ("failures", "Transfers that ended in another way."),
@@ -110,16 +110,13 @@ class Standing:
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("tandem_live_requests", "Accepted and not ended.", len(self._orchestrator.live))
-        yield self._live_phases()
-        yield from self._by_worker()
-        yield from self._kv_counters()
-
-    def _live_phases(self) -> Metric:
         family = GaugeMetricFamily("tandem_live_choices", "Live answers by the phase they reached.", labels=["phase"])
         phases = Count(job.phase for live in self._orchestrator.live for job in live.jobs)
         for phase in Phase:
             family.add_metric([phase], phases[phase])
-        return family
+        yield family
+        yield from self._by_worker()
+        yield from self._kv_counters()
 
     def _by_worker(self) -> Iterator[Metric]:
         workers = self._workers.workers

@@ -19,7 +19,7 @@ from tandem.wire import sampling_to_wire
 FRESH_S, PATIENCE_S = 5.0, 5.0
 
 
-class Probe:
+class ReadinessProbe:
     """Asked by many at once, it sends one request at a time."""
 
     def __init__(self, orchestrator: Orchestrator) -> None:
@@ -27,7 +27,7 @@ class Probe:
         self._one = asyncio.Lock()
         self._asked_s = float("-inf")
         self._problem: TandemError | None = None
-        # Of the answer that proved it.
+        # The end of the answer that proved it.
         self._proof: ChoiceFinished | None = None
 
     async def check(self) -> ChoiceFinished:

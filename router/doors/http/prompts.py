@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from router.doors.http.fields import COMPLETION_TOKENS, MAX_PROMPTS, ChatRequest, CompletionRequest, Request, brief
+from router.doors.http.fields import (
+    COMPLETION_TOKENS,
+    MAX_PROMPTS,
+    ChatRequest,
+    CompletionRequest,
+    OpenAIRequest,
+    brief,
+)
 from tandem.errors import InvalidRequest
 from tandem.types import SamplingParams, shown
 from tandem.v1 import generation_pb2
@@ -46,7 +53,11 @@ def chat_request(body: ChatRequest, prompt_ids: list[int], max_model_len: int) -
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", field="top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    max_tokens = _chat_tokens(body)
+    asked = {body.max_tokens, body.max_completion_tokens} - {None}
+    if len(asked) > 1:
+        words = "max_tokens is the old name of max_completion_tokens: say one of them, or both with the same value"
+        raise InvalidRequest(words, field="max_completion_tokens")
+    max_tokens = asked.pop() if asked else None
     if max_tokens is None:
         max_tokens = _room(CHAT_TOKENS, prompt_ids, max_model_len)
     return _message(body, _sampling(body, max_tokens, logprobs), prompt_ids)
@@ -57,15 +68,7 @@ def _room(most: int, prompt: Prompt, max_model_len: int) -> int:
     return max(1, min(most, max_model_len - len(prompt)))
 
 
-def _chat_tokens(body: ChatRequest) -> int | None:
-    asked = {body.max_tokens, body.max_completion_tokens} - {None}
-    if len(asked) > 1:
-        words = "max_tokens is the old name of max_completion_tokens: say one of them, or both with the same value"
-        raise InvalidRequest(words, field="max_completion_tokens")
-    return asked.pop() if asked else None
-
-
-def _sampling(body: Request, max_tokens: int, logprobs: int | None) -> SamplingParams:
+def _sampling(body: OpenAIRequest, max_tokens: int, logprobs: int | None) -> SamplingParams:
     given: dict[str, Any] = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     return SamplingParams(
         **{"temperature": TEMPERATURE, **given},
@@ -118,7 +121,7 @@ def _no_prompt(value: object) -> InvalidRequest:
 
 
 def _token_ids(ids: list[int]) -> list[int]:
-    """Admission compares them with the vocabulary; what is no 32-bit number cannot even be told to it."""
+    """RequestAdmission compares them with the vocabulary; what is no 32-bit number cannot even be told to it."""
     if set(map(type, ids)) - {int}:
         raise _no_prompt(ids)
     if ids and not (min(ids) >= 0 and max(ids) < 2**32):
@@ -127,7 +130,7 @@ def _token_ids(ids: list[int]) -> list[int]:
     return ids
 
 
-def _message(body: Request, sampling: SamplingParams, prompt: Prompt) -> generation_pb2.GenerateRequest:
+def _message(body: OpenAIRequest, sampling: SamplingParams, prompt: Prompt) -> generation_pb2.GenerateRequest:
     request = generation_pb2.GenerateRequest(
         model=body.model or "",
         sampling=sampling_to_wire(sampling),
