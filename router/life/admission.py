@@ -128,6 +128,8 @@ class ConcurrencyLimit:
 
 
 class RequestAdmission:
+    """Turns what a client sent into a valid, tokenized request, or says what is wrong with it."""
+
     def __init__(self, tokenizer: Tokenizer | None, served: Callable[[], ModelInfo], max_message_bytes: int) -> None:
         """max_message_bytes: of an answer."""
         self.tokenizer = tokenizer

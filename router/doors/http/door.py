@@ -19,8 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from router.doors.http.app import OpenAIDoor
 from router.doors.http.chat_template import chat_template_of
 from router.doors.http.failures import refusal
-from router.doors.http.host_check import HostCheck
-from router.doors.http.request_ids import RequestIds
+from router.doors.http.middleware import HostCheck, RequestIds
 from router.life.request import STALL_S, Orchestrator
 from router.life.request_log import ID_HEADER, new_id
 from router.pool.registry import Registry

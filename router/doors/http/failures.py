@@ -32,7 +32,7 @@ _INTERNAL = "internal error; the router's log has the details"
 
 
 def entry_of(scope: Scope) -> RequestLog:
-    """What the log will say of this request (router/doors/http/request_ids.py)."""
+    """What the log will say of this request (middleware.py)."""
     entry: RequestLog = scope["tandem.entry"]
     return entry
 
