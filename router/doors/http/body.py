@@ -80,8 +80,8 @@ def _explain(error: ValidationError) -> InvalidRequest:
     first = found[1] if found[0]["loc"][-1:] == ("str",) and isinstance(found[0]["input"], list) else found[0]
     if first["type"] == "json_invalid":
         # What the parser says, and ` at line 1 column 5`.
-        words, at, place = first["msg"].removeprefix("Invalid JSON: ").partition(" at ")
-        return InvalidRequest(_UNREAD.get(words, f"the body is not JSON: {words}") + at + place)
+        told, at, place = first["msg"].removeprefix("Invalid JSON: ").partition(" at ")
+        return InvalidRequest(_UNREAD.get(told, f"the body is not JSON: {told}") + at + place)
     if not first["loc"]:
         return InvalidRequest("the body must be a JSON object")
     field = _place(first["loc"])

@@ -39,7 +39,7 @@ def launch(*command: str) -> Forked | subprocess.Popen[str]:
 
 @pytest.fixture
 def service(folder: Path) -> Iterator[Service]:
-    (configured,) = re.findall(r"policy: (\S+)", section("A routing policy"))
+    (configured,) = re.findall(r"^  policy: (\S+)", section("A routing policy"), re.MULTILINE)
     with running_service(
         folder, decode=2, launch=launch, router={"policy": configured, "heartbeat_interval_s": 0.05}
     ) as running:
@@ -55,9 +55,9 @@ def test_the_policy_of_the_docs_places_requests(service: Service) -> None:
     """All on one decode worker: the default policy would give each worker every other one."""
     first = min(worker.worker_id for worker in service.status().workers if "decode" in worker.roles)
     with ExitStack() as stack:
-        for number in range(3):
-            events = iter(stack.enter_context(service.client.generate([5 + number] * 40, sampling=LONG)))
-            assert isinstance(next(events), Accepted)
+        answers = [stack.enter_context(service.client.generate([5 + n] * 40, sampling=LONG)) for n in range(3)]
+        live = [iter(answer) for answer in answers]
+        assert all(isinstance(next(events), Accepted) for events in live)
         wait_until(lambda: len(placed(service)) == 3, what="three placed requests")
         assert placed(service) == [first] * 3
     wait_until(service.idle, what="everything given back")
