@@ -122,10 +122,10 @@ class Attempt:
             self.transport = pick(self._spec.transport, source.hello.transports, target.hello.transports, kv_bytes)
 
     def _place_prefill_again(self) -> None:
-        """While the request waited for blocks, its prefill worker may have begun to drain, or gone: then it moves.
+        """While the request waited for blocks, its prefill worker may have begun to drain, got other roles, or gone:
+        then it moves.
 
-        When nobody else is there, a draining worker that has not left yet takes it: it refuses nothing. Raises as
-        Placer.choose.
+        When nobody else is there, one that has not left yet takes it: it refuses nothing. Raises as Placer.choose.
         """
         former = self._prefill_on
         if former is self._decode_on or former.takes(Role.PREFILL):
@@ -135,7 +135,7 @@ class Attempt:
             prompt_tokens = self._demand.prompt_tokens
             chosen = self._registry.placer.choose_prefill(workers, prompt_tokens, self._registry.absent())
         except Unavailable:
-            if former.loss is None and Role.PREFILL in former.roles:
+            if former.loss is None:
                 return
             raise
         self._place_prefill(chosen)

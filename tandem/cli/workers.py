@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.common import RouterOption, reported
+from tandem.cli.console import reported
+from tandem.cli.options import RouterOption
 from tandem.client import Client, WorkerState
 from tandem.client.request import DEFAULT_ADDRESS
 from tandem.errors import ConfigError, Unavailable

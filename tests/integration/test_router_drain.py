@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from router_house import (
@@ -20,8 +21,9 @@ from router_house import (
 )
 from scripted_worker import ScriptedWorker, eventually
 
-from tandem import errors
+from tandem import errors, rpc
 from tandem.types import FinishReason
+from tandem.v1 import registry_pb2, registry_pb2_grpc
 
 
 @pytest.fixture
@@ -86,6 +88,21 @@ async def test_a_draining_prefill_worker_takes_what_was_placed_on_it_when_there_
     decode.let("reserve")
     assert finish_of(await collect(call)).report.prefill_worker == "p1"
     with pytest.raises(errors.Unavailable, match="draining"):
+        await collect(house.call())
+
+
+async def test_so_does_one_that_plays_another_role_by_then(house: House) -> None:
+    _, decode = await house.pair()
+    decode.hold("reserve")
+    call = house.call()
+    await house.cluster.saw("reserve")
+    async with rpc.make_channel(house.cluster.router) as channel:
+        admin: Any = registry_pb2_grpc.RouterAdminStub(channel)  # type: ignore[no-untyped-call]
+        await admin.SetWorkerRoles(registry_pb2.SetWorkerRolesRequest(worker_id="p1", roles=[registry_pb2.ROLE_DECODE]))
+    await eventually_status(house, lambda status: any(not worker.hello.roles for worker in status.workers))
+    decode.let("reserve")
+    assert finish_of(await collect(call)).report.prefill_worker == "p1"
+    with pytest.raises(errors.Unavailable, match="no prefill worker"):
         await collect(house.call())
 
 
