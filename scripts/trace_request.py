@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 TOP = ("tandem", "router", "prefill_worker", "decode_worker", "kv_transfer", "loadtest")
+# A first start compiles the CPU kernels.
+START_S = 600.0
 # Folder that every process writes what it saw into, a file named by its pid.
 FOLDER = "TRACE_REQUEST_FOLDER"
 seen: set[str] = set()
@@ -31,13 +33,16 @@ def note(frame: FrameType, event: str, _: object) -> None:
 def record() -> None:
     """Called by every process of the service before all else: SIGUSR1 begins the count, SIGUSR2 writes it."""
 
+    def begin(*_: object) -> None:
+        seen.clear()
+        sys.setprofile(note)  # of the main thread, which loads the model before and would take thrice as long for it
+
     def write(*_: object) -> None:
         Path(os.environ[FOLDER], str(os.getpid())).write_text("\n".join(tuple(seen)))
 
-    signal.signal(signal.SIGUSR1, lambda *_: seen.clear())
+    signal.signal(signal.SIGUSR1, begin)
     signal.signal(signal.SIGUSR2, write)
     threading.setprofile(note)
-    sys.setprofile(note)
 
 
 async def files_of_one_request(root: Path, folder: Path) -> set[Path]:
@@ -49,7 +54,10 @@ async def files_of_one_request(root: Path, folder: Path) -> set[Path]:
     os.environ[FOLDER] = str(folder)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(Path(__file__).parent), str(root)])
     config = load_config(None, {"router": {"port": 0, "http_port": -1}, "engine": {"kv_memory_mib": 64}})
-    async with Supervisor(config, output=None) as supervisor, AsyncClient(supervisor.address) as client:
+    async with (
+        Supervisor(config, output=None, start_timeout_s=START_S) as supervisor,
+        AsyncClient(supervisor.address) as client,
+    ):
         await client.complete("Once upon", max_tokens=16)
         pids = list(supervisor.pids().values())
         for pid in pids:
@@ -69,7 +77,7 @@ def main() -> None:
     parser.add_argument("root", type=Path, nargs="?", default=Path(__file__).parents[1])
     root = parser.parse_args().root.resolve()
     with tempfile.TemporaryDirectory() as folder:
-        files = asyncio.run(asyncio.wait_for(files_of_one_request(root, Path(folder)), timeout=120))
+        files = asyncio.run(asyncio.wait_for(files_of_one_request(root, Path(folder)), timeout=2 * START_S))
     print(f"{len(files)} files:", *sorted(map(str, files)), sep="\n    ")
 
 
