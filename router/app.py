@@ -29,7 +29,7 @@ from tandem.v1 import generation_pb2, generation_pb2_grpc, registry_pb2, registr
 log = logging.getLogger(__name__)
 
 # Calls that wait for the event loop, as many as gRPC lets wait by itself.
-_LEAST_UNTAKEN = 1000
+LEAST_UNTAKEN = 1000
 _SERVICES = tuple(
     service.full_name
     for file in (generation_pb2.DESCRIPTOR, registry_pb2.DESCRIPTOR)
@@ -94,7 +94,7 @@ async def open_router(config: TandemConfig, hurry: asyncio.Event | None = None) 
     hosts = [host] if loopback is None else [host, loopback]
     async with _http_door(config, hosts, orchestrator, registry, admission) as http_port:
         # Strangers fill it: room for as many as are served at once. With more, all would wait until it is too late.
-        untaken = max(_LEAST_UNTAKEN, config.router.max_live_requests)
+        untaken = max(LEAST_UNTAKEN, config.router.max_live_requests)
         server = rpc.make_server(config.router.max_message_bytes, untaken)
         generation = GenerationService(orchestrator, StatusReport(orchestrator, registry, http_port))
         generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)

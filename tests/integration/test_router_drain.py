@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -183,6 +182,7 @@ async def test_a_decode_worker_is_not_needed_after_a_first_token_that_was_the_la
     house.cluster.output, house.cluster.reason = [9], FinishReason.STOP
     call = house.call(8)
     await house.cluster.saw("prefill_done")
-    await asyncio.sleep(0.05)  # the router has read it, and waits for the client
+    await house.cluster.saw("abort")
+    assert (await house.status()).live_requests == 1, "the router has read it, and waits for the client"
     await lose(house, decode)
     assert finish_of(await collect(call)).reason is FinishReason.STOP

@@ -19,7 +19,7 @@ from router_house import (
 )
 from scripted_worker import eventually
 
-from router.app import _LEAST_UNTAKEN
+from router.app import LEAST_UNTAKEN
 from tandem import AsyncClient, errors
 from tandem.timeline import Phase
 from tandem.v1 import registry_pb2
@@ -71,7 +71,7 @@ async def test_what_grpc_itself_turns_away_is_overload() -> None:
     async with open_house(configuration(max_live_requests=1)) as house:
         await house.join("c1")
         async with AsyncClient(house.cluster.router) as client:
-            asked = [client.complete([1, 2, 3], max_tokens=2, timeout_s=30) for _ in range(2 * _LEAST_UNTAKEN)]
+            asked = [client.complete([1, 2, 3], max_tokens=2, timeout_s=30) for _ in range(2 * LEAST_UNTAKEN)]
             answers = await asyncio.gather(*asked, return_exceptions=True)
     failed = [answer for answer in answers if isinstance(answer, BaseException)]
     assert any("turned this one away" in str(error) for error in failed), "the fault was there"

@@ -25,6 +25,7 @@ from router_house import (
 from scripted_member import FINGERPRINT, MODEL
 from scripted_worker import ScriptedWorker, eventually
 
+from router.life.inbox import Inbox, State
 from tandem import errors, rpc, wire
 from tandem.v1 import generation_pb2, registry_pb2, registry_pb2_grpc
 
@@ -79,15 +80,24 @@ async def lost(house: House, worker: ScriptedWorker) -> None:
 
 
 @pytest.mark.parametrize("end", ["error", "death"])
-async def test_the_prefill_worker_is_needed_until_its_first_token_has_come(house: House, end: str) -> None:
+async def test_the_prefill_worker_is_needed_until_its_first_token_has_come(
+    house: House, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Decode tokens may overtake it, on their own connection."""
     prefill, decode = await house.pair()
+    states, put = list[State](), Inbox.put
+
+    def noted(inbox: Inbox, arrival: Any) -> None:
+        put(inbox, arrival)
+        states.append(inbox.state)
+
+    monkeypatch.setattr(Inbox, "put", noted)
     prefill.hold("first")
     call = house.call(3)
     await house.cluster.saw("first")
     (reserve,) = decode.reserve_requests
     decode.send(reserve.subscriber_id, reserve.request.request_id, 1, [9])
-    await asyncio.sleep(0.05)  # the token is in the router's mailbox
+    await eventually(lambda: State.OVERTAKEN in states)
     if end == "error":
         prefill.errors["first"] = errors.TransferFailed("no such reservation")
         prefill.let("first")

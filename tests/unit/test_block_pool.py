@@ -1,5 +1,7 @@
 """The block pool keeps its promises under any order of calls, and from several threads."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable
 

@@ -1,5 +1,7 @@
 """Paged attention on CPU against the textbook, over random page layouts."""
 
+from __future__ import annotations
+
 import itertools
 import os
 import random

@@ -1,5 +1,7 @@
 """Fusing a model for CPU changes its speed, not what it computes."""
 
+from __future__ import annotations
+
 import ctypes
 import platform
 from collections.abc import Callable, Iterator

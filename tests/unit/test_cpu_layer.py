@@ -1,6 +1,8 @@
 """A decoder layer in our own launches computes what its parts computed, in steps of every kind, and no row that nobody
 reads."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

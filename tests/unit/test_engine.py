@@ -1,5 +1,7 @@
 """The engine on tiny models: same tokens, nothing leaked, clear refusals."""
 
+from __future__ import annotations
+
 import json
 import logging
 from pathlib import Path

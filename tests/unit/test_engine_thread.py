@@ -1,5 +1,7 @@
 """Law 6: while a step is under way, the event loop goes on; calls wait for the step's end."""
 
+from __future__ import annotations
+
 import asyncio
 import threading
 from functools import partial

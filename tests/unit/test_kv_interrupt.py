@@ -57,8 +57,8 @@ async def test_a_cancel_beside_it_stays_a_cancel(first: str) -> None:
     waiting = Waiting()
     await asyncio.sleep(0)
     if first == "throw":
-        waiting.interrupt._throw(TransferFailed("too"))
-    waiting.task.cancel()
-    waiting.interrupt._throw(TransferFailed("too"))
+        waiting.interrupt.throw(TransferFailed("too"))
+    asyncio.get_running_loop().call_soon(waiting.task.cancel)  # in the same pass of the loop as the errors
+    waiting.interrupt.throw(TransferFailed("too"))
     await until(waiting.task.done)
     assert waiting.task.cancelled()

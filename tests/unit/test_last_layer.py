@@ -1,5 +1,7 @@
 """The last layer's cut: the logits stay transformers' own, unread rows cost nothing, mixing rows is noticed."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

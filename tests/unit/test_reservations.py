@@ -1,10 +1,12 @@
 """Reservations that a colocated prefill computes in, and the stream that takes tokens to a router."""
 
-import asyncio
+from __future__ import annotations
+
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import pytest
+from scripted_worker import eventually
 
 from decode_worker.reserve_queue import AbortedAttempts
 from decode_worker.token_stream import MAX_BATCH, TokenStream
@@ -81,8 +83,7 @@ async def test_the_end_of_a_lent_reservation_reaches_the_prefill_that_waits_for_
     reservation = make()
     reservation.lend(events.append)
     reservation.renew(0.01)
-    await asyncio.sleep(0.05)
-    assert reservation.state == "ended"
+    await eventually(lambda: reservation.state == "ended")
     (event,) = events
     assert isinstance(event, Failed)
     assert isinstance(event.error, Unavailable)

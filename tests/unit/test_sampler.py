@@ -1,5 +1,7 @@
 """Sampling: right distributions, right filters, and a result that depends on the row alone."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any
 

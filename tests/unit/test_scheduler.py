@@ -1,5 +1,7 @@
 """What goes into a step: decodes first, chunks within the budget, nobody admitted without all of its blocks."""
 
+from __future__ import annotations
+
 import pytest
 
 from tandem.config import EngineConfig
