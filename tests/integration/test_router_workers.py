@@ -25,7 +25,7 @@ from router_house import (
 from scripted_member import FINGERPRINT, MODEL
 from scripted_worker import ScriptedWorker, eventually
 
-from router.life.inbox import Inbox, State
+from router.life.inbox import Inbox, Stage
 from tandem import errors, rpc, wire
 from tandem.v1 import generation_pb2, registry_pb2, registry_pb2_grpc
 
@@ -85,7 +85,7 @@ async def test_the_prefill_worker_is_needed_until_its_first_token_has_come(
 ) -> None:
     """Decode tokens may overtake it, on their own connection."""
     prefill, decode = await house.pair()
-    states, put = list[State](), Inbox.put
+    states, put = list[Stage](), Inbox.put
 
     def noted(inbox: Inbox, arrival: Any) -> None:
         put(inbox, arrival)
@@ -97,7 +97,7 @@ async def test_the_prefill_worker_is_needed_until_its_first_token_has_come(
     await house.cluster.saw("first")
     (reserve,) = decode.reserve_requests
     decode.send(reserve.subscriber_id, reserve.request.request_id, 1, [9])
-    await eventually(lambda: State.OVERTAKEN in states)
+    await eventually(lambda: Stage.OVERTAKEN in states)
     if end == "error":
         prefill.errors["first"] = errors.TransferFailed("no such reservation")
         prefill.let("first")
