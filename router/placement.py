@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from tandem.errors import InvalidRequest, Unavailable
+from tandem.errors import RETRY_AFTER_MS, InvalidRequest, Unavailable
 from tandem.types import Role
 
 # Why nobody plays a role now, where more is known than that nobody has joined: how a sentence goes on that begins with
@@ -95,7 +95,7 @@ def _decode_cost(worker: WorkerView) -> tuple[int, int, str]:
 def _filter(workers: Sequence[WorkerView], role: Role, tokens: int, absent: Absent) -> list[WorkerView]:
     playing = [worker for worker in workers if role in worker.roles]
     if not playing:
-        raise Unavailable(f"no {role} worker {absent.get(role, NEVER_CAME)}")
+        raise Unavailable(f"no {role} worker {absent.get(role, NEVER_CAME)}", retry_after_ms=RETRY_AFTER_MS)
     large = [worker for worker in playing if blocks_for(tokens, worker.block_size) <= worker.total_blocks]
     if not large:
         limit = max(worker.total_blocks * worker.block_size for worker in playing)
@@ -105,5 +105,6 @@ def _filter(workers: Sequence[WorkerView], role: Role, tokens: int, absent: Abse
         )
     ready = [worker for worker in large if not worker.draining]
     if not ready:
-        raise Unavailable(f"every {role} worker that could hold the request is draining")
+        words = f"every {role} worker that could hold the request is draining"
+        raise Unavailable(words, retry_after_ms=RETRY_AFTER_MS)
     return ready

@@ -49,10 +49,10 @@ def object_of(error: errors.TandemError) -> dict[str, Any]:
 
 
 def response_to(error: errors.TandemError) -> Response:
-    return JSONResponse(object_of(error), rpc.status_of(error).http, _retry_headers(error))
+    return JSONResponse(object_of(error), rpc.status_of(error).http, retry_headers(error))
 
 
-def _retry_headers(error: errors.TandemError) -> dict[str, str]:
+def retry_headers(error: errors.TandemError) -> dict[str, str]:
     """Whole seconds by the standard; OpenAI's clients prefer their own, in milliseconds."""
     if error.retry_after_ms is None:
         return {}

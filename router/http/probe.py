@@ -50,7 +50,10 @@ class Probe:
                 await self._orchestrator.generate(request, PATIENCE_S, self._note, entry, counted=False)
             self._problem = None
         except TandemError as error:
-            self._problem = Unavailable(f"not ready: {error.message}") if type(error) is Unavailable else error
+            words = f"not ready: {error.message}"
+            self._problem = (
+                Unavailable(words, retry_after_ms=error.retry_after_ms) if type(error) is Unavailable else error
+            )
         self._asked_s = time.monotonic()
 
     async def _note(self, event: Event) -> None:
