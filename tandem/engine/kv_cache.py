@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tandem.config import MOST_BLOCKS, EngineConfig
 from tandem.errors import ConfigError, ModelRefused
+from tandem.out_of_memory import is_out_of_memory
 from tandem.types import Fingerprint
 
 # Version of the layout below; peers with another one are refused. Raise it when the order of axes changes.
@@ -17,6 +19,8 @@ LAYOUT_VERSION = 1
 # So many bytes of memory for a pool, for as long as the buffer lives. Raises MemoryError or OSError.
 Allocate = Callable[[int], memoryview]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What the kernel says to an `allocate`.
+_NO_ROOM = {errno.ENOMEM, errno.ENOSPC}
 
 
 class KVCache:
@@ -30,7 +34,7 @@ class KVCache:
     ) -> None:
         """allocate: where the pool lies if the device is cpu; None: torch's own memory.
 
-        Raises ModelRefused when the device has no room.
+        Raises ModelRefused when the device has no room; any other error of its memory keeps its own words.
         """
         shape = (
             fingerprint.num_layers,
@@ -43,7 +47,9 @@ class KVCache:
         try:
             # Written once here: the page faults of a first touch are ten times slower than later writes.
             self.pool = _empty(shape, DTYPES[fingerprint.dtype], device, allocate).fill_(0)
-        except (RuntimeError, MemoryError, OSError):  # torch has no error of its own for this on cpu
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not (is_out_of_memory(error) or getattr(error, "errno", None) in _NO_ROOM):
+                raise
             mib = math.prod(shape) * DTYPES[fingerprint.dtype].itemsize >> 20
             raise ModelRefused(
                 f"{device} has no room for a KV pool of {mib} MiB: lower engine.kv_memory_mib or engine.num_blocks",
