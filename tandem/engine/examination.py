@@ -116,7 +116,9 @@ def _tensors_on_modules(model: nn.Module) -> dict[str, Tensor]:
 
 
 def require_keys_and_values(output: Any) -> None:
-    """Raises ModelRefused unless the cache of a forward's output holds keys and values alone."""
+    """Raises ModelRefused unless the cache of a forward's output holds keys and values alone, and forgets as its
+    layers' masks hide.
+    """
     cache = output.get("past_key_values")
     if not isinstance(cache, Cache):
         others = [name for name in output if "cache" in name or "state" in name.split("_") or "mems" in name]
@@ -126,6 +128,12 @@ def require_keys_and_values(output: Any) -> None:
     for index, layer in enumerate(getattr(cache, "layers", ())):
         if type(layer) not in _KEYS_AND_VALUES:
             raise ModelRefused(_STATE.format(index))
+        # It keeps `[-window + 1:]` of its keys, which is all of them here, and makes a mask of width 1 for a new token.
+        if getattr(layer, "sliding_window", None) == 1:
+            raise ModelRefused(
+                f"layer {index} has a window or chunk of 1 token, which transformers' cache does not honour: "
+                "a prompt's token sees itself alone there, a generated one all before it"
+            )
     # What a cache of the model's own class keeps beside its layers, one entry a layer.
     for beside in vars(cache).values():
         for index, held in enumerate(beside if isinstance(beside, list) else ()):

@@ -182,6 +182,30 @@ def test_masks_are_heard_and_honoured(
     require_exact(folder)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("mistral", {"sliding_window": 1}), ("llama4_text", {**MOE, "attention_chunk_size": 1, "num_hidden_layers": 4})],
+)
+def test_a_window_of_one_token_is_refused_for_what_transformers_makes_of_it(
+    architecture: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save(tmp_path, architecture, **{**TINY, **settings, "intermediate_size_mlp": 128})
+    assert "layer 0 has a window or chunk of 1 token, which transformers' cache does not honour" in refusal(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    changed = prompt.clone()
+    changed[0, 1] = 9
+    seen = []
+    for ids in (prompt, changed):
+        first = model(input_ids=ids, use_cache=True)
+        second = model(input_ids=torch.tensor([[10]]), past_key_values=first.past_key_values, use_cache=True)
+        seen.append((first.logits[0, -1], second.logits[0, -1]))
+    (first, second), (first_changed, second_changed) = seen
+    assert not torch.equal(second, second_changed), "a generated token sees the prompt"
+    if architecture == "mistral":  # the other's layers of full attention see it
+        assert torch.equal(first, first_changed), "a prompt's token sees itself alone"
+
+
 def test_a_cache_that_forgets_what_the_mask_shows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' own cache keeps a window of keys, by the configuration; the mask knows none."""
     folder = save(tmp_path, "mistral", **{**TINY, "sliding_window": 20})
