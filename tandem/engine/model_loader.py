@@ -134,7 +134,7 @@ def _refusing(config: TandemConfig, model_config: Any) -> Iterator[None]:
 
 def _max_model_len(config: TandemConfig, model_config: Any) -> int:
     with _refusing(config, model_config):
-        limit = _length_limit(model_config)
+        limit = _length_limit(config.model.served_name, model_config)
     wanted = config.model.max_model_len
     if limit == 0:
         return 0
@@ -147,15 +147,16 @@ def _max_model_len(config: TandemConfig, model_config: Any) -> int:
     return wanted or limit
 
 
-def _length_limit(config: Any) -> int:
+def _length_limit(name: str, config: Any) -> int:
     """0 where the configuration names none: what else speaks against the model comes first."""
     text = config.get_text_config()
     limit = max(0, int(getattr(text, "max_position_embeddings", 0) or 0))
     rope = getattr(text, "rope_parameters", None) or {}
     # Per layer type in some models.
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    if any(kind.get("rope_type") == "dynamic" for kind in kinds):
-        raise ModelRefused("its rope type 'dynamic' makes a token's position depend on who else is in the batch")
+    if limit and any(kind.get("rope_type") == "dynamic" for kind in kinds):
+        # Past it transformers turns a token by the longest sequence of its step, up to it as if nothing were scaled.
+        log.info("%s takes %d tokens, up to which its rope type 'dynamic' is exact", name, limit)
     originals = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
     # Past its original length a longrope model turns every position differently, cached ones too.
     return min([limit, *(int(original) for original in originals)])

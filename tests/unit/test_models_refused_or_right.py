@@ -30,7 +30,7 @@ from tandem.engine.cpu_layer import FusedLayer
 from tandem.engine.cpu_tile import registers_suffice
 from tandem.engine.engine import Engine
 from tandem.engine.model_loader import load_model
-from tandem.errors import ModelRefused
+from tandem.errors import ConfigError, ModelRefused
 from tandem.types import SamplingParams
 
 TINY = ARCHITECTURES["llama"]
@@ -289,6 +289,21 @@ def test_positions_from_rows_are_refused_though_they_matter_late(tmp_path: Path)
 
 def test_positions_from_rows_that_never_matter_are_served(tmp_path: Path) -> None:
     require_exact(strange(tmp_path, "rows", stride=100_000))
+
+
+def test_dynamic_rope_is_served_up_to_the_length_where_it_is_exact(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The longest prompt and its answer fill it, beside shorter ones."""
+    caplog.set_level("INFO")
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    folder = save(tmp_path, "llama", **{**TINY, "max_position_embeddings": 90 + OUTPUT, "rope_parameters": rope})
+    driver = require_exact(folder)
+    assert driver.engine.info.max_model_len == 90 + OUTPUT
+    assert caplog.text.count("takes 98 tokens, up to which its rope type 'dynamic' is exact") == 1
+    longer = {"model": {"path": str(folder), "max_model_len": 90 + OUTPUT + 1}}
+    with pytest.raises(ConfigError, match=r"model\.max_model_len must be at most 98"):
+        load_model(parse_config(longer))
 
 
 def test_llama4_is_refused_where_its_scale_takes_positions_from_rows(tmp_path: Path) -> None:
