@@ -59,7 +59,7 @@ class Probe:
         if layer in self.options:
             raise ModelRefused(f"layer {layer} computes attention more than once")
         if not getattr(module, "is_causal", True):
-            raise ModelRefused(f"layer {layer} is not causal")
+            raise ModelRefused(f"layer {layer} is not causal: it is not a decoder-only language model")
         heard = masks.require_mask(mask, layer)
         if key.shape != value.shape:
             raise ModelRefused("its keys and values differ in shape")

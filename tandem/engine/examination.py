@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
@@ -26,6 +27,7 @@ from tandem.errors import ModelRefused
 
 # Layers of transformers' caches that keep nothing else; their subclasses keep more.
 _KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer, DummyLayer)
+_NOT_DECODER = "it is not a decoder-only language model"
 _STATE = "layer {} keeps state that is not keys and values"
 
 
@@ -37,6 +39,16 @@ class Examined:
     shape: attention.LayerShape
     # The attention module that a forward calls last.
     last_attention: nn.Module
+
+
+def require_decoder_only(config: Any) -> None:
+    """config: a model's, from transformers. Raises ModelRefused for a model of another kind, without building it."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelRefused(f"{_NOT_DECODER}: it is an encoder-decoder (is_encoder_decoder)")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        parts = " and ".join(name for name in config.sub_configs if name != "text_config")
+        beside = f"; its configuration has {parts}" if parts else ""
+        raise ModelRefused(f"{_NOT_DECODER}: transformers has no causal language model of its type{beside}")
 
 
 def examine(model: Any) -> Examined:

@@ -20,7 +20,7 @@ from tandem.config import TandemConfig
 from tandem.engine.batch import AttentionOptions
 from tandem.engine.checkpoint import load_whole
 from tandem.engine.end_tokens import end_token_ids
-from tandem.engine.examination import examine
+from tandem.engine.examination import examine, require_decoder_only
 from tandem.engine.failures import in_words, of_the_machine, refusing
 from tandem.engine.kv_cache import LAYOUT_VERSION
 from tandem.errors import ConfigError, ModelRefused, TandemError
@@ -58,6 +58,8 @@ def load_model(config: TandemConfig) -> LoadedModel:
         if Path(source).is_dir() and not Path(source, "config.json").is_file():
             raise ModelRefused(f"cannot load the model {config.model.path}: it has no config.json", field="model.path")
         model_config = AutoConfig.from_pretrained(source)
+        with _refusing(config, model_config):
+            require_decoder_only(model_config)
         max_model_len = _max_model_len(config, model_config)  # before weights are loaded, which takes minutes
         model = _instantiate(config, source, model_config)
         eos_token_ids = end_token_ids(config.model, model)

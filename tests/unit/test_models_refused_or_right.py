@@ -377,6 +377,32 @@ def test_out_of_memory_is_no_refusal(tmp_path: Path) -> None:
         load_model(parse_config({"model": {"path": str(strange(tmp_path, "large"))}}))
 
 
+ENCODER_DECODER = "it is not a decoder-only language model: it is an encoder-decoder"
+ANOTHER = "it is not a decoder-only language model: transformers has no causal language model of its type"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("whisper", ENCODER_DECODER),
+        ("bart", ENCODER_DECODER),
+        ("t5", ENCODER_DECODER),
+        ("clip", ANOTHER),
+        ("llava", f"{ANOTHER}; its configuration has vision_config"),
+    ],
+)
+def test_what_is_no_decoder_is_refused_for_that(architecture: str, reason: str, tmp_path: Path) -> None:
+    """Before any weights are looked at: there are none."""
+    AutoConfig.for_model(architecture).save_pretrained(tmp_path)
+    assert reason in refusal(tmp_path)
+
+
+def test_an_encoder_is_refused_for_that(tmp_path: Path) -> None:
+    settings = {"is_decoder": False, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    folder = save(tmp_path, "bert", **settings, num_hidden_layers=2, vocab_size=128)
+    assert "layer 0 is not causal: it is not a decoder-only language model" in refusal(folder)
+
+
 RECURRENT = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
 GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8, "vocab_size": 128}
 
