@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from huggingface_hub import HfApi
 from tandem.config import ModelConfig
 from tandem.errors import ConfigError, ModelRefused
 from tandem.hub import source_of
+from tandem.model_files import require_readable
 
 _SETTINGS = "tokenizer_config.json"
+_WHOLE = "tokenizer.json"
 # Files that hold a vocabulary, under all the names that transformers' tokenizers know.
 _VOCABULARY = re.compile(
     r"tokenizer(\..+)?\.json|.*vocab.*|merges\.txt|dict\.txt|tekken\.json|.+\.(model|bpe|tiktoken)"
@@ -25,6 +28,7 @@ def load_tokenizer(model: ModelConfig) -> Any | None:
     Raises ConfigError for a model that is not there, and ModelRefused for a tokenizer that would not be served exactly.
     """
     source = source_of(model.path)
+    require_readable(model, source)
     files = _files(source)
     if not any(map(_VOCABULARY.fullmatch, files)):
         if _SETTINGS in files:
@@ -43,10 +47,23 @@ def load_tokenizer(model: ModelConfig) -> Any | None:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # of the files, in the words of several libraries
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise _refusal(model, f"transformers cannot load it: {lines[0]}") from error
+        why = _fault(Path(source, _WHOLE)) or f"transformers cannot load it: {lines[0]}"
+        raise _refusal(model, why) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise _refusal(model, f"{type(tokenizer).__name__} is no fast one (made of the tokenizers library)")
     return tokenizer
+
+
+def _fault(path: Path) -> str:
+    """Of a tokenizer.json, in the words of the library that reads it, which do not name it. Empty: none."""
+    from tokenizers import Tokenizer
+
+    try:
+        if os.path.lexists(path):
+            Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no class of its own
+        return f"its {path.name} cannot be read: {error}"
+    return ""
 
 
 def _files(source: str) -> list[str]:

@@ -26,6 +26,7 @@ SHARED = VALUES | {
     "tandem.entry",
     "tandem.hub",
     "tandem.logs",
+    "tandem.model_files",
     "tandem.rpc",
     "tandem.standard_streams",
     "tandem.tokenizer",
@@ -58,7 +59,8 @@ ROOMS = {
     "tandem.descriptors": Room(frozenset(), HEAVY | WEB),
     "tandem.entry": Room(frozenset(), HEAVY | WEB),
     "tandem.hub": Room(VALUES, HEAVY | WEB),
-    "tandem.tokenizer": Room(VALUES | {"tandem.hub"}, HEAVY - {"transformers"} | WEB),
+    "tandem.model_files": Room(VALUES, HEAVY | WEB),
+    "tandem.tokenizer": Room(VALUES | {"tandem.hub", "tandem.model_files"}, HEAVY - {"transformers"} | WEB),
     "tandem.logs": Room(frozenset({"tandem.standard_streams"}), HEAVY | WEB),
     "tandem.standard_streams": Room(frozenset(), HEAVY | WEB),
     "tandem.out_of_memory": Room(frozenset(), HEAVY - {"torch"} | WEB),
@@ -66,7 +68,9 @@ ROOMS = {
     "tandem.wire": Room(SHARED, HEAVY),
     "tandem.v1": Room(frozenset(), HEAVY),
     "tandem.client": Room(SHARED, HEAVY),
-    "tandem.engine": Room(VALUES | {"tandem.hub", "tandem.out_of_memory", "tandem.tokenizer"}, WEB | {"ray"}),
+    "tandem.engine": Room(
+        VALUES | {"tandem.hub", "tandem.model_files", "tandem.out_of_memory", "tandem.tokenizer"}, WEB | {"ray"}
+    ),
     "tandem.worker": Room(SHARED | {"tandem", "tandem.engine"}, frozenset({"ray"})),
     "tandem.cli": Room(EVERYTHING),
     "tandem.launch": Room(EVERYTHING),

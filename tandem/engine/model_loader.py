@@ -25,6 +25,7 @@ from tandem.engine.failures import in_words, of_the_machine, refusing
 from tandem.engine.kv_cache import LAYOUT_VERSION
 from tandem.errors import ConfigError, ModelRefused, TandemError
 from tandem.hub import source_of
+from tandem.model_files import require_readable
 from tandem.types import Fingerprint, ModelInfo
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def load_model(config: TandemConfig) -> LoadedModel:
         source = source_of(config.model.path)
         if Path(source).is_dir() and not Path(source, "config.json").is_file():
             raise ModelRefused(f"cannot load the model {config.model.path}: it has no config.json", field="model.path")
+        require_readable(config.model, source)
         model_config = AutoConfig.from_pretrained(source)
         with _refusing(config, model_config):
             require_decoder_only(model_config)
