@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -14,12 +15,26 @@ from tandem.errors import ConfigError, ModelRefused
 from tandem.hub import source_of
 from tandem.model_files import require_readable
 
+log = logging.getLogger(__name__)
+
 _SETTINGS = "tokenizer_config.json"
 _WHOLE = "tokenizer.json"
 # Files that hold a vocabulary, under all the names that transformers' tokenizers know.
 _VOCABULARY = re.compile(
     r"tokenizer(\..+)?\.json|.*vocab.*|merges\.txt|dict\.txt|tekken\.json|.+\.(model|bpe|tiktoken)"
 )
+
+
+def quieten_transformers() -> None:
+    """Its words go where all others go, and its warnings are for those who debug: why a model is refused is told once,
+    in words of our own.
+    """
+    from transformers.utils import logging as library
+
+    library.disable_default_handler()
+    library.enable_propagation()
+    library.set_verbosity(logging.WARNING if log.isEnabledFor(logging.DEBUG) else logging.ERROR)
+    library.disable_progress_bar()  # a worker's output is a log, not a terminal
 
 
 def load_tokenizer(model: ModelConfig) -> Any | None:
@@ -36,13 +51,10 @@ def load_tokenizer(model: ModelConfig) -> Any | None:
         return None
     try:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
-        from transformers.utils import logging as transformers_logging
     except ModuleNotFoundError as error:
         words = f"the model's tokenizer needs {error.name}: pip install -c constraints.txt -e '.[http]' in a checkout"
         raise ConfigError(words, field="model.path") from None
-    # Its words go where all others go.
-    transformers_logging.disable_default_handler()
-    transformers_logging.enable_propagation()
+    quieten_transformers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # of the files, in the words of several libraries

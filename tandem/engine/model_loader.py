@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from tandem.config import TandemConfig
 from tandem.engine.batch import AttentionOptions
@@ -26,6 +25,7 @@ from tandem.engine.kv_cache import LAYOUT_VERSION
 from tandem.errors import ConfigError, ModelRefused, TandemError
 from tandem.hub import source_of
 from tandem.model_files import require_readable
+from tandem.tokenizer import quieten_transformers
 from tandem.types import Fingerprint, ModelInfo
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,7 @@ def load_model(config: TandemConfig) -> LoadedModel:
     """Raises ModelRefused, saying why, when the model cannot be found, loaded or served exactly, and ConfigError for
     more tokens than it takes.
     """
-    # A worker's output is a log, not a terminal.
-    disable_progress_bar()
+    quieten_transformers()
     try:
         source = source_of(config.model.path)
         if Path(source).is_dir() and not Path(source, "config.json").is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from functools import partial, partialmethod
 from pathlib import Path
@@ -418,6 +419,18 @@ GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim
         ("recurrent_gemma", {**TINY, "lru_width": 64}, "layer 0 keeps state that is not keys and values"),
     ],
 )
-def test_the_true_reason_is_told(architecture: str, settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_the_true_reason_is_told_alone(
+    architecture: str, settings: dict[str, Any], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    assert reason in refusal(save(tmp_path, architecture, **{**settings, **special}))
+    folder = save(tmp_path, architecture, **{**settings, **special})
+    caplog.clear()
+    assert reason in refusal(folder)
+    assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == []
+
+
+def test_warnings_of_transformers_are_for_those_who_debug(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save(tmp_path, "gptj", **GPTJ, bos_token_id=1, eos_token_id=2)
+    caplog.set_level("DEBUG", "tandem")
+    refusal(folder)
+    assert "does not support setting its attention implementation" in caplog.text
