@@ -84,7 +84,7 @@ def _instantiate(config: TandemConfig, source: str, model_config: Any) -> nn.Mod
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=_UNTIL_EXAMINED)
     else:
         with _refusing(config, model_config):
-            model = load_whole(source, dtype=dtype, attn_implementation=_UNTIL_EXAMINED)
+            model = load_whole(source, model_config, dtype=dtype, attn_implementation=_UNTIL_EXAMINED)
     # A dummy was made on its device.
     loaded: nn.Module = model if config.model.load_format == "dummy" else model.to(device)
     return loaded
