@@ -44,6 +44,10 @@ class StrangeConfig(LlamaConfig):
     strangeness: str = ""
     stride: int = 1000
     token_stride: int = 0
+    head_window: int = 0
+    # What attention keeps of the stride, under a name of its own: so many times it, and so much more.
+    times: int = 1
+    more: int = 0
     # Taken from the logit of one token.
     banned: float = 0.0
 
@@ -60,8 +64,7 @@ def _positions(attention: Any, rows: int, told: Tensor | None, past: Any) -> Ten
 class StrangeAttention(LlamaAttention):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         positions = _positions(self, hidden_states.shape[1], kwargs.get("position_ids"), kwargs.get("past_key_values"))
-        stride = self.config.token_stride or self.config.stride
-        factor = 1 + torch.log1p((positions + 1) // stride)
+        factor = 1 + torch.log1p((positions + 1) // (self.config.token_stride or self.config.head_window or self.reach))
         return super().forward(hidden_states * (1 - 2 * (factor[:, None] > 1)), *args, **kwargs)
 
 
@@ -79,6 +82,7 @@ class Strange(LlamaForCausalLM):
         for layer in self.model.layers:
             if config.strangeness in ("rows", "longest", "positions"):
                 layer.self_attn.__class__ = StrangeAttention
+                layer.self_attn.reach = config.times * config.stride + config.more
             if config.strangeness == "mixed":
                 layer.mlp.__class__ = StrangeMLP
 
@@ -335,7 +339,41 @@ def test_a_banned_token_hides_nothing_and_is_no_reason(banned: float, tmp_path: 
 
 def test_lengths_are_known_by_more_than_their_names(tmp_path: Path) -> None:
     """A word that others have for something else."""
-    assert "token_stride = 400" in refusal(strange(tmp_path, "rows", token_stride=400))
+    assert "token_stride = 400" in refusal(strange(tmp_path / "stride", "rows", token_stride=400))
+    assert "head_window = 400" in refusal(strange(tmp_path / "window", "rows", head_window=400))
+
+
+@pytest.mark.parametrize(("times", "more"), [(1, 0), (2, 0), (1, -1), (3, 1)])
+def test_what_a_module_makes_of_a_length_is_crossed_though_it_equals_another_size(
+    times: int, more: int, tmp_path: Path
+) -> None:
+    stride = TINY["hidden_size"]
+    assert f"stride = {stride}" in refusal(strange(tmp_path, "rows", stride=stride, times=times, more=more))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("mistral", {"sliding_window": 64}),
+        (
+            "ministral3",
+            {
+                "sliding_window": None,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                    "llama_4_scaling_beta": 0.5,
+                    "rope_theta": 1e4,
+                },
+            },
+        ),
+    ],
+)
+def test_lengths_that_equal_the_hidden_size_are_served(
+    architecture: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    require_exact(save(tmp_path, architecture, **{**TINY, **settings}))
 
 
 def test_weights_that_are_no_numbers_are_the_reason(tmp_path: Path) -> None:
