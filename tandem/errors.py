@@ -22,7 +22,7 @@ and HTTP statuses is in tandem/rpc.py.
 from __future__ import annotations
 
 # Milliseconds after which what is full may have room again, where nothing better is known: it empties at the pace of
-# whole requests.
+# whole requests. A service whose workers or router go, or have not come yet, is asked again as soon.
 RETRY_AFTER_MS = 1000
 
 

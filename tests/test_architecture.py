@@ -23,6 +23,7 @@ VALUES = frozenset(
 # Values and the wire: what every process shares.
 SHARED = VALUES | {
     "tandem.hub",
+    "tandem.model_files",
     "tandem.process",
     "tandem.rpc",
     "tandem.tokenizer",
@@ -54,13 +55,16 @@ ROOMS = {
     "tandem.config": Room(VALUES, HEAVY | WEB),
     "tandem.process": Room(frozenset(), HEAVY | WEB),
     "tandem.hub": Room(VALUES, HEAVY | WEB),
-    "tandem.tokenizer": Room(VALUES | {"tandem.hub"}, HEAVY - {"transformers"} | WEB),
+    "tandem.model_files": Room(VALUES, HEAVY | WEB),
+    "tandem.tokenizer": Room(VALUES | {"tandem.hub", "tandem.model_files"}, HEAVY - {"transformers"} | WEB),
     "tandem.out_of_memory": Room(frozenset(), HEAVY - {"torch"} | WEB),
     "tandem.rpc": Room(SHARED, HEAVY),
     "tandem.wire": Room(SHARED, HEAVY),
     "tandem.v1": Room(frozenset(), HEAVY),
     "tandem.client": Room(SHARED, HEAVY),
-    "tandem.engine": Room(VALUES | {"tandem.hub", "tandem.out_of_memory", "tandem.tokenizer"}, WEB | {"ray"}),
+    "tandem.engine": Room(
+        VALUES | {"tandem.hub", "tandem.model_files", "tandem.out_of_memory", "tandem.tokenizer"}, WEB | {"ray"}
+    ),
     "tandem.worker": Room(SHARED | {"tandem", "tandem.engine", "kv_transfer"}, frozenset({"ray"})),
     "tandem.cli": Room(EVERYTHING),
     "tandem.launch": Room(EVERYTHING),

@@ -261,7 +261,8 @@ class Orchestrator:
         if self._live:
             log.warning("%d requests are still live: ending them", len(self._live))
         for live in self._live.values():
-            live.scope.fail(errors.Unavailable("the router stopped before the request had ended"))
+            words = "the router stopped before the request had ended"
+            live.scope.fail(errors.Unavailable(words, retry_after_ms=errors.RETRY_AFTER_MS))
         with suppress(TimeoutError):
             async with asyncio.timeout(END_S):
                 await self._idle.wait()
@@ -269,7 +270,7 @@ class Orchestrator:
     def check_open(self) -> None:
         """Raises Unavailable once it is closing."""
         if self._closing:
-            raise errors.Unavailable("the router is stopping")
+            raise errors.Unavailable("the router is stopping", retry_after_ms=errors.RETRY_AFTER_MS)
 
     @asynccontextmanager
     async def _counted(self, live: Live, jobs: tuple[Job, ...]) -> AsyncIterator[None]:

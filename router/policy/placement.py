@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from router.policy.base import Demand, Placement, Policy, WorkerView, blocks_for
 from router.policy.cache_aware import CacheAware
-from tandem.errors import ConfigError, InternalError, InvalidRequest, Unavailable
+from tandem.errors import RETRY_AFTER_MS, ConfigError, InternalError, InvalidRequest, Unavailable
 from tandem.types import Role, shown
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def _able(workers: Sequence[WorkerView], role: Role, tokens: int, absent: Absent
     """The workers that the role may be placed on. Raises Unavailable or InvalidRequest when there is none."""
     playing = [worker for worker in workers if role in worker.roles]
     if not playing:
-        raise Unavailable(f"no {role} worker {absent.get(role, NEVER_CAME)}")
+        raise Unavailable(f"no {role} worker {absent.get(role, NEVER_CAME)}", retry_after_ms=RETRY_AFTER_MS)
     large = [worker for worker in playing if blocks_for(tokens, worker.block_size) <= worker.total_blocks]
     if not large:
         limit = max(worker.total_blocks * worker.block_size for worker in playing)
@@ -116,5 +116,6 @@ def _able(workers: Sequence[WorkerView], role: Role, tokens: int, absent: Absent
         )
     ready = [worker for worker in large if not worker.draining]
     if not ready:
-        raise Unavailable(f"every {role} worker that could hold the request is draining")
+        words = f"every {role} worker that could hold the request is draining"
+        raise Unavailable(words, retry_after_ms=RETRY_AFTER_MS)
     return ready

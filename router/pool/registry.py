@@ -11,7 +11,7 @@ from router.policy.placement import NEVER_CAME, Placer
 from router.pool.pace import Ahead, PrefillPace
 from router.pool.worker import Worker
 from tandem.config import RouterConfig
-from tandem.errors import InvalidRequest, Refused, TandemError, Unavailable
+from tandem.errors import RETRY_AFTER_MS, InvalidRequest, Refused, TandemError, Unavailable
 from tandem.types import ModelInfo, Role
 from tandem.v1 import registry_pb2
 from tandem.wire import model_from_wire, roles_from_wire
@@ -62,7 +62,7 @@ class Registry:
         """Raises Unavailable, saying why, while nobody is joined."""
         if (model := self.model) is None:
             why = [NEVER_CAME, *self._gone.values()][-1]
-            raise Unavailable(f"no worker {why}, so no model is served")
+            raise Unavailable(f"no worker {why}, so no model is served", retry_after_ms=RETRY_AFTER_MS)
         return model
 
     def absent(self) -> dict[Role, str]:

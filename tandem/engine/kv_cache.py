@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 
 import torch
@@ -9,11 +10,14 @@ from torch import Tensor
 
 from tandem.engine.backends.backend import Allocate, Backend
 from tandem.errors import ModelRefused
+from tandem.out_of_memory import is_out_of_memory
 from tandem.types import Fingerprint
 
 # Version of the layout below; peers with another one are refused. Raise it when the order of axes changes.
 LAYOUT_VERSION = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What the kernel says to an `allocate`.
+_NO_ROOM = {errno.ENOMEM, errno.ENOSPC}
 
 
 class KVCache:
@@ -27,7 +31,7 @@ class KVCache:
     ) -> None:
         """allocate: where the pool lies if the device computes in the host's memory; None: torch's own memory.
 
-        Raises ModelRefused when the device has no room.
+        Raises ModelRefused when the device has no room; any other error of its memory keeps its own words.
         """
         shape = (
             fingerprint.num_layers,
@@ -40,7 +44,9 @@ class KVCache:
         try:
             # Written once here: the page faults of a first touch are ten times slower than later writes.
             self.pool = backend.empty(shape, DTYPES[fingerprint.dtype], allocate).fill_(0)
-        except (RuntimeError, MemoryError, OSError):  # torch has no error of its own for this on cpu
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not (is_out_of_memory(error) or getattr(error, "errno", None) in _NO_ROOM):
+                raise
             size = f"{math.prod(shape) * DTYPES[fingerprint.dtype].itemsize >> 20} MiB"
             raise ModelRefused(
                 f"{backend.name} has no room for a KV pool of {size}: lower engine.kv_memory_mib or engine.num_blocks",

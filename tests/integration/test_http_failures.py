@@ -69,8 +69,9 @@ async def test_a_failure_names_no_worker(door: HttpHouse) -> None:
     assert "c1" not in response.text
     response = await door.complete()
     assert (response.status_code, error_of(response)["code"]) == (503, "unavailable")
+    assert (response.headers["retry-after"], response.headers["retry-after-ms"]) == ("1", "1000")
     ready = await door.client.get("/ready")
-    assert ready.status_code == 503
+    assert (ready.status_code, ready.headers["retry-after"]) == (503, "1")
     assert (await door.client.get("/health")).status_code == 200
 
 

@@ -194,6 +194,7 @@ def test_streams_end_before_a_service_that_is_told_to_stop() -> None:
         body = {"prompt": [1], "max_tokens": 1}
         refused = httpx.post(f"http://127.0.0.1:{served.http}/v1/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the router is stopping")
+        assert refused.headers["retry-after"] == "1"
         with pytest.raises(tandem.errors.Unavailable, match="the router is stopping"):
             served.ask()
         (worker,) = served.workers()

@@ -86,8 +86,9 @@ async def test_a_draining_prefill_worker_takes_what_was_placed_on_it_when_there_
     await drain(house, prefill)
     decode.let("reserve")
     assert finish_of(await collect(call)).report.prefill_worker == "p1"
-    with pytest.raises(errors.Unavailable, match="draining"):
+    with pytest.raises(errors.Unavailable, match="draining") as caught:
         await collect(house.call())
+    assert caught.value.retry_after_ms == errors.RETRY_AFTER_MS
 
 
 async def test_so_does_one_that_plays_another_role_by_then(house: House) -> None:

@@ -26,6 +26,7 @@ EXACT = [
     ("llama", "rope llama3"),
     ("llama", "rope longrope"),
     ("llama", "rope proportional"),
+    ("llama", "rope dynamic"),
     ("qwen2", "sliding_window 27"),  # in half of the layers, with biases
     ("mistral", "sliding_window 27"),
     ("gemma2", "attn_logit_softcapping 1.5"),
@@ -44,7 +45,6 @@ EXACT = [
     ("ernie4_5_moe", "as it is"),  # shared experts
 ]
 REFUSED = [
-    ("llama", "rope dynamic", "dynamic"),
     ("gpt_oss", "as it is", "s_aux"),
     ("deepseek_v3", "as it is", "its keys and values differ in shape"),
     ("gemma2", "use_bidirectional_attention", "not causal"),

@@ -19,6 +19,10 @@ class StrangeConfig(LlamaConfig):
     strangeness: str = ""
     stride: int = 1000
     token_stride: int = 0
+    head_window: int = 0
+    # What attention keeps of the stride, under a name of its own: so many times it, and so much more.
+    times: int = 1
+    more: int = 0
     # Taken from the logit of one token.
     banned: float = 0.0
 
@@ -35,8 +39,7 @@ def _positions(attention: Any, rows: int, told: Tensor | None, past: Any) -> Ten
 class StrangeAttention(LlamaAttention):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         positions = _positions(self, hidden_states.shape[1], kwargs.get("position_ids"), kwargs.get("past_key_values"))
-        stride = self.config.token_stride or self.config.stride
-        factor = 1 + torch.log1p((positions + 1) // stride)
+        factor = 1 + torch.log1p((positions + 1) // (self.config.token_stride or self.config.head_window or self.reach))
         return super().forward(hidden_states * (1 - 2 * (factor[:, None] > 1)), *args, **kwargs)
 
 
@@ -54,6 +57,7 @@ class Strange(LlamaForCausalLM):
         for layer in self.model.layers:
             if config.strangeness in ("rows", "longest", "positions"):
                 layer.self_attn.__class__ = StrangeAttention
+                layer.self_attn.reach = config.times * config.stride + config.more
             if config.strangeness == "mixed":
                 layer.mlp.__class__ = StrangeMLP
 

@@ -118,6 +118,35 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
     assert "model.embed_tokens.weight is [128, 64], not [160, 64]" in message
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_a_large_model_beside_small_weights_is_refused_before_it_takes_memory(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 7 B or more, of which transformers would fill nearly all with random numbers."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    folder = saved(tmp_path, architecture, **sizes, **heads)
+    loaded = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *given, **settings: loaded.append(given))
+    message = refusal(folder)
+    assert loaded == []
+    assert "tensors that the model needs: model.layers.3.self_attn.q_proj.weight" in message
+    assert "model.embed_tokens.weight is [128, 64], not [128, 4096]" in message
+
+
+def test_headers_say_what_the_load_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word for word; and what cannot be foreseen is left to the load."""
+    folders = [
+        saved(tmp_path / "llama", "llama", without("model.norm.weight"), intermediate_size=96),
+        saved(tmp_path / "mixtral", "mixtral", without("model.layers.1.block_sparse_moe.experts.2.w1.weight")),
+        saved(tmp_path / "tied", "llama", without("lm_head.weight", "model.embed_tokens.weight")),
+    ]
+    edit(folders[2] / "config.json", {"tie_word_embeddings": True})
+    foreseen = [refusal(folder) for folder in folders]
+    monkeypatch.setattr("tandem.engine.loading.checkpoint._headers", lambda source, config: {})
+    assert [refusal(folder) for folder in folders] == foreseen
+
+
 def test_tied_weights_are_needed_once(tmp_path: Path) -> None:
     """Either of the two will do; both may be there, the same or not."""
     whole = served(saved(tmp_path / "untied", tie_word_embeddings=False))

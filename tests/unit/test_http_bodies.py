@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from pydantic import ValidationError
 
 from router.doors.http.body import parse
 from router.doors.http.fields import UNSUPPORTED, ChatRequest, CompletionRequest
@@ -155,7 +155,7 @@ def test_a_field_of_a_message_that_asks_for_something(value: Any) -> None:
 )
 def test_a_body_full_of_errors_is_answered_by_the_first(kind: Any, head: bytes, entry: bytes, tail: bytes) -> None:
     """To describe them all takes tens of seconds of the event loop."""
-    assert_refused_soon(kind, head + b",".join([entry] * (2 << 20)) + tail)
+    assert_few_described(kind, head + b",".join([entry] * (2 << 20)) + tail)
 
 
 @pytest.mark.parametrize(
@@ -168,12 +168,14 @@ def test_a_body_full_of_errors_is_answered_by_the_first(kind: Any, head: bytes, 
     ],
 )
 def test_so_is_one_full_of_names(kind: Any, head: bytes, tail: bytes) -> None:
-    assert_refused_soon(kind, head + b",".join(b'"%d":1' % number for number in range(1 << 19)) + tail)
+    assert_few_described(kind, head + b",".join(b'"%d":1' % number for number in range(1 << 19)) + tail)
 
 
-def assert_refused_soon(kind: Any, body: bytes) -> None:
-    began_s = time.perf_counter()
+def assert_few_described(kind: Any, body: bytes) -> None:
     with pytest.raises(InvalidRequest) as caught:
         prompts_of(parse(kind, body))
-    assert time.perf_counter() - began_s < 5
+    described = caught.value.__context__
+    # Each member of a union says why it does not fit.
+    assert described is None or isinstance(described, ValidationError)
+    assert described is None or described.error_count() <= 3
     assert len(caught.value.message) < 300

@@ -52,7 +52,8 @@ def test_a_message_is_no_template(tmp_path: Path) -> None:
 
 def test_one_that_cannot_be_read_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert template_of(tmp_path, "{% if %}") is None
-    assert "cannot be read" in caplog.text
+    assert f"no chat: chat_template.jinja in {tmp_path} cannot be read: Expected an expression" in caplog.text
+    assert "line 1" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from functools import partial, partialmethod
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from engine_driver import EngineDriver
 from strange_model import TINY, save_model, save_strange
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_causal_mask,
@@ -31,7 +32,7 @@ from tandem.engine.batch import AttentionOptions
 from tandem.engine.engine import Engine
 from tandem.engine.loading.examination import PROBE
 from tandem.engine.loading.model_loader import load_model
-from tandem.errors import ModelRefused
+from tandem.errors import ConfigError, ModelRefused
 from tandem.types import SamplingParams
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -107,6 +108,30 @@ def test_masks_are_heard_and_honoured(
     folder = save_model(tmp_path, architecture, **{**TINY, "num_hidden_layers": 4, **settings})
     assert {(options.window, options.chunk) for options in options_of(folder)} >= set(masks)
     require_exact(folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("mistral", {"sliding_window": 1}), ("llama4_text", {**MOE, "attention_chunk_size": 1, "num_hidden_layers": 4})],
+)
+def test_a_window_of_one_token_is_refused_for_what_transformers_makes_of_it(
+    architecture: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path, architecture, **{**TINY, **settings, "intermediate_size_mlp": 128})
+    assert "layer 0 has a window or chunk of 1 token, which transformers' cache does not honour" in refusal(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    changed = prompt.clone()
+    changed[0, 1] = 9
+    seen = []
+    for ids in (prompt, changed):
+        first = model(input_ids=ids, use_cache=True)
+        second = model(input_ids=torch.tensor([[10]]), past_key_values=first.past_key_values, use_cache=True)
+        seen.append((first.logits[0, -1], second.logits[0, -1]))
+    (first, second), (first_changed, second_changed) = seen
+    assert not torch.equal(second, second_changed), "a generated token sees the prompt"
+    if architecture == "mistral":  # the other's layers of full attention see it
+        assert torch.equal(first, first_changed), "a prompt's token sees itself alone"
 
 
 def test_a_cache_that_forgets_what_the_mask_shows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +219,21 @@ def test_positions_from_rows_that_never_matter_are_served(tmp_path: Path) -> Non
     require_exact(save_strange(tmp_path, "rows", stride=100_000))
 
 
+def test_dynamic_rope_is_served_up_to_the_length_where_it_is_exact(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The longest prompt and its answer fill it, beside shorter ones."""
+    caplog.set_level("INFO")
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    folder = save_model(tmp_path, "llama", **{**TINY, "max_position_embeddings": 90 + OUTPUT, "rope_parameters": rope})
+    driver = require_exact(folder)
+    assert driver.engine.info.max_model_len == 90 + OUTPUT
+    assert caplog.text.count("takes 98 tokens, up to which its rope type 'dynamic' is exact") == 1
+    longer = {"model": {"path": str(folder), "max_model_len": 90 + OUTPUT + 1}}
+    with pytest.raises(ConfigError, match=r"model\.max_model_len must be at most 98"):
+        load_model(parse_config(longer))
+
+
 def test_llama4_is_refused_where_its_scale_takes_positions_from_rows(tmp_path: Path) -> None:
     settings = {**TINY, **MOE, "num_hidden_layers": 4, "intermediate_size_mlp": 128, "attention_chunk_size": 64}
     assert "floor_scale = 100" in refusal(save_model(tmp_path, "llama4_text", **settings, floor_scale=100))
@@ -222,7 +262,41 @@ def test_a_banned_token_hides_nothing_and_is_no_reason(banned: float, tmp_path: 
 
 def test_lengths_are_known_by_more_than_their_names(tmp_path: Path) -> None:
     """A word that others have for something else."""
-    assert "token_stride = 400" in refusal(save_strange(tmp_path, "rows", token_stride=400))
+    assert "token_stride = 400" in refusal(save_strange(tmp_path / "stride", "rows", token_stride=400))
+    assert "head_window = 400" in refusal(save_strange(tmp_path / "window", "rows", head_window=400))
+
+
+@pytest.mark.parametrize(("times", "more"), [(1, 0), (2, 0), (1, -1), (3, 1)])
+def test_what_a_module_makes_of_a_length_is_crossed_though_it_equals_another_size(
+    times: int, more: int, tmp_path: Path
+) -> None:
+    stride = TINY["hidden_size"]
+    assert f"stride = {stride}" in refusal(save_strange(tmp_path, "rows", stride=stride, times=times, more=more))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("mistral", {"sliding_window": 64}),
+        (
+            "ministral3",
+            {
+                "sliding_window": None,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                    "llama_4_scaling_beta": 0.5,
+                    "rope_theta": 1e4,
+                },
+            },
+        ),
+    ],
+)
+def test_lengths_that_equal_the_hidden_size_are_served(
+    architecture: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    require_exact(save_model(tmp_path, architecture, **{**TINY, **settings}))
 
 
 def test_weights_that_are_no_numbers_are_the_reason(tmp_path: Path) -> None:
@@ -267,6 +341,32 @@ def test_out_of_memory_is_no_refusal(tmp_path: Path) -> None:
         load_model(parse_config({"model": {"path": str(save_strange(tmp_path, "large"))}}))
 
 
+ENCODER_DECODER = "it is not a decoder-only language model: it is an encoder-decoder"
+ANOTHER = "it is not a decoder-only language model: transformers has no causal language model of its type"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("whisper", ENCODER_DECODER),
+        ("bart", ENCODER_DECODER),
+        ("t5", ENCODER_DECODER),
+        ("clip", ANOTHER),
+        ("llava", f"{ANOTHER}; its configuration has vision_config"),
+    ],
+)
+def test_what_is_no_decoder_is_refused_for_that(architecture: str, reason: str, tmp_path: Path) -> None:
+    """Before any weights are looked at: there are none."""
+    AutoConfig.for_model(architecture).save_pretrained(tmp_path)
+    assert reason in refusal(tmp_path)
+
+
+def test_an_encoder_is_refused_for_that(tmp_path: Path) -> None:
+    settings = {"is_decoder": False, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    folder = save_model(tmp_path, "bert", **settings, num_hidden_layers=2, vocab_size=128)
+    assert "layer 0 is not causal: it is not a decoder-only language model" in refusal(folder)
+
+
 RECURRENT = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
 GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8, "vocab_size": 128}
 
@@ -282,6 +382,18 @@ GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim
         ("recurrent_gemma", {**TINY, "lru_width": 64}, "layer 0 keeps state that is not keys and values"),
     ],
 )
-def test_the_true_reason_is_told(architecture: str, settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_the_true_reason_is_told_alone(
+    architecture: str, settings: dict[str, Any], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    assert reason in refusal(save_model(tmp_path, architecture, **{**settings, **special}))
+    folder = save_model(tmp_path, architecture, **{**settings, **special})
+    caplog.clear()
+    assert reason in refusal(folder)
+    assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == []
+
+
+def test_warnings_of_transformers_are_for_those_who_debug(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save_model(tmp_path, "gptj", **GPTJ, bos_token_id=1, eos_token_id=2)
+    caplog.set_level("DEBUG", "tandem")
+    refusal(folder)
+    assert "does not support setting its attention implementation" in caplog.text

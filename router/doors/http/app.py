@@ -158,7 +158,9 @@ class OpenAIDoor:
         try:
             report = (await self._probe.check()).report
         except TandemError as error:
-            return JSONResponse(failures.object_of(error), HTTPStatus.SERVICE_UNAVAILABLE)
+            return JSONResponse(
+                failures.object_of(error), HTTPStatus.SERVICE_UNAVAILABLE, failures.retry_headers(error)
+            )
         return JSONResponse({"status": "ready", "transport": report.transport, "kv_bytes": report.kv_bytes})
 
     async def metrics(self) -> Response:

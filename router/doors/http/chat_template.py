@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from router.doors.http.fields import Message
 from tandem.errors import InvalidRequest
+from tandem.model_files import CHAT_TEMPLATE
 
 log = logging.getLogger(__name__)
 
@@ -106,5 +108,7 @@ def chat_template_of(tokenizer: Any) -> ChatTemplate | None:
     try:
         return ChatTemplate(tokenizer, source)
     except Exception as error:  # no template at all, or none that Jinja can parse
-        log.warning("the chat template of %s cannot be read: %s", tokenizer.name_or_path, error)
+        folder = tokenizer.name_or_path
+        file = CHAT_TEMPLATE if Path(folder, CHAT_TEMPLATE).is_file() else "the chat template"
+        log.warning("no chat: %s in %s cannot be read: %s", file, folder, " ".join(str(error).split()))
         return None

@@ -49,11 +49,14 @@ def object_of(error: errors.TandemError) -> dict[str, Any]:
 
 
 def response_to(error: errors.TandemError) -> Response:
-    headers = {}
-    if (late_ms := error.retry_after_ms) is not None:
-        # Whole seconds by the standard; OpenAI's clients prefer their own, in milliseconds.
-        headers = {"retry-after": str(math.ceil(late_ms / 1000)), "retry-after-ms": str(late_ms)}
-    return JSONResponse(object_of(error), rpc.status_of(error).http, headers)
+    return JSONResponse(object_of(error), rpc.status_of(error).http, retry_headers(error))
+
+
+def retry_headers(error: errors.TandemError) -> dict[str, str]:
+    """Whole seconds by the standard; OpenAI's clients prefer their own, in milliseconds."""
+    if error.retry_after_ms is None:
+        return {}
+    return {"retry-after": str(math.ceil(error.retry_after_ms / 1000)), "retry-after-ms": str(error.retry_after_ms)}
 
 
 def refusal(status: HTTPStatus, message: str) -> bytes:

@@ -55,5 +55,8 @@ class ReadinessProbe:
                             self._proof = event
             self._problem = None
         except TandemError as error:
-            self._problem = Unavailable(f"not ready: {error.message}") if type(error) is Unavailable else error
+            words = f"not ready: {error.message}"
+            self._problem = (
+                Unavailable(words, retry_after_ms=error.retry_after_ms) if type(error) is Unavailable else error
+            )
         self._asked_s = time.monotonic()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
@@ -37,6 +37,7 @@ _HARMLESS = {
 _HONOURED = {"scaling", "softcap"}
 # Layers of transformers' caches that keep nothing else; their subclasses keep more.
 _KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer, DummyLayer)
+_NOT_DECODER = "it is not a decoder-only language model"
 _STATE = "layer {} keeps state that is not keys and values"
 
 
@@ -64,7 +65,7 @@ class AttentionProbe:
         if layer in self.options:
             raise ModelRefused(f"layer {layer} computes attention more than once")
         if not getattr(module, "is_causal", True):
-            raise ModelRefused(f"layer {layer} is not causal")
+            raise ModelRefused(f"layer {layer} is not causal: it is not a decoder-only language model")
         heard = masks.require_mask(mask, layer)
         if key.shape != value.shape:
             raise ModelRefused("its keys and values differ in shape")
@@ -111,6 +112,16 @@ class Examined:
     shape: LayerShape
     # The attention module that a forward calls last.
     last_attention: nn.Module
+
+
+def require_decoder_only(config: Any) -> None:
+    """config: a model's, from transformers. Raises ModelRefused for a model of another kind, without building it."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelRefused(f"{_NOT_DECODER}: it is an encoder-decoder (is_encoder_decoder)")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        parts = " and ".join(name for name in config.sub_configs if name != "text_config")
+        beside = f"; its configuration has {parts}" if parts else ""
+        raise ModelRefused(f"{_NOT_DECODER}: transformers has no causal language model of its type{beside}")
 
 
 def examine(model: Any) -> Examined:
@@ -190,7 +201,9 @@ def _tensors_on_modules(model: nn.Module) -> dict[str, Tensor]:
 
 
 def require_keys_and_values(output: Any) -> None:
-    """Raises ModelRefused unless the cache of a forward's output holds keys and values alone."""
+    """Raises ModelRefused unless the cache of a forward's output holds keys and values alone, and forgets as its
+    layers' masks hide.
+    """
     cache = output.get("past_key_values")
     if not isinstance(cache, Cache):
         others = [name for name in output if "cache" in name or "state" in name.split("_") or "mems" in name]
@@ -200,6 +213,12 @@ def require_keys_and_values(output: Any) -> None:
     for index, layer in enumerate(getattr(cache, "layers", ())):
         if type(layer) not in _KEYS_AND_VALUES:
             raise ModelRefused(_STATE.format(index))
+        # It keeps `[-window + 1:]` of its keys, which is all of them here, and makes a mask of width 1 for a new token.
+        if getattr(layer, "sliding_window", None) == 1:
+            raise ModelRefused(
+                f"layer {index} has a window or chunk of 1 token, which transformers' cache does not honour: "
+                "a prompt's token sees itself alone there, a generated one all before it"
+            )
     # What a cache of the model's own class keeps beside its layers, one entry a layer.
     for beside in vars(cache).values():
         for index, held in enumerate(beside if isinstance(beside, list) else ()):

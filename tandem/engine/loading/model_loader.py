@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from tandem.config import TandemConfig
 from tandem.engine.backends.backend import Backend, backend_for
@@ -22,10 +21,12 @@ from tandem.engine.batch import AttentionOptions
 from tandem.engine.kv_cache import LAYOUT_VERSION
 from tandem.engine.loading.checkpoint import load_whole
 from tandem.engine.loading.end_tokens import end_token_ids
-from tandem.engine.loading.examination import examine
+from tandem.engine.loading.examination import examine, require_decoder_only
 from tandem.engine.loading.failures import in_words, of_the_machine, refusing
 from tandem.errors import ConfigError, ModelRefused, TandemError
 from tandem.hub import source_of
+from tandem.model_files import require_readable
+from tandem.tokenizer import quieten_transformers
 from tandem.types import Fingerprint, ModelInfo
 
 log = logging.getLogger(__name__)
@@ -53,13 +54,15 @@ def load_model(config: TandemConfig) -> LoadedModel:
     """Raises ModelRefused, saying why, when the model cannot be found, loaded or served exactly, and ConfigError for
     more tokens than it takes.
     """
-    # A worker's output is a log, not a terminal.
-    disable_progress_bar()
+    quieten_transformers()
     try:
         source = source_of(config.model.path)
         if Path(source).is_dir() and not Path(source, "config.json").is_file():
             raise ModelRefused(f"cannot load the model {config.model.path}: it has no config.json", field="model.path")
+        require_readable(config.model, source)
         model_config = AutoConfig.from_pretrained(source)
+        with _refusing(config, model_config):
+            require_decoder_only(model_config)
         max_model_len = _max_model_len(config, model_config)  # before weights are loaded, which takes minutes
         model = _instantiate(config, source, model_config)
         eos_token_ids = end_token_ids(config.model, model)
@@ -83,7 +86,7 @@ def _instantiate(config: TandemConfig, source: str, model_config: Any) -> nn.Mod
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=_UNTIL_EXAMINED)
     else:
         with _refusing(config, model_config):
-            model = load_whole(source, dtype=dtype, attn_implementation=_UNTIL_EXAMINED)
+            model = load_whole(source, model_config, dtype=dtype, attn_implementation=_UNTIL_EXAMINED)
     # A dummy was made on its device.
     loaded: nn.Module = model if config.model.load_format == "dummy" else model.to(device)
     return loaded
@@ -137,7 +140,7 @@ def _refusing(config: TandemConfig, model_config: Any) -> Iterator[None]:
 
 def _max_model_len(config: TandemConfig, model_config: Any) -> int:
     with _refusing(config, model_config):
-        limit = _length_limit(model_config)
+        limit = _length_limit(config.model.served_name, model_config)
     wanted = config.model.max_model_len
     if limit == 0:
         return 0
@@ -150,15 +153,16 @@ def _max_model_len(config: TandemConfig, model_config: Any) -> int:
     return wanted or limit
 
 
-def _length_limit(config: Any) -> int:
+def _length_limit(name: str, config: Any) -> int:
     """0 where the configuration names none: what else speaks against the model comes first."""
     text = config.get_text_config()
     limit = max(0, int(getattr(text, "max_position_embeddings", 0) or 0))
     rope = getattr(text, "rope_parameters", None) or {}
     # Per layer type in some models.
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    if any(kind.get("rope_type") == "dynamic" for kind in kinds):
-        raise ModelRefused("its rope type 'dynamic' makes a token's position depend on who else is in the batch")
+    if limit and any(kind.get("rope_type") == "dynamic" for kind in kinds):
+        # Past it transformers turns a token by the longest sequence of its step, up to it as if nothing were scaled.
+        log.info("%s takes %d tokens, up to which its rope type 'dynamic' is exact", name, limit)
     originals = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
     # Past its original length a longrope model turns every position differently, cached ones too.
     return min([limit, *(int(original) for original in originals)])

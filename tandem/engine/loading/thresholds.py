@@ -2,17 +2,22 @@
 
 Windows, chunks, scales by position and changes of rope begin to matter at lengths of thousands of tokens. A check at
 load cannot be so long: it makes the lengths short instead, in the configuration and in the modules that have noted
-them, for transformers' own forward and for Tandem's alike.
+them or what follows from them, for transformers' own forward and for Tandem's alike.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
+
+log = logging.getLogger(__name__)
 
 # What a threshold becomes.
 SHORT = 5
@@ -22,13 +27,15 @@ _OTHER = re.compile(
     r"(^|_)(vocab|hidden|intermediate|num|head|heads|dim|rank|theta|softcapping|scalar|layer|layers|experts"
     r"|embd|inner|kernel|hash|group|groups|multiplier)(_|$)|token_(id|ids|index)$"
 )
+# Words of lengths and positions, which count whatever else a name says.
+_LENGTH = re.compile(r"(^|_)(window|windows|chunk|length|len|position|positions|context|span|stride)(_|$)")
 
 
 def named_lengths(model: Any, least: int, most: int) -> dict[str, int]:
     """Numbers of the configuration, from least to most, by name, that may be lengths."""
     found: dict[str, int] = {}
     for values, key, name in _numbers(model):
-        if least <= values[key] <= most and not _OTHER.search(name):
+        if least <= values[key] <= most and (_LENGTH.search(name) or not _OTHER.search(name)):
             found.setdefault(name, int(values[key]))
     return found
 
@@ -36,14 +43,14 @@ def named_lengths(model: Any, least: int, most: int) -> dict[str, int]:
 @contextmanager
 def shortened(model: Any, lengths: dict[str, int]) -> Iterator[None]:
     """Inside, these are SHORT wherever the model looks for them. Buffers are put back as they were, too."""
-    places = [(values, key) for values, key, name in _numbers(model) if lengths.get(name) == values[key]]
+    places = [(values, key, SHORT) for values, key, name in _numbers(model) if lengths.get(name) == values[key]]
     buffers = [(module, dict(module._buffers), _copies(module)) for module in model.modules()]
     places += list(_noted(model, lengths))
-    before = [(values, key, values[key]) for values, key in places]
+    before = [(values, key, values[key]) for values, key, _ in places]
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     try:
-        for values, key in places:
-            values[key] = type(values[key])(SHORT)
+        for values, key, short in places:
+            values[key] = type(values[key])(short)
         yield
     finally:
         for now, then in attributes:
@@ -52,8 +59,8 @@ def shortened(model: Any, lengths: dict[str, int]) -> Iterator[None]:
         for module, then_buffers, copies in buffers:
             module._buffers.clear()
             module._buffers.update(then_buffers)
-            for name, copy in copies.items():
-                then_buffers[name].copy_(copy)
+            for name, saved in copies.items():
+                then_buffers[name].copy_(saved)
         for values, key, value in before:
             values[key] = value
 
@@ -85,17 +92,47 @@ def _within(values: Any, name: str, seen: set[int]) -> Iterator[tuple[Any, Any, 
             yield values, key, called
 
 
-def _noted(model: Any, lengths: dict[str, int]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Attributes of modules that hold these lengths, under their own name, or under another if nothing else of the
-    configuration has the same value."""
-    sizes = {values[key] for values, key, name in _numbers(model) if _OTHER.search(name)}
-    free = set(lengths.values()) - sizes
-    for module in model.modules():
-        if type(module).__module__.split(".")[0] in ("torch", "tandem"):
-            continue
+def _noted(model: Any, lengths: dict[str, int]) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """Attributes of modules that a model with these lengths short would have smaller, and what they would be.
+
+    Told by building it: neither the name nor the value of what a module notes says where it comes from.
+    """
+    if not lengths:
+        return
+    shorter = [twin for twin in (_attributes_of_twin(model, lengths),) if twin]
+    # Some are no lengths, and no model can be made with them.
+    shorter = shorter or [_attributes_of_twin(model, {name: length}) for name, length in lengths.items()]
+    plain = _attributes_of_twin(model, {})
+    for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if _is_number(value) and (lengths.get(name) == value or value in free):
-                yield vars(module), name
+            if not _is_number(value) or plain.get((path, name)) != value:
+                continue
+            short = min(twin.get((path, name), value) for twin in shorter)
+            if short < value:
+                yield vars(module), name, short
+
+
+def _attributes_of_twin(model: Any, lengths: dict[str, int]) -> dict[tuple[str, str], int]:
+    """Whole numbers that modules note, by path and name, of a model without memory whose configuration has these
+    lengths short; none where there is no such model.
+    """
+    config = copy.deepcopy(model.config)
+    for values, key, name in _within(vars(config), "", set()):
+        if lengths.get(name) == values[key]:
+            values[key] = type(values[key])(SHORT)
+    config._attn_implementation = "eager"
+    try:
+        with torch.device("meta"):
+            twin = type(model)(config)
+    except Exception:  # the model's own code, of a configuration that nobody wrote
+        log.debug("no model can be made with a length of %d for %s", SHORT, ", ".join(lengths), exc_info=True)
+        return {}
+    return {
+        (path, name): int(value)
+        for path, module in twin.named_modules()
+        for name, value in vars(module).items()
+        if _is_number(value)
+    }
 
 
 def _is_number(value: Any) -> bool:
