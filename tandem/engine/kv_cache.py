@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tandem.engine.backends.backend import Allocate, Backend
 from tandem.errors import ModelRefused
-from tandem.types import Fingerprint
+from tandem.types import KV_DTYPES, Fingerprint
 
 # Version of the layout below; peers with another one are refused. Raise it when the order of axes changes.
 LAYOUT_VERSION = 1
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in KV_DTYPES}
 
 
 class KVCache:
