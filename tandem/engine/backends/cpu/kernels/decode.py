@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tandem.engine.backends.cpu.kernels.launch import Kernel, addresses, operands, slots
 from tandem.engine.backends.cpu.kernels.parts import (
+    copy,
     count_up,
     exp_nonpositive,
     fast_jit,
@@ -213,8 +214,8 @@ def _store(op: StoreOperands) -> None:
     while first < last:
         for row in range(first, last):
             place = 4 * size * slots[row]
-            floats(op.k_pool + place, size)[:] = floats(op.key + 4 * op.key_stride * row, size)
-            floats(op.v_pool + place, size)[:] = floats(op.value + 4 * op.value_stride * row, size)
+            copy(op.key + 4 * op.key_stride * row, op.k_pool + place, size)
+            copy(op.value + 4 * op.value_stride * row, op.v_pool + place, size)
         first, last = next_rows(op, SPLIT)
 
 

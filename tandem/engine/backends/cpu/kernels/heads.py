@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tandem.engine.backends.cpu.kernels.launch import Kernel, addresses, operands, slots
 from tandem.engine.backends.cpu.kernels.matmul import Matrix, add_bias, block_sums, launch_shares, next_share
-from tandem.engine.backends.cpu.kernels.parts import floats, int64s, jit, own_scratch, turn
+from tandem.engine.backends.cpu.kernels.parts import copy, int64s, jit, own_scratch, turn
 from tandem.engine.backends.cpu.kernels.tile import COLUMNS
 
 # Which of the three.
@@ -72,7 +72,7 @@ def _unit(op: HeadsOperands, unit: int, first_row: int, rows: int, sums: int) ->
         place = at if matrix == _QUERY else int64s(op.slots_T, op.rows)[at]
         target = op.outs[matrix] + row_bytes * place + offset
         for part in range(parts):
-            floats(target + 4 * COLUMNS * part, COLUMNS)[:] = floats(row_sums + part_bytes * part, COLUMNS)
+            copy(row_sums + part_bytes * part, target + 4 * COLUMNS * part, COLUMNS)
 
 
 @Kernel

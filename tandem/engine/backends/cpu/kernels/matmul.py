@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from tandem.engine.backends.cpu.kernels.launch import Kernel, addresses, operands, slots
-from tandem.engine.backends.cpu.kernels.parts import fast_jit, floats, jit, next_ticket, own_scratch, silu_multiply
+from tandem.engine.backends.cpu.kernels.parts import (
+    copy,
+    fast_jit,
+    floats,
+    jit,
+    next_ticket,
+    own_scratch,
+    silu_multiply,
+)
 from tandem.engine.backends.cpu.kernels.tile import COLUMNS, LINE_BYTES, TILE_ROWS, register_tile, registers_suffice
 
 # Up to so many rows the product is bound by the reading of weights, above by arithmetic.
@@ -90,11 +98,10 @@ def add_bias(sums: int, rows: int, bias: int, offset: int) -> None:
 
 @fast_jit
 def _write_row(sums: int, residual: int, out: int) -> None:
-    total, y = floats(sums, COLUMNS), floats(out, COLUMNS)
     if residual == 0:
-        y[:] = total
+        copy(sums, out, COLUMNS)
     else:
-        before = floats(residual, COLUMNS)
+        total, y, before = floats(sums, COLUMNS), floats(out, COLUMNS), floats(residual, COLUMNS)
         for i in range(COLUMNS):
             y[i] = before[i] + total[i]
 

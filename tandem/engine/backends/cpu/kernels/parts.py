@@ -61,6 +61,14 @@ def int64s(address: int, length: int) -> Any:
     return carray(_pointer(address), (length,), np.int64)
 
 
+@jit
+def copy(source: int, out: int, size: int) -> None:
+    """float32; where they overlap they are the same. numba takes seconds to compile `out[:] = source`."""
+    x, y = floats(source, size), floats(out, size)
+    for i in range(size):
+        y[i] = x[i]
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _address_of(_context: Any, op: Any) -> Any:
     def codegen(_ctx: Any, builder: Any, _signature: Any, values: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tandem.engine.backends.cpu.kernels.launch import Kernel, addresses, operands, slots
 from tandem.engine.backends.cpu.kernels.parts import (
+    copy,
     exp_nonpositive,
     fast_jit,
     first_key,
@@ -151,10 +152,10 @@ def _attend(op: ChunkOperands, head: int, first_row: int, rows: int, scores: int
             _add_product(count, scores, 4 * COLUMNS, values, COLUMNS, sums, position + skip - key + 1)
     for row in range(rows):
         _scale_row(out + 4 * COLUMNS * row, parts, np.float32(1.0) / state[3 * row + 1])
-        target = floats(op.out + 4 * dim * (op.heads * (first_row + row) + head), dim)
+        target = op.out + 4 * dim * (op.heads * (first_row + row) + head)
         for part in range(parts):
-            size = min(dim - COLUMNS * part, COLUMNS)
-            target[COLUMNS * part : COLUMNS * part + size] = floats(out + 4 * COLUMNS * (_ROWS * part + row), size)
+            source = out + 4 * COLUMNS * (_ROWS * part + row)
+            copy(source, target + 4 * COLUMNS * part, min(dim - COLUMNS * part, COLUMNS))
 
 
 @Kernel
@@ -183,8 +184,7 @@ def _pack_key(key: int, dim: int, out: int) -> None:
 def _pack_value(value: int, dim: int, out: int) -> None:
     """One row of each [64, 64]."""
     for start in range(0, dim, COLUMNS):
-        size = min(dim - start, COLUMNS)
-        floats(out + 4 * COLUMNS * start, size)[:] = floats(value + 4 * start, size)
+        copy(value + 4 * start, out + 4 * COLUMNS * start, min(dim - start, COLUMNS))
 
 
 @Kernel

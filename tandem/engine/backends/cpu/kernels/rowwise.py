@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tandem.engine.backends.cpu.kernels.launch import Kernel, addresses, operands, slots
-from tandem.engine.backends.cpu.kernels.parts import fast_jit, floats, next_rows, silu_multiply, turn
+from tandem.engine.backends.cpu.kernels.parts import copy, fast_jit, floats, next_rows, silu_multiply, turn
 
 # Rows a thread takes at a time; and below so many elements one thread is done before a second has woken up.
 _ROWS_A_TICKET = 16
@@ -65,7 +65,7 @@ def _rotary(op: RotaryOperands) -> None:
                 for head in range(op.heads[i]):
                     source = op.sources[i] + 4 * (op.row_strides[i] * row + op.head_strides[i] * head)
                     out = op.outs[i] + 8 * half * (op.heads[i] * row + head)
-                    floats(out, 2 * half)[:] = floats(source, 2 * half)
+                    copy(source, out, 2 * half)
                     turn(out, out + 4 * half, half, cos, sin, half)
         first, last = next_rows(op, _ROWS_A_TICKET)
 
