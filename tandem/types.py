@@ -186,6 +186,10 @@ class Token(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+# What the numbers of a KV pool may be, and their bytes.
+KV_DTYPES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """What must be equal on two workers that exchange KV."""
@@ -202,7 +206,7 @@ class Fingerprint:
     @property
     def token_bytes(self) -> int:
         """K and V of one token, all layers."""
-        itemsize = 4 if self.dtype == "float32" else 2
+        itemsize = KV_DTYPES.get(self.dtype, 2)
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * itemsize
 
     def difference(self, other: Fingerprint) -> str | None:

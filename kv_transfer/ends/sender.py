@@ -99,7 +99,9 @@ class FrameSender:
                     return
                 cells = Cells(self._source.pool, self._source.blocks, part_layers, part_tokens)
                 self._made.append(self._make(cells))
-                self._carry()
+                if self._carrying is None or self._carrying.done():
+                    self._carrying = asyncio.create_task(self._carry())
+                    self._carrying.add_done_callback(self._on_carried)
                 await asyncio.sleep(0)  # others get the event loop between two frames that it makes itself
 
     async def seal(self, first_token: int, prefilled_s: float | None = None) -> TransferSummary:
@@ -173,22 +175,18 @@ class FrameSender:
             self._progress.clear()
             await self._progress.wait()
 
-    def _carry(self) -> None:
-        if self._carrying is None or self._carrying.done():
-            self._carrying = asyncio.create_task(self._carry_all())
-            self._carrying.add_done_callback(self._on_carried)
-
     def _on_carried(self, carrying: asyncio.Task[None]) -> None:
         note_failure(carrying)
         self._progress.set()
 
-    async def _carry_all(self) -> None:
+    async def _carry(self) -> None:
         with self._work.measure():
             while self._made and not self._abandoned:
                 await self._carry_next()
                 self._progress.set()
 
     async def _carry_next(self) -> None:
+        """A frame that has left is held by nobody when this returns."""
         data, packed = await finish(self._made[0])
         await self._link.carry(data, packed)
         del self._made[0]

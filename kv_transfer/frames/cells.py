@@ -45,7 +45,8 @@ class Cells:
         """The payload where it lies; on cpu that is the pool itself, so it must be used before that changes."""
         if self.pool.device.type != "cpu":
             with device_memory():
-                return Runs.of(_bytes_of(to_host(self.gather_slots())))
+                # As bytes: numpy does not know bfloat16.
+                return Runs.of(to_host(self.gather_slots()).detach().view(torch.uint8).numpy())
         return self._places()
 
     def scatter(self, payload: bytes | memoryview) -> int:
@@ -80,12 +81,14 @@ class Cells:
         Raises IndexError for cells outside the pool or the table: what is done to them is not checked again.
         """
         assert self.pool.device.type == "cpu", "these addresses are read and written by this process"
-        planes, block_size = _planes_of(self.pool), self.pool.shape[3]
+        num_layers, _, num_blocks, block_size, heads, width = self.pool.shape
+        block_bytes = block_size * heads * width * self.pool.element_size()
+        planes = Planes(self.pool, self.pool.data_ptr(), num_layers, num_blocks, block_bytes)
         named = blocks_of(self.tokens, block_size)
         table = self.blocks[named.start : named.stop]
         if len(table) < len(named):
             raise IndexError("KV cells outside of the block table")
-        slot_bytes = planes.block_bytes // block_size
+        slot_bytes = block_bytes // block_size
         before = (self.tokens.start - named.start * block_size) * slot_bytes
         after = (named.stop * block_size - self.tokens.stop) * slot_bytes
         return Runs.of_blocks(planes, table, self.layers, before, after)
@@ -176,13 +179,3 @@ def slot_spans(blocks: Sequence[int], tokens: range, block_size: int) -> Iterato
         count = min(block_size - offset, tokens.stop - token)
         yield blocks[token // block_size] * block_size + offset, count
         token += count
-
-
-def _planes_of(pool: Tensor) -> Planes:
-    num_layers, _, num_blocks, size, heads, width = pool.shape
-    return Planes(pool, pool.data_ptr(), num_layers, num_blocks, size * heads * width * pool.element_size())
-
-
-def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
-    """bfloat16, which numpy does not know, is bytes like the rest."""
-    return tensor.detach().view(torch.uint8).numpy()

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from tandem.errors import Refused, TransferFailed
-from tandem.types import Fingerprint
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from tandem.types import KV_DTYPES, Fingerprint
 
 
 @dataclass(frozen=True)
@@ -25,14 +23,14 @@ class KVLayout:
     num_kv_heads: int
     head_dim: int
     block_size: int
-    # "float32", "float16" or "bfloat16".
+    # A name in KV_DTYPES.
     dtype: str
 
     @classmethod
     def of(cls, fingerprint: Fingerprint) -> KVLayout:
         """Raises Refused for a dtype that no pool has."""
-        if fingerprint.dtype not in _DTYPES:
-            raise Refused(f"KV of dtype {fingerprint.dtype[:12]!r} cannot travel; {', '.join(_DTYPES)} can")
+        if fingerprint.dtype not in KV_DTYPES:
+            raise Refused(f"KV of dtype {fingerprint.dtype[:12]!r} cannot travel; {', '.join(KV_DTYPES)} can")
         return cls(
             num_layers=fingerprint.num_layers,
             num_kv_heads=fingerprint.num_kv_heads,
@@ -43,7 +41,8 @@ class KVLayout:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype]
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def token_bytes(self) -> int:

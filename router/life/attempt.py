@@ -106,11 +106,10 @@ class Attempt:
 
     def _place(self) -> None:
         """Raises Unavailable, or as Placer.choose."""
-        views = {view.worker_id: view for view in self._registry.snapshot(self._spec.block_names)}
-        placement = self._registry.placer.choose(tuple(views.values()), self._demand, self._registry.absent())
-        self._decode_on, self.decode_worker = self._registry[placement.decode], placement.decode
-        self._place_prefill(views[placement.prefill])
-        self._log.debug("placed on %s and %s by %s", placement.prefill, placement.decode, self.transport)
+        prefill, decode = self._registry.place(self._demand, self._spec.block_names)
+        self._decode_on, self.decode_worker = self._registry[decode.worker_id], decode.worker_id
+        self._place_prefill(prefill)
+        self._log.debug("placed on %s and %s by %s", prefill.worker_id, decode.worker_id, self.transport)
 
     def _place_prefill(self, view: WorkerView) -> None:
         self._prefill_on, self.prefill_worker = self._registry[view.worker_id], view.worker_id
@@ -130,10 +129,8 @@ class Attempt:
         former = self._prefill_on
         if former is self._decode_on or former.takes(Role.PREFILL):
             return
-        workers = self._registry.snapshot(self._spec.block_names)
         try:
-            prompt_tokens = self._demand.prompt_tokens
-            chosen = self._registry.placer.choose_prefill(workers, prompt_tokens, self._registry.absent())
+            chosen = self._registry.place_prefill(self._demand.prompt_tokens, self._spec.block_names)
         except Unavailable:
             if former.loss is None:
                 return

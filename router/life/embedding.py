@@ -52,8 +52,7 @@ class EmbedJob:
     async def _embed(self, index: int, prompt: EmbedPrompt) -> worker_pb2.EmbedPromptResponse:
         async with self._turns:
             key, tokens = f"{self._admitted.request_id}-{index}", len(prompt.prompt_ids)
-            workers = self._registry.snapshot(prompt.block_names)
-            view = self._registry.placer.choose_prefill(workers, tokens, self._registry.absent())
+            view = self._registry.place_prefill(tokens, prompt.block_names)
             self.prefill_worker, worker = view.worker_id, self._registry[view.worker_id]
             hold = PrefillHold(worker, key, view.to_compute(tokens), prompt.block_names, lambda _: hold.cancel())
             with hold:

@@ -220,7 +220,7 @@ class Orchestrator:
         """The longest input must be computed in time. Raises Overloaded."""
         tokens = max(len(prompt.prompt_ids) for prompt in admitted.prompts)
         try:
-            pace = self._registry.prefill_pace(tokens)
+            pace = self._registry[self._registry.place_prefill(tokens).worker_id].books.prefill_pace
         except (errors.Unavailable, errors.InvalidRequest):
             return  # placing it will say so
         pace.check(pace.queued_tokens + tokens, deadline - asyncio.get_running_loop().time())

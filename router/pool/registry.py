@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import tandem
 from router.policy.base import Demand, WorkerView, blocks_for
 from router.policy.placement import NEVER_CAME, Placer
-from router.pool.pace import Ahead, PrefillPace
+from router.pool.pace import Ahead
 from router.pool.worker import Worker
 from tandem.config import RouterConfig
 from tandem.errors import RETRY_AFTER_MS, InvalidRequest, Refused, TandemError, Unavailable
@@ -42,7 +42,7 @@ class Registry:
     def __init__(self, config: RouterConfig, model_name: str) -> None:
         """Raises ConfigError for a policy that there is not."""
         self._config = config
-        self.placer = Placer(config.policy)
+        self._placer = Placer(config.policy)
         self._model_name = model_name
         self._workers: dict[str, Worker] = {}
         # How the last worker of a role went, if none has come since; the latest one last.
@@ -77,28 +77,32 @@ class Registry:
         """The workers that a request can be placed on, at this moment. block_names: of its prompt's full blocks."""
         return tuple(worker.view(block_names) for worker in self._workers.values() if worker.routable)
 
+    def place(self, demand: Demand, block_names: Sequence[bytes]) -> tuple[WorkerView, WorkerView]:
+        """The prefill and the decode worker for a request. Raises as Placer.choose."""
+        views = {view.worker_id: view for view in self.snapshot(block_names)}
+        placement = self._placer.choose(tuple(views.values()), demand, self.absent())
+        return views[placement.prefill], views[placement.decode]
+
+    def place_prefill(self, prompt_tokens: int, block_names: Sequence[bytes] = ()) -> WorkerView:
+        """The worker that such a prompt would be computed by now, whoever decodes. Raises as Placer.choose."""
+        return self._placer.choose_prefill(self.snapshot(block_names), prompt_tokens, self.absent())
+
     def ahead(self, demand: Demand, answers: int, block_names: Sequence[bytes]) -> tuple[Ahead, int]:
         """What a request would meet now, and the tokens of its prompt that it would have computed.
 
         Raises as Placer.choose.
         """
-        views = {view.worker_id: view for view in self.snapshot(block_names)}
-        placement = self.placer.choose(tuple(views.values()), demand, self.absent())
-        view, stream = views[placement.decode], self[placement.decode].books.subscription
-        missing = blocks_for(demand.kv_tokens, view.block_size) * answers - view.free_blocks
+        prefill, decode = self.place(demand, block_names)
+        stream = self[decode.worker_id].books.subscription
+        missing = blocks_for(demand.kv_tokens, decode.block_size) * answers - decode.free_blocks
         ahead = Ahead(
-            prefill=self[placement.prefill].books.prefill_pace,
+            prefill=self[prefill.worker_id].books.prefill_pace,
             decode=stream.pace,
             placed=stream.placed,
             decoding=stream.decoding,
-            missing=max(0, missing) / view.total_blocks,
+            missing=max(0, missing) / decode.total_blocks,
         )
-        return ahead, views[placement.prefill].to_compute(demand.prompt_tokens)
-
-    def prefill_pace(self, prompt_tokens: int) -> PrefillPace:
-        """The pace of the worker that such a prompt would be computed by now. Raises as Placer.choose."""
-        view = self.placer.choose_prefill(self.snapshot(), prompt_tokens, self.absent())
-        return self[view.worker_id].books.prefill_pace
+        return ahead, prefill.to_compute(demand.prompt_tokens)
 
     def admit(self, first: registry_pb2.Heartbeat) -> Worker:
         """Takes a worker in, in place of an older link to the same process. Raises Refused saying what does not fit."""

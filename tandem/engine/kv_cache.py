@@ -11,11 +11,11 @@ from torch import Tensor
 from tandem.engine.backends.backend import Allocate, Backend
 from tandem.errors import ModelRefused
 from tandem.out_of_memory import is_out_of_memory
-from tandem.types import Fingerprint
+from tandem.types import KV_DTYPES, Fingerprint
 
 # Version of the layout below; peers with another one are refused. Raise it when the order of axes changes.
 LAYOUT_VERSION = 1
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in KV_DTYPES}
 # What the kernel says to an `allocate`.
 _NO_ROOM = {errno.ENOMEM, errno.ENOSPC}
 

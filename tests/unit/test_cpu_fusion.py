@@ -203,20 +203,22 @@ def test_packed_parts_take_any_number_of_rows(rows: int) -> None:
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (96, 192), (300, 64), (500, 64)])
 def test_rows_are_multiplied_exactly(inputs: int, outputs: int) -> None:
     torch.manual_seed(0)
-    linear, other = (PackedLinear(torch.randn(outputs, inputs), torch.randn(outputs)) for _ in range(2))
-    assert linear.address, "oneDNN's layout is not the one that matmul reads"
+    linear = PackedLinear(torch.randn(outputs, inputs), torch.randn(outputs))
+    other = PackedLinear(torch.randn(outputs, inputs), None)
+    assert linear.address, "oneDNN's layout is not the one that matmul.py reads"
     whole = torch.randn(250, inputs)
     unit = torch.eye(inputs)  # the weights themselves, by way of oneDNN
     weights = [
         torch.ops.mkldnn._linear_pointwise(unit, m.weight, None, "none", [], "").double() for m in (linear, other)
     ]
-    first, second = (whole.double() @ w + m.bias for w, m in zip(weights, (linear, other), strict=True))
+    assert linear.bias is not None
+    first, second = whole.double() @ weights[0] + linear.bias, whole.double() @ weights[1]
     for rows in (*range(1, 62), 119, 120, 121, 250):  # few; many in one block, in two, in three
         x = whole[:rows]
         close = {"rtol": 1e-5, "atol": 1e-4}
         torch.testing.assert_close(linear(x).double(), first[:rows], **close)
-        gated = gated_product(x, linear.address, linear.bias, other.address, None, outputs)
-        want = torch.nn.functional.silu(first[:rows]) * (second[:rows] - other.bias)
+        gated = gated_product(x, linear, other)
+        want = torch.nn.functional.silu(first[:rows]) * second[:rows]
         torch.testing.assert_close(gated.double(), want, rtol=1e-5, atol=1e-3)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tandem.config import TandemConfig
 from tandem.engine.backends.backend import Backend, backend_for
 from tandem.engine.batch import AttentionOptions
-from tandem.engine.kv_cache import LAYOUT_VERSION
+from tandem.engine.kv_cache import DTYPES, LAYOUT_VERSION
 from tandem.engine.loading.checkpoint import load_whole
 from tandem.engine.loading.end_tokens import end_token_ids
 from tandem.engine.loading.examination import examine, require_decoder_only
@@ -31,7 +31,7 @@ from tandem.types import Fingerprint, ModelInfo
 
 log = logging.getLogger(__name__)
 
-_DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # A few models choose a class by this name, and know none but transformers' own.
 _UNTIL_EXAMINED = "eager"
 # Settings of a configuration that say nothing about the model's function.

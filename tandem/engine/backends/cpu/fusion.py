@@ -4,6 +4,8 @@ Parts are found by structure, whatever the model is called, and each replacement
 to replace on random input; where they disagree by more than fp32 reassociation explains, the original stays.
 """
 
+from __future__ import annotations
+
 import inspect
 import logging
 import types
@@ -21,7 +23,7 @@ from tandem.engine.backends.cpu.layer import FusedLayer, fused_layer, is_layer
 from tandem.engine.backends.cpu.modules import FusedRMSNorm, PackedGatedMLP, PackedLinear, fused_rotary
 from tandem.engine.backends.cpu.probe import REPEATS, TOLERANCE, RefusedError, random_rows, require_same, trial
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # A weight that an embedding shares must stay plain for the look-up, so packing it makes a second copy. That doubles
 # the speed of the output matrix at small batches, which is worth this much memory and no more.
@@ -66,7 +68,7 @@ def fuse_for_cpu(model: nn.Module) -> FusionReport:
         fusion.replace_rotary()
         fusion.replace_layers()
     reasons = Counter(fusion.left_alone.values())
-    logger.info("fused for CPU: %s; left alone: %s", dict(fusion.fused), dict(reasons))
+    log.info("fused for CPU: %s; left alone: %s", dict(fusion.fused), dict(reasons))
     return FusionReport(dict(fusion.fused), fusion.left_alone, fusion.copied_bytes)
 
 
@@ -162,14 +164,8 @@ class _Fusion:
 
 def _probe(module: nn.Module) -> Tensor:
     """Random rows of the width that the module takes."""
-    first = next(module.modules())
-    width = next(_in_features(m) for m in first.modules() if _is_linear(m) or _is_rms_norm(m))
-    return random_rows(width)
-
-
-def _in_features(module: Any) -> int:
-    weight: Tensor = module.weight
-    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[-1]
+    part: Any = next(m for m in module.modules() if _is_linear(m) or _is_rms_norm(m))
+    return random_rows(part.weight.shape[0 if isinstance(part, Conv1D) else -1])
 
 
 def _check_same(original: nn.Module, replacement: nn.Module, probe: Tensor) -> None:
@@ -226,7 +222,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
 
 
 def _rms_norm(module: Any) -> FusedRMSNorm:
-    """Of the forms in use (weight, and Gemma's 1 + weight) the one that computes what the module computes."""
+    """The form, of those in use (weight, and Gemma's 1 + weight), that computes what the module computes."""
     epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
     if not isinstance(epsilon, float):
         raise RefusedError("has no epsilon")

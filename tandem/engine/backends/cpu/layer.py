@@ -5,6 +5,8 @@ What the launches save over the parts one by one: keys and values go from the pr
 turned on the way; residuals are added where sums are written; and little Python, while the other cores wait.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -90,7 +92,9 @@ def fused_layer(layer: Any) -> FusedLayer:
         x = random_rows(layer.self_attn.q_proj.in_features).repeat(repeats, 1).unsqueeze(0)
         turns = tuple(torch.randn(1, x.shape[1], layer.self_attn.head_dim) for _ in range(2))
         # All that a model tells its layers of a step. A scale by position shows far from the start.
-        told = {"attention_mask": None, "position_embeddings": turns, "position_ids": _positions(layer, x.shape[1])}
+        last = int(getattr(layer.self_attn.config, "max_position_embeddings", 0) or 1 << 20) - 1
+        positions = torch.linspace(0, last, x.shape[1], dtype=torch.float64).long().unsqueeze(0)
+        told = {"attention_mask": None, "position_embeddings": turns, "position_ids": positions}
         pools, own_pools = _pools(layer, x.shape[1]), _pools(layer, x.shape[1])
         want = layer.forward(x, **told, paged=_step(layer, x, own_pools))
         got = fused(x, **told, paged=_step(layer, x, pools))
@@ -98,12 +102,6 @@ def fused_layer(layer: Any) -> FusedLayer:
         for pool, own_pool in zip(pools, own_pools, strict=True):
             require_same(own_pool, pool)
     return fused
-
-
-def _positions(layer: Any, rows: int) -> Tensor:
-    """From the first one that the model takes to the last. [1, rows]"""
-    last = int(getattr(layer.self_attn.config, "max_position_embeddings", 0) or 1 << 20) - 1
-    return torch.linspace(0, last, rows, dtype=torch.float64).long().unsqueeze(0)
 
 
 def _pools(layer: Any, rows: int) -> tuple[Tensor, Tensor]:

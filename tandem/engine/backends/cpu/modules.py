@@ -1,9 +1,11 @@
-"""The modules that `fusion` puts in place of a transformers model's own: fp32, inference only.
+"""The modules that `fusion.py` puts in place of a transformers model's own: fp32, inference only.
 
 Weights are kept in oneDNN's blocked layout alone: it reads them at twice the rate of the plain layout for one row,
 multiplies twice as fast at 16 rows and no slower at 4096, so nothing is gained by keeping the plain one too. Where
-there is AVX-512, `matmul` reads the same packed weights and is faster still (1.3 times at 1 to 16 rows).
+there is AVX-512, `kernels/matmul.py` reads the same packed weights and is faster still (1.3 times at 1 to 16 rows).
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -43,12 +45,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.address:
-            return product(x, self.address, self.bias, self.out_features)
+            return product(x, self)
         return _linear(x, self.weight, self.bias)
 
     def plus(self, x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
         """residual + forward(x), where there is an address. out: where it goes; it may be the residual."""
-        return product(x, self.address, self.bias, self.out_features, residual, out)
+        return product(x, self, residual, out)
 
 
 class PackedGatedMLP(nn.Module):
@@ -69,7 +71,7 @@ class PackedGatedMLP(nn.Module):
         """What goes into `down`."""
         gate, up = self.gate, self.up
         if self.is_kernel:
-            return gated_product(x, gate.address, gate.bias, up.address, up.bias, gate.out_features)
+            return gated_product(x, gate, up)
         if self.is_silu:
             # oneDNN's own way of doing this costs its products 6 %, twice what one more pass does.
             return silu_product(_linear(x, gate.weight, gate.bias), _linear(x, up.weight, up.bias))

@@ -1,5 +1,7 @@
 """How a part of a model is compared with what is to replace it: on random rows, up to fp32 reassociation."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,25 +1,33 @@
-"""numba kernels over the paged KV pool (fp32): writing the step's keys and values, and decode attention.
+"""Kernels over the paged KV pool (fp32): writing the step's keys and values, and decode attention.
 
 Importing this module compiles the kernels, or loads them from numba's cache: import it late (see
 `backends/cpu/attention.py`).
 """
 
+from __future__ import annotations
+
+import ctypes
 from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
 from torch import Tensor
 
-from tandem.engine.backends.cpu.kernels.parallel import (
-    FAST,
-    atomic_add,
-    bits_of_float,
-    float_of_bits,
+from tandem.engine.backends.cpu.kernels.launch import Kernel, addresses, operands, slots
+from tandem.engine.backends.cpu.kernels.parts import (
+    copy,
+    count_up,
+    exp_nonpositive,
+    fast_jit,
+    first_key,
     floats,
-    kernel,
-    launch,
-    pointer,
+    int32s,
+    int64s,
+    jit,
+    next_rows,
+    next_ticket,
+    own_scratch,
+    python_jit,
 )
 from tandem.engine.batch import AttentionOptions, PagedBatch
 
@@ -28,28 +36,27 @@ from tandem.engine.batch import AttentionOptions, PagedBatch
 # results (one row per item) stay below a few percent of the K and V read.
 SPLIT = 64
 
-_LOG2E = np.float32(1.4426950408889634)
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
+
+@operands
+class DecodeOperands:
+    # [B, H, D], [N, P, K, D] twice, [B, H, D]; int32 [B, M] and [B].
+    query, k_pool, v_pool, out, table, contexts = slots(6)
+    rows, heads, kv_heads, dim, page, most_blocks, window, chunk = slots(8)
+    scale, softcap = slots(2, ctypes.c_float)
+    # Partial results, for each work item: stats [H, 2], then sums [H, D]. int64 [B]: a row's items that are done.
+    parts, done = slots(2)
+    # A thread's scores, [H, SPLIT].
+    scratch, scratch_bytes = slots(2)
 
 
-@njit(inline="always", fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def exp_nonpositive(x: Any) -> Any:
-    """exp for x <= 0 within 2 ulp (Cephes expf), in a form that LLVM vectorises; below -87 it gives exp(-87)."""
-    x = max(x, np.float32(-87.0))
-    n = np.int32(x * _LOG2E - np.float32(0.5))
-    r = (x - np.float32(n) * _LN2_HIGH) - np.float32(n) * _LN2_LOW
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * r * r + r + np.float32(1.0)
-    return p * float_of_bits(np.int32((n + np.int32(127)) << np.int32(23)))
+@operands
+class StoreOperands:
+    key, key_stride, value, value_stride, k_pool, v_pool = slots(6)
+    # slots_T: int64. Strides and size in floats.
+    slots_T, rows, size = slots(3)
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@fast_jit
 def _score_run(q: int, k: int, tokens: int, heads: int, kv_heads: int, dim: int, scores: int) -> None:
     """scores[h, t] = q[h] . k[t, kv(h)] for consecutive tokens, in memory order; score rows are SPLIT apart."""
     group = heads // kv_heads
@@ -64,7 +71,7 @@ def _score_run(q: int, k: int, tokens: int, heads: int, kv_heads: int, dim: int,
                 floats(scores + 4 * (h * SPLIT + t), 1)[0] = total
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@fast_jit
 def _sum_run(p: int, v: int, tokens: int, heads: int, kv_heads: int, dim: int, out: int) -> None:
     """out[h] += sum over t of p[h, t] * v[t, kv(h)]; four tokens a pass, so that `out` is read and written less."""
     group = heads // kv_heads
@@ -92,7 +99,7 @@ def _sum_run(p: int, v: int, tokens: int, heads: int, kv_heads: int, dim: int, o
                     total[d] += w0 * value[d]
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@fast_jit
 def _softmax_rows(scores: int, heads: int, tokens: int, scale: Any, softcap: Any, stats: int) -> None:
     """Turn scores into exp(score - max); stats[h] = (max, sum)."""
     for h in range(heads):
@@ -115,7 +122,7 @@ def _softmax_rows(scores: int, heads: int, tokens: int, scale: Any, softcap: Any
         stat[1] = total
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@fast_jit
 def _merge(parts: int, count: int, heads: int, dim: int, out: int) -> None:
     """out = the softmax-weighted sum of `count` partial results, always in the order of the context."""
     size = heads * (dim + 2)
@@ -139,58 +146,48 @@ def _merge(parts: int, count: int, heads: int, dim: int, out: int) -> None:
             result[d] *= inverse
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def first_key(position: int, window: int, chunk: int) -> int:
-    """The same as AttentionOptions.first_key."""
-    first: int = max(position + 1 - window, 0) if window > 0 else 0
-    return max(first, position // chunk * chunk) if chunk > 0 else first
-
-
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@python_jit
 def _num_splits(context: int, window: int, chunk: int) -> int:
-    splits: int = (context - 1) // SPLIT - first_key(context - 1, window, chunk) // SPLIT + 1
-    return splits
+    """Work items of a row."""
+    return (context - 1) // SPLIT - first_key(context - 1, window, chunk) // SPLIT + 1
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _attend_split(words: Any, sequence: int, first: int, last: int, scores: int, part: int) -> None:
+@jit
+def _run(op: DecodeOperands, sequence: int, position: int, last: int) -> tuple[int, int]:
+    """Keys from `position` on that lie in one page: their byte in a pool, and how many they are, up to `last`."""
+    offset = position % op.page
+    block = int32s(op.table + 4 * op.most_blocks * sequence, op.most_blocks)[position // op.page]
+    return 4 * op.kv_heads * op.dim * (np.int64(block) * op.page + offset), min(op.page - offset, last - position)
+
+
+@jit
+def _attend_split(op: DecodeOperands, sequence: int, first: int, last: int, scores: int, part: int) -> None:
     """One work item: keys first <= position < last of one sequence; `part` gets stats and the unnormalised sum."""
-    heads, kv_heads, dim, page = words[9], words[10], words[11], words[12]
-    query = words[2] + 4 * heads * dim * sequence
-    table = carray(pointer(words[6] + 4 * words[13] * sequence), (words[13],), np.int32)
-    page_bytes = 4 * page * kv_heads * dim
-    token_bytes = 4 * kv_heads * dim
+    heads, kv_heads, dim = op.heads, op.kv_heads, op.dim
+    query = op.query + 4 * heads * dim * sequence
     position = first
     while position < last:
-        run = min(page - position % page, last - position)
-        where = np.int64(table[position // page]) * page_bytes + (position % page) * token_bytes
-        _score_run(query, words[3] + where, run, heads, kv_heads, dim, scores + 4 * (position - first))
-        position += run
-    scale = float_of_bits(np.int32(words[15]))
-    _softmax_rows(scores, heads, last - first, scale, float_of_bits(np.int32(words[16])), part)
+        at, tokens = _run(op, sequence, position, last)
+        _score_run(query, op.k_pool + at, tokens, heads, kv_heads, dim, scores + 4 * (position - first))
+        position += tokens
+    _softmax_rows(scores, heads, last - first, op.scale, op.softcap, part)
     out = part + 8 * heads
     floats(out, heads * dim)[:] = np.float32(0.0)
     position = first
     while position < last:
-        run = min(page - position % page, last - position)
-        where = np.int64(table[position // page]) * page_bytes + (position % page) * token_bytes
-        _sum_run(scores + 4 * (position - first), words[4] + where, run, heads, kv_heads, dim, out)
-        position += run
+        at, tokens = _run(op, sequence, position, last)
+        _sum_run(scores + 4 * (position - first), op.v_pool + at, tokens, heads, kv_heads, dim, out)
+        position += tokens
 
 
-def _decode(words_pointer: Any) -> None:
-    """words: 0 ticket, 1 thread ticket, 2 q, 3 k pool, 4 v pool, 5 out, 6 table, 7 contexts, 8 rows, 9 heads,
-    10 kv heads, 11 dim, 12 page, 13 table width, 14 window, 15 scale, 16 softcap, 17 parts, 18 scores, 19 done,
-    20 chunk.
-    """
-    words = carray(words_pointer, (21,))
-    shared = np.int64(words.ctypes.data)
-    rows, heads, dim, window, chunk = words[8], words[9], words[11], words[14], words[20]
-    contexts = carray(pointer(words[7]), (rows,), np.int32)
+@Kernel
+def _decode(op: DecodeOperands) -> None:
+    rows, heads, dim, window, chunk = op.rows, op.heads, op.dim, op.window, op.chunk
+    contexts = int32s(op.contexts, rows)
     part_bytes = 4 * heads * (dim + 2)
-    scores = words[18] + atomic_add(shared + 8, 1) * 4 * heads * SPLIT
+    scores = own_scratch(op)
     sequence, before = 0, 0
-    item = atomic_add(shared, 1)
+    item = next_ticket(op)
     while True:
         # Tickets only grow, so the search for an item's sequence goes on from the last one.
         while sequence < rows and item >= before + _num_splits(contexts[sequence], window, chunk):
@@ -198,72 +195,53 @@ def _decode(words_pointer: Any) -> None:
             sequence += 1
         if sequence == rows:
             return
-        context = np.int64(contexts[sequence])
+        context: Any = np.int64(contexts[sequence])
         start = first_key(context - 1, window, chunk)
         split = start // SPLIT + item - before
         first, last = max(split * SPLIT, start), min(split * SPLIT + SPLIT, context)
-        _attend_split(words, sequence, first, last, scores, words[17] + item * part_bytes)
+        _attend_split(op, sequence, first, last, scores, op.parts + item * part_bytes)
         count = _num_splits(context, window, chunk)
         # Whoever ends a sequence's last item merges it; the order of the merge is that of the context.
-        if atomic_add(words[19] + 8 * sequence, 1) == count - 1:
-            _merge(words[17] + before * part_bytes, count, heads, dim, words[5] + 4 * heads * dim * sequence)
-        item = atomic_add(shared, 1)
+        if count_up(op.done + 8 * sequence) == count - 1:
+            _merge(op.parts + before * part_bytes, count, heads, dim, op.out + 4 * heads * dim * sequence)
+        item = next_ticket(op)
 
 
-def _store(words_pointer: Any) -> None:
-    """words: 0 ticket, 2 key, 3 its row stride, 4 value, 5 its row stride, 6 k pool, 7 v pool, 8 slots, 9 rows,
-    10 row size.
-    """
-    words = carray(words_pointer, (11,))
-    size = words[10]
-    slots = carray(pointer(words[8]), (words[9],), np.int64)
-    while True:
-        first = atomic_add(np.int64(words.ctypes.data), 1) * SPLIT
-        if first >= words[9]:
-            return
-        for row in range(first, min(first + SPLIT, words[9])):
+@Kernel
+def _store(op: StoreOperands) -> None:
+    size, slots = op.size, int64s(op.slots_T, op.rows)
+    first, last = next_rows(op, SPLIT)
+    while first < last:
+        for row in range(first, last):
             place = 4 * size * slots[row]
-            floats(words[6] + place, size)[:] = floats(words[2] + 4 * words[3] * row, size)
-            floats(words[7] + place, size)[:] = floats(words[4] + 4 * words[5] * row, size)
-
-
-DECODE = kernel(_decode)
-STORE = kernel(_store)
+            copy(op.key + 4 * op.key_stride * row, op.k_pool + place, size)
+            copy(op.value + 4 * op.value_stride * row, op.v_pool + place, size)
+        first, last = next_rows(op, SPLIT)
 
 
 def store_rows(key_TxKxD: Tensor, value_TxKxD: Tensor, k_pool: Tensor, v_pool: Tensor, slots_T: Tensor) -> None:
     """Copy each token's key and value to its slot of the pools; fp32, rows and pools dense."""
-    rows, size = key_TxKxD.shape[0], key_TxKxD[0].numel()
-    launch(
-        STORE,
-        *(key_TxKxD.data_ptr(), key_TxKxD.stride(0), value_TxKxD.data_ptr(), value_TxKxD.stride(0)),
-        *(k_pool.data_ptr(), v_pool.data_ptr(), slots_T.data_ptr(), rows, size),
-        threads=torch.get_num_threads() if rows > SPLIT else 1,
-    )
+    op = StoreOperands()
+    op.key, op.value, op.k_pool, op.v_pool, op.slots_T = addresses(key_TxKxD, value_TxKxD, k_pool, v_pool, slots_T)
+    op.key_stride, op.value_stride = key_TxKxD.stride(0), value_TxKxD.stride(0)
+    op.rows, op.size = key_TxKxD.shape[0], key_TxKxD[0].numel()
+    _store.launch(op, threads=torch.get_num_threads() if op.rows > SPLIT else 1)
 
 
 def decode_attention(
     query_BxHxD: Tensor, k_pool: Tensor, v_pool: Tensor, batch: PagedBatch, options: AttentionOptions, out: Tensor
 ) -> None:
     """Attention of the step's decode rows, written to the first rows of `out` [T, H, D]; fp32, contiguous pools."""
-    rows, heads, dim = query_BxHxD.shape
-    query = query_BxHxD.contiguous()
-    page, kv_heads = k_pool.shape[1:3]
-    splits = sum(_splits_of(context, options) for context in batch.context_lens[:rows])
-    parts = torch.empty(splits * heads * (dim + 2))
-    threads = torch.get_num_threads()
-    scores = torch.empty(threads * heads * SPLIT)
+    (rows, heads, dim), threads = query_BxHxD.shape, torch.get_num_threads()
+    query, table = query_BxHxD.contiguous(), batch.block_table_BxM
+    items = sum(_num_splits(context, options.window, options.chunk) for context in batch.context_lens[:rows])
+    parts, scores = torch.empty(items * heads * (dim + 2)), torch.empty(threads, heads * SPLIT)
     done = torch.zeros(rows, dtype=torch.int64)
-    table, contexts = batch.block_table_BxM, batch.context_lens_B
-    launch(
-        DECODE,
-        *(t.data_ptr() for t in (query, k_pool, v_pool, out, table, contexts)),
-        *(rows, heads, kv_heads, dim, page, table.stride(0), options.window),
-        *(bits_of_float(options.scale), bits_of_float(options.softcap)),
-        *(parts.data_ptr(), scores.data_ptr(), done.data_ptr(), options.chunk),
-        threads=threads,
-    )
-
-
-def _splits_of(context: int, options: AttentionOptions) -> int:
-    return (context - 1) // SPLIT - options.first_key(context - 1) // SPLIT + 1
+    op = DecodeOperands()
+    op.query, op.k_pool, op.v_pool, op.out = addresses(query, k_pool, v_pool, out)
+    op.table, op.contexts, op.parts, op.done = addresses(table, batch.context_lens_B, parts, done)
+    op.rows, op.heads, op.dim, (op.page, op.kv_heads) = rows, heads, dim, k_pool.shape[1:3]
+    op.most_blocks, op.window, op.chunk = table.stride(0), options.window, options.chunk
+    op.scale, op.softcap = options.scale, options.softcap
+    op.scratch, op.scratch_bytes = scores.data_ptr(), 4 * scores.stride(0)
+    _decode.launch(op, threads)

@@ -11,17 +11,26 @@ the rows beside it, on how many they are, or on the threads.
 Importing this module compiles the kernels, or loads them from numba's cache.
 """
 
+from __future__ import annotations
+
 import ctypes
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numba import carray, njit
 from torch import Tensor
 
-from tandem.engine.backends.cpu.kernels.parallel import FAST, atomic_add, floats, kernel, launch
-from tandem.engine.backends.cpu.kernels.rowwise import silu_multiply
-from tandem.engine.backends.cpu.kernels.tile import COLUMNS, TILE_ROWS, register_tile, registers_suffice
+from tandem.engine.backends.cpu.kernels.launch import Kernel, addresses, operands, slots
+from tandem.engine.backends.cpu.kernels.parts import (
+    copy,
+    fast_jit,
+    floats,
+    jit,
+    next_ticket,
+    own_scratch,
+    silu_multiply,
+)
+from tandem.engine.backends.cpu.kernels.tile import COLUMNS, LINE_BYTES, TILE_ROWS, register_tile, registers_suffice
 
 # Up to so many rows the product is bound by the reading of weights, above by arithmetic.
 _FEW_ROWS = 48
@@ -35,52 +44,25 @@ _MANY_ROWS = 20 * TILE_ROWS
 _MANY_DEPTH = 384
 # Shares of the columns for each thread, so that one which is held up leaves work to the others.
 _MANY_SHARES = 2
-_LINE_BYTES = 64
 
 # A tile that is passed once fetches all that is ahead as it goes, 4 lines an input; of more passes each takes a part:
 # a half of it where rows are few, else a quarter, again and again.
-_ONLY_1, _ONLY_2, _ONLY_3, _ONLY_4, _ONLY_5, _ONLY_6 = (register_tile(rows, 4) for rows in range(1, 7))
-_PART_3, _PART_4, _PART_5, _PART_6 = (register_tile(rows, 2) for rows in range(3, 7))
-_MANY_5, _MANY_6 = (register_tile(rows, 1) for rows in (5, 6))
+_only_pass, _part_pass = register_tile(range(1, 7), lines=4), register_tile(range(3, 7), lines=2)
+_many_pass = register_tile((5, 6), lines=1)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _only_pass(rows: int, x: int, stride: int, weights: int, depth: int, sums: int, ahead: int) -> None:
-    if rows == 1:
-        _ONLY_1(x, stride, weights, depth, sums, ahead)
-    elif rows == 2:
-        _ONLY_2(x, stride, weights, depth, sums, ahead)
-    elif rows == 3:
-        _ONLY_3(x, stride, weights, depth, sums, ahead)
-    elif rows == 4:
-        _ONLY_4(x, stride, weights, depth, sums, ahead)
-    elif rows == 5:
-        _ONLY_5(x, stride, weights, depth, sums, ahead)
-    else:
-        _ONLY_6(x, stride, weights, depth, sums, ahead)
+@operands
+class ProductOperands:
+    # Strides in bytes.
+    x, stride, rows, inputs, weights, bias, out, out_stride = slots(8)
+    # A second factor's, and what to add, with the strides of `out`: 0 where there is none.
+    second_weights, second_bias, residual = slots(3)
+    # Blocks of columns, the shares that they are handed out in, and blocks of rows.
+    units, shares, row_blocks = slots(3)
+    scratch, scratch_bytes = slots(2)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _part_pass(rows: int, x: int, stride: int, weights: int, depth: int, sums: int, ahead: int) -> None:
-    if rows == 3:
-        _PART_3(x, stride, weights, depth, sums, ahead)
-    elif rows == 4:
-        _PART_4(x, stride, weights, depth, sums, ahead)
-    elif rows == 5:
-        _PART_5(x, stride, weights, depth, sums, ahead)
-    else:
-        _PART_6(x, stride, weights, depth, sums, ahead)
-
-
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _many_pass(rows: int, x: int, stride: int, weights: int, depth: int, sums: int, ahead: int) -> None:
-    if rows == 5:
-        _MANY_5(x, stride, weights, depth, sums, ahead)
-    else:
-        _MANY_6(x, stride, weights, depth, sums, ahead)
-
-
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@jit
 def block_sums(x: int, stride: int, rows: int, weights: int, inputs: int, sums: int) -> None:
     """sums[rows, 64] = x[rows, inputs] @ weights[inputs, 64]."""
     floats(sums, rows * COLUMNS)[:] = np.float32(0.0)
@@ -97,84 +79,74 @@ def block_sums(x: int, stride: int, rows: int, weights: int, inputs: int, sums: 
             if passes == 1:
                 _only_pass(count, source, stride, tile, depth, target, ahead)
             elif few:
-                _part_pass(count, source, stride, tile, depth, target, ahead + depth * 2 * _LINE_BYTES * i)
+                _part_pass(count, source, stride, tile, depth, target, ahead + depth * 2 * LINE_BYTES * i)
             else:
-                _many_pass(count, source, stride, tile, depth, target, ahead + depth * _LINE_BYTES * (i % 4))
+                _many_pass(count, source, stride, tile, depth, target, ahead + depth * LINE_BYTES * (i % 4))
             row += count
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def add_bias(sums: int, rows: int, bias: int) -> None:
+@fast_jit
+def add_bias(sums: int, rows: int, bias: int, offset: int) -> None:
+    """Adds 64 numbers, `offset` bytes after the start of a bias, to all rows; nothing where the bias is 0."""
     if bias != 0:
-        b = floats(bias, COLUMNS)
+        b = floats(bias + offset, COLUMNS)
         for row in range(rows):
             y = floats(sums + 4 * COLUMNS * row, COLUMNS)
             for i in range(COLUMNS):
                 y[i] += b[i]
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@fast_jit
 def _write_row(sums: int, residual: int, out: int) -> None:
-    total, y = floats(sums, COLUMNS), floats(out, COLUMNS)
     if residual == 0:
-        y[:] = total
+        copy(sums, out, COLUMNS)
     else:
-        before = floats(residual, COLUMNS)
+        total, y, before = floats(sums, COLUMNS), floats(out, COLUMNS), floats(residual, COLUMNS)
         for i in range(COLUMNS):
             y[i] = before[i] + total[i]
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _columns(words: Any, block: int, first_row: int, rows: int, sums: int) -> None:
+@jit
+def _columns(op: ProductOperands, block: int, first_row: int, rows: int, sums: int) -> None:
     """Outputs 64 * block to 64 * block + 63 of some rows."""
-    x, stride, inputs, offset = words[2] + words[3] * first_row, words[3], words[5], 4 * COLUMNS * block
-    block_sums(x, stride, rows, words[6] + offset * inputs, inputs, sums)
-    add_bias(sums, rows, words[7] + offset if words[7] != 0 else 0)
-    if words[13] != 0:
+    x, offset = op.x + op.stride * first_row, 4 * COLUMNS * block
+    block_sums(x, op.stride, rows, op.weights + offset * op.inputs, op.inputs, sums)
+    add_bias(sums, rows, op.bias, offset)
+    if op.second_weights != 0:
         second = sums + 4 * COLUMNS * rows
-        block_sums(x, stride, rows, words[13] + offset * inputs, inputs, second)
-        add_bias(second, rows, words[14] + offset if words[14] != 0 else 0)
+        block_sums(x, op.stride, rows, op.second_weights + offset * op.inputs, op.inputs, second)
+        add_bias(second, rows, op.second_bias, offset)
         silu_multiply(sums, second, rows * COLUMNS)
     for row in range(rows):
-        at = words[10] * (first_row + row) + offset
-        _write_row(sums + 4 * COLUMNS * row, words[17] + at if words[17] != 0 else 0, words[9] + at)
+        at = op.out_stride * (first_row + row) + offset
+        _write_row(sums + 4 * COLUMNS * row, op.residual + at if op.residual != 0 else 0, op.out + at)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def work_item(item: int, rows: int, blocks: int, shares: int, row_blocks: int) -> Any:
-    """Of a product: first row and the one past the last, first block of columns and the one past the last.
+@jit
+def next_share(op: Any) -> Any:
+    """Work that no thread has yet: first row and the one past the last, first unit and the one past the last.
 
     Nothing is left when the first of them is `rows`. A share is contiguous, so that fetching ahead runs on into the
     next block; but the last of many rows are handed out block by block, so that all threads end at about the same time.
     """
+    item, shares, row_blocks = next_ticket(op), op.shares, op.row_blocks
     row_block, share = item // shares, item % shares
     if row_block >= row_blocks - 1 > 0:
-        row_block, share, shares = row_blocks - 1, item - (row_blocks - 1) * shares, blocks
+        row_block, share, shares = row_blocks - 1, item - (row_blocks - 1) * shares, op.units
     if share >= shares or row_block >= row_blocks:
-        return rows, rows, 0, 0
-    first, last = row_block * rows // row_blocks, (row_block + 1) * rows // row_blocks
-    return first, last, share * blocks // shares, (share + 1) * blocks // shares
+        return op.rows, op.rows, 0, 0
+    first, last = row_block * op.rows // row_blocks, (row_block + 1) * op.rows // row_blocks
+    return first, last, share * op.units // shares, (share + 1) * op.units // shares
 
 
-def _product(words_pointer: Any) -> None:
-    """words: 0 ticket, 2 x, 3 its row stride, 4 rows, 5 inputs, 6 weights, 7 bias, 8 column blocks, 9 out,
-    10 its row stride, 11 scratch, 12 its bytes for a thread, 13 weights of a second factor or 0, 14 its bias,
-    15 shares of the columns, 16 row blocks, 17 what to add, with the strides of out, or 0; strides in bytes.
-    """
-    words = carray(words_pointer, (18,))
-    shared, rows = np.int64(words.ctypes.data), words[4]
-    sums = words[11] + words[12] * atomic_add(shared + 8, 1)
-    while True:
-        item = atomic_add(shared, 1)
-        first, last, block, end = work_item(item, rows, words[8], words[15], words[16])
-        if first == rows:
-            return
-        while block < end:
-            _columns(words, block, first, last - first, sums)
-            block += 1
-
-
-_PRODUCT = kernel(_product)
+@Kernel
+def _product(op: ProductOperands) -> None:
+    sums = own_scratch(op)
+    first, last, block, end = next_share(op)
+    while first < op.rows:
+        for each in range(block, end):
+            _columns(op, each, first, last - first, sums)
+        first, last, block, end = next_share(op)
 
 
 def weights_address(packed_NxK: Tensor, weight_NxK: Tensor) -> int:
@@ -195,49 +167,45 @@ def weights_address(packed_NxK: Tensor, weight_NxK: Tensor) -> int:
     return address
 
 
-def product(
-    x: Tensor,
-    weights: int,
-    bias_N: Tensor | None,
-    outputs: int,
-    residual: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """x @ weight.T + bias; `weights` is a `weights_address`. Any leading dimensions.
+class Matrix(Protocol):
+    """A weight [N, K] in oneDNN's packed layout at a `weights_address`, and a bias [N]."""
+
+    address: int
+    bias: Tensor | None
+    out_features: int
+
+
+def product(x: Tensor, matrix: Matrix, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias: [..., K] to [..., N].
 
     residual: contiguous, added to that. out: contiguous, where the result goes; it may be the residual.
     """
-    return _run(x, (weights, address(bias_N)), (0, 0), outputs, address(residual), out)
+    op = ProductOperands()
+    (op.residual,) = addresses(residual)
+    return _run(op, x, matrix, out)
 
 
-def gated_product(
-    x: Tensor, gate: int, gate_bias_N: Tensor | None, up: int, up_bias_N: Tensor | None, n: int
-) -> Tensor:
-    """silu(x @ gate.T + bias) * (x @ up.T + bias) with n outputs."""
-    return _run(x, (gate, address(gate_bias_N)), (up, address(up_bias_N)), n, 0, None)
+def gated_product(x: Tensor, gate: Matrix, up: Matrix) -> Tensor:
+    """silu(x @ gate.T + bias) * (x @ up.T + bias): [..., K] to [..., N]."""
+    op = ProductOperands()
+    op.second_weights, (op.second_bias,) = up.address, addresses(up.bias)
+    return _run(op, x, gate, None)
 
 
-def _run(
-    x: Tensor, first: tuple[int, int], second: tuple[int, int], outputs: int, residual: int, out: Tensor | None
-) -> Tensor:
-    source, inputs = x.contiguous(), x.shape[-1]
-    rows, threads = source.numel() // inputs, torch.get_num_threads()
-    shares, row_blocks = split(rows, threads)
+def _run(op: ProductOperands, x: Tensor, matrix: Matrix, out: Tensor | None) -> Tensor:
+    source, inputs, outputs = x.contiguous(), x.shape[-1], matrix.out_features
     out = torch.empty((*x.shape[:-1], outputs)) if out is None else out
-    scratch = torch.empty(threads, 2 * COLUMNS * -(-rows // row_blocks))
-    launch(
-        _PRODUCT,
-        *(source.data_ptr(), 4 * inputs, rows, inputs, *first, outputs // COLUMNS, out.data_ptr(), 4 * outputs),
-        *(scratch.data_ptr(), 4 * scratch.stride(0), *second, shares, row_blocks, residual),
-        threads=threads,
-    )
+    op.weights, (op.x, op.bias, op.out) = matrix.address, addresses(source, matrix.bias, out)
+    op.rows, op.inputs, op.units = source.numel() // inputs, inputs, outputs // COLUMNS
+    op.stride, op.out_stride = 4 * inputs, 4 * outputs
+    launch_shares(_product, op, 2 * COLUMNS)
     return out
 
 
-def split(rows: int, threads: int) -> tuple[int, int]:
-    """Into how many shares of the columns, and blocks of rows, a product is cut: see work_item."""
-    return (threads, 1) if rows <= _FEW_ROWS else (threads * _MANY_SHARES, -(-rows // _MANY_ROWS))
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def launch_shares(kernel: Kernel[Any], op: Any, width: int) -> None:
+    """Launch a kernel that works through `next_share`. width: floats of scratch that it needs for each row."""
+    threads, few = torch.get_num_threads(), op.rows <= _FEW_ROWS
+    op.shares, op.row_blocks = (threads, 1) if few else (threads * _MANY_SHARES, -(-op.rows // _MANY_ROWS))
+    scratch = torch.empty(threads, width * -(-op.rows // op.row_blocks))
+    op.scratch, op.scratch_bytes = scratch.data_ptr(), 4 * scratch.stride(0)
+    kernel.launch(op, threads)

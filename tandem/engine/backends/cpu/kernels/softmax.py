@@ -1,6 +1,8 @@
-"""One row of a block of attention scores becomes weights: the step between the two products of `prefill`, in
+"""One row of a block of attention scores becomes weights: the step between the two products of `prefill.py`, in
 LLVM's language, because numba neither keeps 64 scores in registers nor finds their maximum without a detour.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -70,7 +72,7 @@ class _Row(Vectors):
         return builder.bitcast(builder.add(builder.bitcast(result, self.INTS), power), self.FLOATS)
 
     def _largest(self, a: Any, b: Any) -> Any:
-        """Of a NaN and a number: b."""
+        """b where one of them is a NaN."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
     def _over(self, join: Any, vectors: list[Any]) -> Any:

@@ -1,10 +1,13 @@
-"""The innermost loop of `matmul` and `prefill`, written out in LLVM's language, because numba has no vector
-registers to hold sums in; and what else is to be written so (`softmax`) starts from.
+"""The innermost loop of products, written out in LLVM's language, because numba has no vector registers to hold sums
+in; what else is to be written so (`softmax.py`) starts from `Vectors`.
 
 A register tile is sums[rows, 64] += x[rows, depth] @ weights[depth, 64] with all sums in AVX-512 registers.
 """
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
@@ -15,10 +18,11 @@ from numba.extending import intrinsic
 COLUMNS = 64
 # Rows of the largest tile: 6 * 4 vectors of sums, 4 of weights and one input fit into 32 registers.
 TILE_ROWS = 6
+# A line of the processor's caches.
+LINE_BYTES = 64
 
 _VECTOR = 16
 _PARTS = COLUMNS // _VECTOR
-_LINE_BYTES = 64
 _WORD, _INT, _BYTE, _FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.FloatType()
 _VECTOR_TYPE = ir.VectorType(_FLOAT, _VECTOR)
 
@@ -29,20 +33,28 @@ def registers_suffice() -> bool:
     return bool(binding.get_host_cpu_features().get("avx512f", False))
 
 
-def register_tile(rows: int, lines: int, fresh: bool = False) -> Any:
-    """A numba intrinsic tile(x, x_stride, weights, depth, sums, ahead), all int64: addresses, and bytes for the stride.
+def register_tile(sizes: Iterable[int], lines: int, fresh: bool = False) -> Any:
+    """A numba intrinsic tile(rows, x, x_stride, weights, depth, sums, ahead): int64; addresses, the stride in bytes.
 
-    With each of the `depth` inputs it also fetches `lines` cache lines into the second-level cache, from `ahead` on.
-    fresh: sums begin at zero, whatever is in memory.
+    rows: one of `sizes`; of another number it does nothing. With each of the `depth` inputs it also fetches
+    `lines` cache lines into the second-level cache, from `ahead` on. fresh: sums begin at zero, whatever is in memory.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def tile(_context: Any, x: Any, x_stride: Any, weights: Any, depth: Any, sums: Any, ahead: Any) -> Any:
+    def tile(_context: Any, rows: Any, x: Any, x_stride: Any, weights: Any, depth: Any, sums: Any, ahead: Any) -> Any:
         def codegen(_ctx: Any, builder: Any, _signature: Any, values: Any) -> Any:
-            _Tile(builder, rows, lines, *values).emit(fresh)
+            done = builder.append_basic_block("tile_done")
+            switch = builder.switch(values[0], done)
+            for size in sizes:
+                block = builder.append_basic_block(f"tile_of_{size}")
+                switch.add_case(size, block)
+                builder.position_at_end(block)
+                _Tile(builder, size, lines, *values[1:]).emit(fresh)
+                builder.branch(done)
+            builder.position_at_end(done)
             return ir.Constant(_WORD, 0)
 
-        return types.int64(*[types.int64] * 6), codegen
+        return types.int64(*[types.int64] * 7), codegen
 
     return tile
 
@@ -137,9 +149,9 @@ class _Tile(Vectors):
         kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
         prefetch = self.function("llvm.prefetch.p0", kind)
         hints = [ir.Constant(_INT, hint) for hint in (0, 2, 1)]  # to read, into the second-level cache, data
-        start = self.builder.add(self.ahead, self.builder.mul(index, ir.Constant(_WORD, self.lines * _LINE_BYTES)))
+        start = self.builder.add(self.ahead, self.builder.mul(index, ir.Constant(_WORD, self.lines * LINE_BYTES)))
         for line in range(self.lines):
-            self.builder.call(prefetch, [self.at(start, line * _LINE_BYTES, _BYTE), *hints])
+            self.builder.call(prefetch, [self.at(start, line * LINE_BYTES, _BYTE), *hints])
 
     def _carried(self, kind: Any, initial: Any, before: Any) -> Any:
         value = self.builder.phi(kind)
