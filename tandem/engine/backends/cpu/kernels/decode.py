@@ -248,7 +248,6 @@ class DecodePlan:
         query = query_TxHxD[: op.rows].contiguous()
         parts, scores = torch.empty(self._items * heads * (dim + 2)), torch.empty(threads, heads * SPLIT)
         self._done.zero_()
-        op.tickets = op.threads = 0
         op.query, op.k_pool, op.v_pool, op.out, op.parts = addresses(query, k_pool, v_pool, out_TxHxD, parts)
         op.heads, op.dim, (op.page, op.kv_heads) = heads, dim, k_pool.shape[1:3]
         op.scratch, op.scratch_bytes = scores.data_ptr(), 4 * scores.stride(0)

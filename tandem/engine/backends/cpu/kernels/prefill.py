@@ -240,12 +240,10 @@ class ChunkPlan:
         values = torch.empty(kv_heads * op.blocks * parts * COLUMNS * COLUMNS)
         pack.k_pool, pack.v_pool, pack.keys, pack.values = addresses(k_pool, v_pool, keys, values)
         pack.kv_heads, pack.dim, pack.parts, pack.page = kv_heads, dim, parts, page
-        pack.tickets = pack.threads = 0
         _pack.launch(pack, threads)
         scratch = torch.empty(threads, _ROWS * (COLUMNS * (1 + parts) + 3))
         op.query, op.keys, op.values, op.out = addresses(query, keys, values, out)
         op.row_stride, op.head_stride = 4 * query.stride(0), 4 * query.stride(1)
         op.heads, op.kv_heads, op.dim, op.parts = heads, kv_heads, dim, parts
         op.scratch, op.scratch_bytes = scratch.data_ptr(), 4 * scratch.stride(0)
-        op.tickets = op.threads = 0
         _chunk.launch(op, threads)
