@@ -106,13 +106,15 @@ class Registry:
 
     def admit(self, first: registry_pb2.Heartbeat) -> Worker:
         """Takes a worker in, in place of an older link to the same process. Raises Refused saying what does not fit."""
-        hello = first.hello
-        problem = _malformed(hello) or self._misfit(hello) or self._taken(hello)
+        hello, older = first.hello, self._workers.get(first.hello.worker_id)
+        problem = _malformed(hello) or self._misfit(hello)
+        if problem is None and older is not None and not older.reported.is_same_process(hello):
+            problem = "a live worker has this worker_id"
         if problem is not None:
             name = hello.worker_id[:MAX_LABEL_CHARS]
             log.warning("refused worker %r at %r: %s", name, hello.address[:MAX_LABEL_CHARS], problem)
             raise Refused(f"the router refused worker {name!r}: {problem}")
-        worker, older = Worker(first, self._config), self._workers.get(hello.worker_id)
+        worker = Worker(first, self._config)
         if older is not None:
             self.remove(older, Unavailable("it joined again"))
         self._workers[worker.id] = worker
@@ -120,10 +122,6 @@ class Registry:
             self._gone.pop(role, None)
         log.info("worker %s joined from %s", worker.id, hello.address)
         return worker
-
-    def _taken(self, hello: registry_pb2.Hello) -> str | None:
-        older = self._workers.get(hello.worker_id)
-        return None if older is None or older.reported.is_same_process(hello) else "a live worker has this worker_id"
 
     def _misfit(self, hello: registry_pb2.Hello) -> str | None:
         if hello.version != tandem.__version__:

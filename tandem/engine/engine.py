@@ -185,13 +185,13 @@ class Engine:
         False when there was nothing to process: whoever waits needs blocks that others hold.
         """
         plan = self._scheduler.schedule()
-        if not plan:
+        if not plan.chunks:
             return False
         self._announce(plan)
         parts = [plan]  # one, as long as the device has room for it
         while parts:
             part = parts.pop(0).without_ended()
-            if not part:
+            if not part.chunks:
                 continue
             progress = KVProgress(part, self.fingerprint, self._tell_bytes, self._publish)
             try:

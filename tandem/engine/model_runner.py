@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tandem.engine.attention import PagedStep
@@ -76,14 +75,18 @@ class ModelRunner:
     def _inputs(self, plan: StepPlan) -> _Inputs:
         """One copy takes all of it to the device."""
         starts, ids, positions, slots = [0], list[int](), list[int](), list[int]()
-        size = self._block_size
+        size, used = self._block_size, list[tuple[int, ...]]()
         for chunk in plan.chunks:
-            table = chunk.sequence.table
-            assert table is not None
+            assert chunk.sequence.table is not None
+            blocks = chunk.sequence.table.blocks[: -(-chunk.end // size)]
+            used.append(blocks)
             starts.append(starts[-1] + chunk.end - chunk.start)
             ids += chunk.sequence.token_ids(chunk.start, chunk.end)
             positions += chunk.sequence.positions(chunk.start, chunk.end)
-            slots += [table.blocks[at // size] * size + at % size for at in range(chunk.start, chunk.end)]
+            slots += [blocks[at // size] * size + at % size for at in range(chunk.start, chunk.end)]
+        table = np.zeros((len(used), max(map(len, used))), np.int32)
+        for row, blocks in enumerate(used):
+            table[row, : len(blocks)] = blocks
         context_lens = [chunk.end for chunk in plan.chunks]
         sampled = _rows(plan, starts, lambda chunk: chunk.sampled)
         # The head always gets a row: kernels need not cope with none.
@@ -91,7 +94,7 @@ class ModelRunner:
         ids_T, positions_T, slots_T, kept_R, starts_B1, context_lens_B, table_BxM = self._backend.send(
             *(np.array(part, np.int64) for part in (ids, positions, slots, kept)),
             *(np.array(part, np.int32) for part in (starts, context_lens)),
-            self._block_table(plan),
+            table,
         )
         batch = PagedBatch(
             num_decodes=len(plan.decodes),
@@ -103,16 +106,6 @@ class ModelRunner:
             query_starts_B1=starts_B1,
         )
         return _Inputs(ids_T, positions_T, kept_R, batch, sampled, _rows(plan, starts, lambda chunk: chunk.pooled))
-
-    def _block_table(self, plan: StepPlan) -> NDArray[np.int32]:
-        used = []
-        for chunk in plan.chunks:
-            assert chunk.sequence.table is not None
-            used.append(chunk.sequence.table.blocks[: -(-chunk.end // self._block_size)])
-        table = np.zeros((len(used), max(map(len, used))), np.int32)
-        for row, blocks in enumerate(used):
-            table[row, : len(blocks)] = blocks
-        return table
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,6 @@ class StepPlan:
     # the rest.
     written: int = 0
 
-    def __bool__(self) -> bool:
-        return bool(self.chunks)
-
     @property
     def decodes(self) -> list[Chunk]:
         return [chunk for chunk in self.chunks if chunk.decodes]

@@ -35,9 +35,6 @@ class TorchBackend(CpuBackend):
     def prepare_model(self, model: nn.Module) -> None:
         pass
 
-    def restore_layers(self, model: nn.Module) -> bool:
-        return False
-
     def plan_attention(self, batch: PagedBatch, options: AttentionOptions) -> Attention:
         self.planned.append(options)
         plan = torch_attention.TorchAttention(batch, options)

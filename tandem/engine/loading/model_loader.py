@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tandem.config import TandemConfig
@@ -78,7 +78,8 @@ def load_model(config: TandemConfig) -> LoadedModel:
 
 
 def _instantiate(config: TandemConfig, source: str, model_config: Any) -> nn.Module:
-    device, dtype = config.engine.device, _dtype(config)
+    device = config.engine.device
+    dtype: Any = backend_for(device).dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     if config.model.load_format == "dummy":
         dtype = getattr(model_config, "dtype", None) or torch.float32 if dtype == "auto" else dtype
         torch.manual_seed(config.model.seed)
@@ -90,12 +91,6 @@ def _instantiate(config: TandemConfig, source: str, model_config: Any) -> nn.Mod
     # A dummy was made on its device.
     loaded: nn.Module = model if config.model.load_format == "dummy" else model.to(device)
     return loaded
-
-
-def _dtype(config: TandemConfig) -> Any:
-    if config.model.dtype != "auto":
-        return getattr(torch, config.model.dtype)
-    return backend_for(config.engine.device).dtype
 
 
 def _examine(config: TandemConfig, model: Any, max_model_len: int, eos_token_ids: tuple[int, ...]) -> LoadedModel:
@@ -178,10 +173,6 @@ def _weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(_sample(parameter).cpu().numpy().tobytes())
+        flat = parameter.detach().flatten()
+        digest.update(flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().flatten()
-    return flat[:: max(1, flat.numel() // 256)][:256].float()

@@ -7,12 +7,19 @@ was cut, or on the threads.
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from tandem.engine.backends import torch_attention
 from tandem.engine.backends.torch_attention import TorchAttention
 from tandem.engine.batch import PagedBatch
+
+if TYPE_CHECKING:
+    from tandem.engine.backends.cpu.kernels.decode import DecodePlan
+    from tandem.engine.backends.cpu.kernels.prefill import ChunkPlan
 
 
 def write_kv(
@@ -40,24 +47,31 @@ class CpuAttention(TorchAttention):
 
     def over_pools(self, query_TxHxD: Tensor, k_pool: Tensor, v_pool: Tensor) -> Tensor:
         """The same by kernels alone, which read keys and values in the pool: fp32, where there is AVX-512."""
-        from tandem.engine.backends.cpu.kernels.prefill import chunk_attention
-
-        batch, out_TxHxD = self.batch, torch.empty(query_TxHxD.shape)
-        if batch.num_decodes:
-            self.decode(query_TxHxD, k_pool, v_pool, out_TxHxD)
-        for sequence in range(batch.num_decodes, len(batch.context_lens)):
-            rows = slice(batch.query_starts[sequence], batch.query_starts[sequence + 1])
-            chunk_attention(query_TxHxD[rows], k_pool, v_pool, batch, sequence, self.options, out_TxHxD[rows])
+        out_TxHxD = torch.empty(query_TxHxD.shape)
+        if self.batch.num_decodes:
+            self._decodes.run(query_TxHxD, k_pool, v_pool, out_TxHxD)
+        for chunk in self._chunks:
+            chunk.run(query_TxHxD, k_pool, v_pool, out_TxHxD)
         return out_TxHxD
 
     def decode(self, query_TxHxD: Tensor, k_pool: Tensor, v_pool: Tensor, out_TxHxD: Tensor) -> None:
         if _kernel_reads(k_pool) and _kernel_reads(v_pool) and query_TxHxD.dtype == torch.float32:
-            from tandem.engine.backends.cpu.kernels.decode import decode_attention
-
-            rows = query_TxHxD[: self.batch.num_decodes]
-            decode_attention(rows, k_pool, v_pool, self.batch, self.options, out_TxHxD)
+            self._decodes.run(query_TxHxD, k_pool, v_pool, out_TxHxD)
         else:
             super().decode(query_TxHxD, k_pool, v_pool, out_TxHxD)
+
+    @cached_property
+    def _decodes(self) -> DecodePlan:
+        from tandem.engine.backends.cpu.kernels.decode import DecodePlan
+
+        return DecodePlan(self.batch, self.options)
+
+    @cached_property
+    def _chunks(self) -> list[ChunkPlan]:
+        from tandem.engine.backends.cpu.kernels.prefill import ChunkPlan
+
+        sequences = range(self.batch.num_decodes, len(self.batch.context_lens))
+        return [ChunkPlan(self.batch, sequence, self.options) for sequence in sequences]
 
 
 def _kernel_reads(tensor: Tensor) -> bool:

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tandem.engine.backends.backend import Allocate, Attention
+from tandem.engine.backends.backend import Allocate, Attention, Backend
 from tandem.engine.backends.cpu import attention
 from tandem.engine.backends.cpu.memory import tune_allocator, use_huge_pages
 from tandem.engine.batch import AttentionOptions, PagedBatch
-from tandem.types import Fingerprint
 
 # Below this the weights fit into a cache or two, and moving memory takes longer than it saves.
 _HUGE_PAGES_FROM_BYTES = 128 << 20
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     name = "cpu"
     dtype = torch.float32
     block_size = 16
 
     def prepare_process(self) -> None:
         tune_allocator()
-
-    def require_device(self) -> None:
-        pass
 
     def prepare_model(self, model: nn.Module) -> None:
         # Imported late: that compiles the kernels, and not every process that has the backend loads a model.
@@ -48,17 +43,8 @@ class CpuBackend:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, allocate: Allocate | None) -> Tensor:
         if allocate is None:
-            return torch.empty(shape, dtype=dtype)
+            return super().empty(shape, dtype, None)
         return torch.frombuffer(allocate(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
-
-    def peak_bytes(self, run: Callable[[], object]) -> int:
-        raise NotImplementedError("on cpu engine.kv_memory_mib is 1 or more")
-
-    def bytes_left(self, peak: int) -> int:
-        raise NotImplementedError("on cpu engine.kv_memory_mib is 1 or more")
-
-    def attention_obstacles(self, fingerprint: Fingerprint, options: set[AttentionOptions]) -> set[str]:
-        return set()
 
     def send(self, *parts: NDArray[np.generic]) -> list[Tensor]:
         """They share the arrays' memory."""
@@ -68,9 +54,3 @@ class CpuBackend:
 
     def plan_attention(self, batch: PagedBatch, options: AttentionOptions) -> Attention:
         return attention.CpuAttention(batch, options)
-
-    def why_lost(self) -> str:
-        return ""
-
-    def free_memory(self) -> None:
-        pass

@@ -8,10 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from tandem.engine.backends import torch_attention
-from tandem.engine.backends.backend import Allocate, Attention, DeviceLost, first_line
+from tandem.engine.backends.backend import Attention, Backend, DeviceLost, first_line
 from tandem.engine.backends.cuda.attention import CudaAttention, why_not_flash, why_not_pages
 from tandem.engine.backends.cuda.gpus import seen
 from tandem.engine.batch import AttentionOptions, PagedBatch
@@ -28,13 +27,10 @@ SPARE_SHARE = 0.05
 _ALIGNMENT = 8
 
 
-class CudaBackend:
+class CudaBackend(Backend):
     name = "cuda"
     dtype = "auto"
     block_size = 256
-
-    def prepare_process(self) -> None:
-        pass
 
     def require_device(self) -> None:
         if not torch.cuda.is_available():
@@ -58,18 +54,6 @@ class CudaBackend:
                 f"this torch ({torch.__version__}) is built for {built}, and {name} is sm_{major}{minor}",
                 field="engine.device",
             ) from None
-
-    def prepare_model(self, model: nn.Module) -> None:
-        pass
-
-    def restore_layers(self, model: nn.Module) -> bool:
-        return False
-
-    def settle(self, weights_bytes: int) -> None:
-        pass
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, allocate: Allocate | None) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="cuda")
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats()
@@ -111,8 +95,6 @@ class CudaBackend:
             there[start : start + part.nbytes].view(torch.from_numpy(part[:0]).dtype).view(part.shape)
             for start, part in zip(starts, parts, strict=True)
         ]
-
-    write_kv = staticmethod(torch_attention.write_kv)
 
     def plan_attention(self, batch: PagedBatch, options: AttentionOptions) -> Attention:
         return CudaAttention(batch, options)

@@ -228,20 +228,27 @@ def store_rows(key_TxKxD: Tensor, value_TxKxD: Tensor, k_pool: Tensor, v_pool: T
     _store.launch(op, threads=torch.get_num_threads() if op.rows > SPLIT else 1)
 
 
-def decode_attention(
-    query_BxHxD: Tensor, k_pool: Tensor, v_pool: Tensor, batch: PagedBatch, options: AttentionOptions, out: Tensor
-) -> None:
-    """Attention of the step's decode rows, written to the first rows of `out` [T, H, D]; fp32, contiguous pools."""
-    (rows, heads, dim), threads = query_BxHxD.shape, torch.get_num_threads()
-    query, table = query_BxHxD.contiguous(), batch.block_table_BxM
-    items = sum(_num_splits(context, options.window, options.chunk) for context in batch.context_lens[:rows])
-    parts, scores = torch.empty(items * heads * (dim + 2)), torch.empty(threads, heads * SPLIT)
-    done = torch.zeros(rows, dtype=torch.int64)
-    op = DecodeOperands()
-    op.query, op.k_pool, op.v_pool, op.out = addresses(query, k_pool, v_pool, out)
-    op.table, op.contexts, op.parts, op.done = addresses(table, batch.context_lens_B, parts, done)
-    op.rows, op.heads, op.dim, (op.page, op.kv_heads) = rows, heads, dim, k_pool.shape[1:3]
-    op.most_blocks, op.window, op.chunk = table.stride(0), options.window, options.chunk
-    op.scale, op.softcap = options.scale, options.softcap
-    op.scratch, op.scratch_bytes = scores.data_ptr(), 4 * scores.stride(0)
-    _decode.launch(op, threads)
+class DecodePlan:
+    """Attention of a step's decode rows, cut into work items once, for all layers that ask for the same."""
+
+    def __init__(self, batch: PagedBatch, options: AttentionOptions) -> None:
+        contexts, table = batch.context_lens[: batch.num_decodes], batch.block_table_BxM
+        self._items = sum(_num_splits(context, options.window, options.chunk) for context in contexts)
+        self._done = torch.zeros(len(contexts), dtype=torch.int64)
+        self._op = op = DecodeOperands()
+        op.table, op.contexts, op.done = addresses(table, batch.context_lens_B, self._done)
+        op.rows, op.most_blocks, op.window, op.chunk = len(contexts), table.stride(0), options.window, options.chunk
+        op.scale, op.softcap = options.scale, options.softcap
+        # Its tensors, which the kernel reads by address.
+        self._batch = batch
+
+    def run(self, query_TxHxD: Tensor, k_pool: Tensor, v_pool: Tensor, out_TxHxD: Tensor) -> None:
+        """One layer's, written to the first rows of `out`; fp32, contiguous pools."""
+        op, threads, (_, heads, dim) = self._op, torch.get_num_threads(), query_TxHxD.shape
+        query = query_TxHxD[: op.rows].contiguous()
+        parts, scores = torch.empty(self._items * heads * (dim + 2)), torch.empty(threads, heads * SPLIT)
+        self._done.zero_()
+        op.query, op.k_pool, op.v_pool, op.out, op.parts = addresses(query, k_pool, v_pool, out_TxHxD, parts)
+        op.heads, op.dim, (op.page, op.kv_heads) = heads, dim, k_pool.shape[1:3]
+        op.scratch, op.scratch_bytes = scores.data_ptr(), 4 * scores.stride(0)
+        _decode.launch(op, threads)

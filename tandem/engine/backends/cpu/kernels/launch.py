@@ -71,9 +71,10 @@ class Kernel(Generic[_Operands]):
         """Call it once in each of `threads` threads (`torch.get_num_threads()`, or 1); returns when all have.
 
         The caller keeps the memory behind every address alive until this returns. The interpreter lock is released
-        meanwhile.
+        meanwhile. The same operands may be launched again.
         """
         address, parallel = ctypes.addressof(op), _openmp_parallel()  # type: ignore[arg-type]
+        ctypes.memset(address, 0, 16)  # the counters, as a launch before has left them
         if parallel is None or threads == 1:
             _C_FUNCTION(self._compiled.address)(address)
         else:

@@ -211,37 +211,39 @@ def _pack(op: PackOperands) -> None:
                 _pack_value(op.v_pool + offset, dim, op.values + column_bytes * (width * place + t))
 
 
-def chunk_attention(
-    query_QxHxD: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    batch: PagedBatch,
-    sequence: int,
-    options: AttentionOptions,
-    out_QxHxD: Tensor,
-) -> None:
-    """Attention of a sequence's last Q rows over all of its C keys, written to `out`, which is contiguous.
+class ChunkPlan:
+    """Attention of a sequence's chunk in one step, over its blocks, for all layers that ask for the same."""
 
-    fp32, contiguous pools, a query whose heads are dense. Memory: the keys and values that the rows see, once more.
-    """
-    (rows, heads, dim), (page, kv_heads) = query_QxHxD.shape, k_pool.shape[1:3]
-    context, threads = batch.context_lens[sequence], torch.get_num_threads()
-    first_block = options.first_key(context - rows) // COLUMNS
-    blocks, parts = (context - 1) // COLUMNS - first_block + 1, -(-dim // COLUMNS)
-    keys = torch.empty(kv_heads * blocks * dim * COLUMNS)
-    values = torch.empty(kv_heads * blocks * parts * COLUMNS * COLUMNS)
-    pack = PackOperands()
-    pack.k_pool, pack.v_pool, pack.keys, pack.values = addresses(k_pool, v_pool, keys, values)
-    pack.table_M, pack.context = batch.block_table_BxM[sequence].data_ptr(), context
-    pack.kv_heads, pack.dim, pack.parts, pack.page = kv_heads, dim, parts, page
-    pack.first_block, pack.blocks = first_block, blocks
-    _pack.launch(pack, threads)
-    scratch = torch.empty(threads, _ROWS * (COLUMNS * (1 + parts) + 3))
-    op = ChunkOperands()
-    op.query, op.keys, op.values, op.out = addresses(query_QxHxD, keys, values, out_QxHxD)
-    op.row_stride, op.head_stride = 4 * query_QxHxD.stride(0), 4 * query_QxHxD.stride(1)
-    op.rows, op.heads, op.kv_heads, op.dim, op.parts = rows, heads, kv_heads, dim, parts
-    op.first_block, op.blocks, op.position = first_block, blocks, context - rows
-    op.window, op.chunk, op.scale, op.softcap = options.window, options.chunk, options.scale, options.softcap
-    op.scratch, op.scratch_bytes = scratch.data_ptr(), 4 * scratch.stride(0)
-    _chunk.launch(op, threads)
+    def __init__(self, batch: PagedBatch, sequence: int, options: AttentionOptions) -> None:
+        first, last = batch.query_starts[sequence : sequence + 2]
+        self._rows = slice(first, last)
+        context = batch.context_lens[sequence]
+        self._pack, self._op = pack, op = PackOperands(), ChunkOperands()
+        pack.table_M, pack.context = batch.block_table_BxM[sequence].data_ptr(), context
+        op.rows, op.position = last - first, context - (last - first)
+        op.first_block = pack.first_block = options.first_key(op.position) // COLUMNS
+        op.blocks = pack.blocks = (context - 1) // COLUMNS - op.first_block + 1
+        op.window, op.chunk, op.scale, op.softcap = options.window, options.chunk, options.scale, options.softcap
+        # Its tensors, which the kernels read by address.
+        self._batch = batch
+
+    def run(self, query_TxHxD: Tensor, k_pool: Tensor, v_pool: Tensor, out_TxHxD: Tensor) -> None:
+        """One layer's, written to the chunk's rows of `out`, which is contiguous.
+
+        fp32, contiguous pools, a query whose heads are dense. Memory: the keys and values that the rows see, once more.
+        """
+        pack, op, threads = self._pack, self._op, torch.get_num_threads()
+        query, out = query_TxHxD[self._rows], out_TxHxD[self._rows]
+        (_, heads, dim), (page, kv_heads) = query.shape, k_pool.shape[1:3]
+        parts = -(-dim // COLUMNS)
+        keys = torch.empty(kv_heads * op.blocks * dim * COLUMNS)
+        values = torch.empty(kv_heads * op.blocks * parts * COLUMNS * COLUMNS)
+        pack.k_pool, pack.v_pool, pack.keys, pack.values = addresses(k_pool, v_pool, keys, values)
+        pack.kv_heads, pack.dim, pack.parts, pack.page = kv_heads, dim, parts, page
+        _pack.launch(pack, threads)
+        scratch = torch.empty(threads, _ROWS * (COLUMNS * (1 + parts) + 3))
+        op.query, op.keys, op.values, op.out = addresses(query, keys, values, out)
+        op.row_stride, op.head_stride = 4 * query.stride(0), 4 * query.stride(1)
+        op.heads, op.kv_heads, op.dim, op.parts = heads, kv_heads, dim, parts
+        op.scratch, op.scratch_bytes = scratch.data_ptr(), 4 * scratch.stride(0)
+        _chunk.launch(op, threads)
