@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tandem.engine.backends.cpu.kernels.launch import Kernel, addresses, operands, slots
 from tandem.engine.backends.cpu.kernels.matmul import Matrix, add_bias, block_sums, launch_shares, next_share
-from tandem.engine.backends.cpu.kernels.parts import copy, int64s, jit, own_scratch, turn
+from tandem.engine.backends.cpu.kernels.parts import copy, fast_jit, floats, int64s, jit, own_scratch
 from tandem.engine.backends.cpu.kernels.tile import COLUMNS
 
 # Which of the three.
@@ -37,6 +37,17 @@ def dim_fits(dim: int) -> bool:
     return dim % 2 == 0 and (COLUMNS % dim == 0 or dim % (2 * COLUMNS) == 0)
 
 
+@fast_jit
+def _turn(first: int, second: int, size: int, cos: int, sin: int, half: int) -> None:
+    """(a, b) -> (a cos - b sin, b cos + a sin) in place, for a piece of the halves of a head; `half`: a whole one."""
+    a, b, c, s = floats(first, size), floats(second, size), floats(cos, size), floats(sin, size)
+    c_second, s_second = floats(cos + 4 * half, size), floats(sin + 4 * half, size)
+    for i in range(size):
+        before = a[i]
+        a[i] = before * c[i] - b[i] * s[i]
+        b[i] = b[i] * c_second[i] + before * s_second[i]
+
+
 @jit
 def _turn_row(sums: int, part_bytes: int, parts: int, dim: int, cos: int, sin: int) -> None:
     """All heads of one row: one head in several blocks of columns, or several in one."""
@@ -44,10 +55,10 @@ def _turn_row(sums: int, part_bytes: int, parts: int, dim: int, cos: int, sin: i
     if parts == 1:
         for head in range(COLUMNS // dim):
             start = sums + 4 * dim * head
-            turn(start, start + 4 * half, half, cos, sin, half)
+            _turn(start, start + 4 * half, half, cos, sin, half)
     for part in range(parts // 2):
         start, offset = sums + part_bytes * part, 4 * COLUMNS * part
-        turn(start, start + part_bytes * (parts // 2), COLUMNS, cos + offset, sin + offset, half)
+        _turn(start, start + part_bytes * (parts // 2), COLUMNS, cos + offset, sin + offset, half)
 
 
 @jit

@@ -143,17 +143,6 @@ def silu_multiply(gate: int, up: int, size: int) -> None:
         g[i] = g[i] * (above / (np.float32(1.0) + e)) * u[i]
 
 
-@fast_jit
-def turn(first: int, second: int, size: int, cos: int, sin: int, half: int) -> None:
-    """(a, b) -> (a cos - b sin, b cos + a sin) in place, for a piece of the halves of a head; `half`: a whole one."""
-    a, b, c, s = floats(first, size), floats(second, size), floats(cos, size), floats(sin, size)
-    c_second, s_second = floats(cos + 4 * half, size), floats(sin + 4 * half, size)
-    for i in range(size):
-        before = a[i]
-        a[i] = before * c[i] - b[i] * s[i]
-        b[i] = b[i] * c_second[i] + before * s_second[i]
-
-
 @python_jit
 def first_key(position: int, window: int, chunk: int) -> int:
     """The same as AttentionOptions.first_key."""

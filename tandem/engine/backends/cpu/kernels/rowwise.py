@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tandem.engine.backends.cpu.kernels.launch import Kernel, addresses, operands, slots
-from tandem.engine.backends.cpu.kernels.parts import copy, fast_jit, floats, next_rows, silu_multiply, turn
+from tandem.engine.backends.cpu.kernels.parts import fast_jit, floats, next_rows, silu_multiply
 
 # Rows a thread takes at a time; and below so many elements one thread is done before a second has woken up.
 _ROWS_A_TICKET = 16
@@ -54,6 +54,19 @@ class RotaryOperands:
     sources, row_strides, head_strides, heads, outs = slots(5, ctypes.c_int64 * 2)
 
 
+@fast_jit
+def _rotate(source: int, head_stride: int, heads: int, half: int, cos: int, sin: int, out: int) -> None:
+    """All heads of one token: (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head."""
+    c, s = floats(cos, 2 * half), floats(sin, 2 * half)
+    for h in range(heads):
+        a, b = floats(source + 4 * head_stride * h, half), floats(source + 4 * (head_stride * h + half), half)
+        y = floats(out + 8 * half * h, 2 * half)
+        for i in range(half):
+            y[i] = a[i] * c[i] - b[i] * s[i]
+        for i in range(half):
+            y[half + i] = b[i] * c[half + i] + a[i] * s[half + i]
+
+
 @Kernel
 def _rotary(op: RotaryOperands) -> None:
     half = op.half
@@ -62,11 +75,8 @@ def _rotary(op: RotaryOperands) -> None:
         for row in range(first, last):
             cos, sin = op.cos + 8 * half * row, op.sin + 8 * half * row
             for i in range(2):
-                for head in range(op.heads[i]):
-                    source = op.sources[i] + 4 * (op.row_strides[i] * row + op.head_strides[i] * head)
-                    out = op.outs[i] + 8 * half * (op.heads[i] * row + head)
-                    copy(source, out, 2 * half)
-                    turn(out, out + 4 * half, half, cos, sin, half)
+                heads, source = op.heads[i], op.sources[i] + 4 * op.row_strides[i] * row
+                _rotate(source, op.head_strides[i], heads, half, cos, sin, op.outs[i] + 8 * half * heads * row)
         first, last = next_rows(op, _ROWS_A_TICKET)
 
 
