@@ -99,6 +99,30 @@ def test_an_edit_of_what_a_kernel_includes_compiles_it_anew(copied: Copied) -> N
     assert len(copied.compiled()) == 2 * len(compiled), "what was compiled before an edit is there when it is undone"
 
 
+DECODE = """
+import torch
+from tandem.engine.backends.cpu.attention import CpuAttention
+from tandem.engine.batch import AttentionOptions, PagedBatch
+torch.manual_seed(3)
+lens = torch.full((8,), 256, dtype=torch.int32)
+table, rows = torch.arange(128, dtype=torch.int32).view(8, 16), torch.arange(9, dtype=torch.int32)
+batch = PagedBatch(8, rows.tolist(), lens.tolist(), table, lens, torch.zeros(8, dtype=torch.int64), rows)
+query, pools = torch.randn(8, 9, 64), torch.randn(2, 128, 16, 3, 64)
+out = CpuAttention(batch, AttentionOptions(scale=0.2))(query, query[:, :3], query[:, :3], *pools)
+print(hash(out.numpy().tobytes()))
+"""
+
+
+def test_what_is_compiled_and_what_is_loaded_compute_the_same_bits(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONHASHSEED": "0"}
+    command = [sys.executable, "-c", DECODE]
+    cold, warm = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)
+    )
+    assert list(tmp_path.rglob("*.nbc")), "nothing was cached"
+    assert cold.stdout == warm.stdout
+
+
 def test_kernels_compile_where_no_cache_can_be_written(tmp_path: Path) -> None:
     """A read-only install and a home that is not there: compile without a cache rather than fail."""
     (tmp_path / "main.py").write_text(

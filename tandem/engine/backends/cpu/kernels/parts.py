@@ -19,20 +19,24 @@ _LN2_LOW = np.float32(-2.12194440e-4)
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+# All are inlined. Of a function that is not, the process that compiles a kernel runs another copy than those that load
+# the kernel from the cache; LLVM has optimised it apart, and took sums in another order.
+_OPTIONS = {"error_model": "numpy", "forceinline": True}
+
 
 def jit(function: _Function) -> _Function:
     """A decorator: the kernels that call this function compile it too; its arithmetic is as written."""
-    return njit(error_model="numpy")(function)  # type: ignore[no-any-return]
+    return njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
 
 
 def fast_jit(function: _Function) -> _Function:
     """The same; it may add in any order, and fuse multiplications with additions."""
-    return njit(fastmath=FAST, error_model="numpy")(function)  # type: ignore[no-any-return]
+    return njit(fastmath=FAST, **_OPTIONS)(function)  # type: ignore[no-any-return]
 
 
 def python_jit(function: _Function) -> _Function:
     """The same as `jit`; Python may call it, too."""
-    return register_jitable(error_model="numpy")(function)  # type: ignore[no-any-return]
+    return register_jitable(**_OPTIONS)(function)  # type: ignore[no-any-return]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
