@@ -223,14 +223,6 @@ def test_attention_arguments_that_are_not_honoured_are_refused(tmp_path: Path) -
     assert "s_aux" in _refusal(tmp_path)
 
 
-def test_dynamic_rope_is_refused(tmp_path: Path) -> None:
-    save_model("llama", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "dynamic" in _refusal(tmp_path)
-
-
 def test_a_pool_without_room_for_a_block_is_refused() -> None:
     large = Fingerprint("", "", "float32", block_size=256, num_layers=80, num_kv_heads=8, head_dim=128, layout=1)
     with pytest.raises(ConfigError, match=r"^engine\.kv_memory_mib must be 160 or more, not 159: "):

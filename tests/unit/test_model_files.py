@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from model_zoo import save_model
-from tokenizer_zoo import make
 
-from tandem.config import ModelConfig, parse_config
+from tandem.config import TINY_MODEL, ModelConfig, parse_config
 from tandem.engine.loading.model_loader import load_model
 from tandem.errors import ModelRefused
 from tandem.tokenizer import load_tokenizer
@@ -58,8 +57,7 @@ FAULTS: list[tuple[str, Callable[[Path], None], str]] = [
 def test_router_and_worker_name_the_file_and_its_fault(
     name: str, broken: Callable[[Path], None], fault: str, tmp_path: Path
 ) -> None:
-    save_model("llama", tmp_path)
-    make("tiny", tmp_path)
+    shutil.copytree(TINY_MODEL, tmp_path, dirs_exist_ok=True)
     (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "<unk>"}')
     broken(tmp_path / name)
     loads: list[Callable[[], Any]] = [

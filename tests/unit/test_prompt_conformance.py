@@ -91,7 +91,7 @@ def _with_own_code(folder: Path) -> None:
 
 # What is done to a tokenizer's files → words of the refusal.
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "broken": (lambda folder: (folder / "tokenizer.json").write_text("{"), "transformers cannot load it"),
+    "broken": (lambda folder: (folder / "tokenizer.json").write_text("{"), "its tokenizer.json cannot be read"),
     "written in Python": (
         lambda folder: edit(
             folder / "tokenizer_config.json", lambda found: found.update(tokenizer_class="ByT5Tokenizer")

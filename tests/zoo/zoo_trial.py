@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,8 @@ _TOLERANCE = 1e-3
 _BLOCK = 16
 # Between log probabilities in all answers: a model that is always or never sure shows nothing.
 _LEAST_SPREAD = 0.1
+# Between the best token and the next, in all answers: closer than this, the order of a sum decides.
+_LEAST_MARGIN = 2e-5
 # Of weights and embeddings, one pair after another until a model is of use; attention scores are of 1 and more.
 _SIZES = ((0.2, 0.1), (0.1, 0.1), (0.4, 0.1), (0.2, 0.5))
 
@@ -43,6 +46,8 @@ class Answer:
 
     ids: list[int]
     logprobs: list[float]
+    # By how much the least certain token is likelier than the next one; known of transformers' answers alone.
+    margin: float = math.inf
 
 
 def tried(architecture: str, changes: dict[str, Any], folder: Path) -> Verdict:
@@ -78,6 +83,8 @@ def _tried_once(
     logprobs = [logprob for answer in wanted for logprob in answer.logprobs]
     if not max(logprobs) - min(logprobs) > _LEAST_SPREAD:
         return Verdict(Outcome.DULL, "the model is as sure of one answer as of any other")
+    if min(answer.margin for answer in wanted) < _LEAST_MARGIN:
+        return Verdict(Outcome.DULL, "two tokens are as likely as each other")
     return _compared({"one chunk": whole, "many chunks": chunked}, prompts, wanted)
 
 
@@ -151,8 +158,9 @@ def _generate(model: Any, prompt: list[int]) -> Answer:
     )
     answer = out.sequences[0, len(prompt) :].tolist()
     logits: Tensor = torch.stack([step[0].float() for step in out.logits])
+    best, second = logits.topk(2).values.unbind(-1)
     logprobs = logits.log_softmax(-1).gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
-    return Answer(answer, logprobs.tolist())
+    return Answer(answer, logprobs.tolist(), float((best - second).min()))
 
 
 def _served(driver: EngineDriver, prompts: list[list[int]]) -> list[Answer]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from router.doors.http.fields import Message
 from tandem.errors import InvalidRequest
 from tandem.model_files import CHAT_TEMPLATE
@@ -110,5 +112,6 @@ def chat_template_of(tokenizer: Any) -> ChatTemplate | None:
     except Exception as error:  # no template at all, or none that Jinja can parse
         folder = tokenizer.name_or_path
         file = CHAT_TEMPLATE if Path(folder, CHAT_TEMPLATE).is_file() else "the chat template"
-        log.warning("no chat: %s in %s cannot be read: %s", file, folder, " ".join(str(error).split()))
+        where = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
+        log.warning("no chat: %s in %s cannot be read: %s%s", file, folder, " ".join(str(error).split()), where)
         return None

@@ -233,7 +233,7 @@ class _Check:
         def logits() -> tuple[Tensor, Tensor]:
             """Those of a long prompt and a token more, whose keys come from transformers' cache; of a short prompt."""
             long = self._generated(self._ids[: self._length - 1], 2)
-            return long.wanted, self._own(self._ids[: SHORT - 1], None)
+            return long.wanted, self._own(self._ids[: SHORT - 2], None)  # some count from one less
 
         wanted = logits()
 
