@@ -28,7 +28,7 @@ echo "== long prompts, tight TPOT: 320 tokens in, 20 out; TTFT at most 4 times, 
 # Steps of 336 tokens hold a whole prompt and the decodes beside it, but no large part of a second prompt, which would
 # only delay the first one's token.
 compare --input-len 320 --output-len 20 --goodput ttft:4x tpot:1.6x --step-tokens 64,336 \
-  --num-prompts 25 --min-seconds 25 --start-rate 1 --resolution 0.5 --time-limit 620 --output "$folder/long-prompts"
+  --num-prompts 16 --min-seconds 20 --start-rate 1 --resolution 0.5 --time-limit 720 --output "$folder/long-prompts"
 
 echo "== short prompts, loose TPOT: 32 tokens in, 48 out; first token within 2 s, then 5 tokens/s or more"
 compare --input-len 32 --output-len 48 --goodput ttft:2000 tpot:200 --step-tokens 64,512 \
