@@ -21,7 +21,7 @@ test-cluster: $(VENV)/dev.stamp
 	@tests/cluster/packages.sh
 	$(BIN)/python -m pytest -q tests/cluster
 
-# Every causal language model of the installed transformers, tiny: 25 minutes on two cores. Writes a table in docs/models.md.
+# Every causal language model of the installed transformers, tiny: 40 CPU minutes. Writes a table in docs/models.md.
 zoo: $(VENV)/dev.stamp
 	@$(BIN)/python tests/zoo/run_zoo.py
 
