@@ -21,6 +21,8 @@ _OBJECTS = (
     "added_tokens.json",
     "model.safetensors.index.json",
 )
+# What is not looked at beside another file.
+_UNREAD_BESIDE = {"model.safetensors.index.json": "model.safetensors"}
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
@@ -28,6 +30,8 @@ def require_readable(model: ModelConfig, source: str) -> None:
     """source: where the model is; of a hub id nothing is read. Raises ModelRefused, naming the file and its fault."""
     for name in (*_OBJECTS, CHAT_TEMPLATE):
         path = Path(source, name)
+        if name in _UNREAD_BESIDE and Path(source, _UNREAD_BESIDE[name]).is_file():
+            continue
         if os.path.lexists(path) and (fault := _fault(path)):
             raise ModelRefused(f"{model.served_name} is refused: its {name} {fault}", field="model.path")
 

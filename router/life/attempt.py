@@ -156,7 +156,8 @@ class Attempt:
             except TandemError as error:
                 if self.inbox.needs(Role.PREFILL) and not self._answered.is_set():
                     raise
-                self._log.warning("the Prefill call failed after the handoff: %s", error)
+                if self.inbox.state is not Stage.FAILED:
+                    self._log.warning("the Prefill call failed after the handoff: %s", error)
 
     def _message(self) -> worker_pb2.PrefillRequest:
         """Its target is from the registry alone: nothing that a client says decides where KV goes."""
@@ -193,7 +194,7 @@ class Attempt:
         self._mark_first(self.first_ms, first.compute_ms)
         reason = reason_from_wire(first.finish_reason)
         if reason in (FinishReason.ABORT, FinishReason.ERROR):
-            raise Unavailable(f"prefill worker {self.prefill_worker} ended the request ({reason}) and gave no cause")
+            raise Unavailable(f"the prefill worker ended the request ({reason}) and gave no cause")
         self.inbox.put(first)
         if self._request.sampling.max_tokens == 1:
             # No transfer began, whose abandoning would free the blocks: the client may take its time to read.

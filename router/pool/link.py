@@ -90,7 +90,7 @@ class WorkerLink:
             log.warning("%s worker %s broke off a call", role, self._id)
             return errors.Unavailable(f"the {role} worker broke off the call; send the request again")
         if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return errors.DeadlineExceeded(f"the deadline passed while {role} worker {self._id} held the request")
+            return errors.DeadlineExceeded(f"the deadline passed while a {role} worker held the request")
         return rpc.error_from_rpc(error)
 
     def lost_as(self, role: Role) -> errors.WorkerLost:

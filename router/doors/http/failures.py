@@ -24,6 +24,7 @@ _TOLD = frozenset(
     {errors.InvalidRequest, errors.ModelNotFound, errors.Overloaded, errors.DeadlineExceeded, errors.Unavailable}
 )
 _INSTEAD: dict[type[errors.TandemError], str] = {
+    errors.OutOfMemory: "a worker's device has no memory left for the request",
     errors.WorkerLost: "a worker was lost while it held the request; send it again",
     errors.TransferFailed: "the prompt's KV cache did not reach its decode worker; send the request again",
     errors.Cancelled: "the request was cancelled",

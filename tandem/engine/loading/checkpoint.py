@@ -59,11 +59,12 @@ def _refuse_by_headers(source: str, config: Any) -> None:
     """As load_whole, of a directory, and before any memory is taken: transformers fills what is missing with random
     numbers, which takes minutes for billions. Says nothing of what shows only when it is loaded.
     """
-    tensors = _headers(source, config)
-    if not tensors:
-        return
     try:
+        if not (tensors := _headers(source, config)):
+            return
         model, found = _loaded_on_no_device(config, tensors)
+    except SafetensorError:
+        raise
     except Exception:  # the configuration's, or of a transformers that loads otherwise: the load itself will tell
         log.debug("it shows only when the model is loaded whether its files are whole", exc_info=True)
         return
@@ -99,6 +100,8 @@ def _headers(source: str, config: Any) -> dict[str, Tensor]:
     if any(getattr(each, "quantization_config", None) for each in (config, config.get_text_config())):
         return {}
     if getattr(config, "transformers_weights", None) or getattr(type(config), "extra_files", None):
+        return {}
+    if Path(source, "adapter_config.json").exists():  # the weights below it are somewhere else
         return {}
     files, index = [Path(source, SAFE_WEIGHTS_NAME)], Path(source, SAFE_WEIGHTS_INDEX_NAME)
     if not files[0].is_file() and index.is_file():
