@@ -22,7 +22,7 @@ class Arrival:
 
 
 @dataclass
-class Run:
+class LoadRun:
     """What became of a schedule; whoever holds it may watch while it runs."""
 
     planned: int
@@ -39,7 +39,7 @@ class Run:
 class Watch(Protocol):
     """Told of every change."""
 
-    def __call__(self, run: Run) -> None: ...
+    def __call__(self, run: LoadRun) -> None: ...
 
 
 class Runner:
@@ -54,9 +54,9 @@ class Runner:
             asyncio.Semaphore(max_concurrency) if max_concurrency else nullcontext()
         )
         self._watch = watch or (lambda run: None)
-        self.run = Run(len(schedule))
+        self.run = LoadRun(len(schedule))
 
-    async def send_all(self, stop: asyncio.Event) -> Run:
+    async def send_all(self, stop: asyncio.Event) -> LoadRun:
         """Until every answer has ended, or `stop` is set: then what is under way is cancelled."""
         run = self.run
         run.started_s = time.perf_counter()

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from loadtest.metrics import Goodput, Outcome, details, summarize
-from loadtest.runner import Arrival, Run, Runner, Watch
+from loadtest.runner import Arrival, LoadRun, Runner, Watch
 from loadtest.schedule.plan import Plan, Schedule
 from loadtest.schedule.workloads import LoadRequest
 from loadtest.targets.target import LoadTarget, Served
@@ -33,7 +33,7 @@ class Measuring:
 class Result:
     served: Served
     schedule: Schedule
-    run: Run
+    run: LoadRun
     # The keys of `vllm bench serve`, and ours.
     figures: dict[str, Any]
 
@@ -68,7 +68,7 @@ def nothing_answered(outcomes: Sequence[Outcome], kind: str = "request") -> Tand
 
 
 def figures(
-    target: LoadTarget, plan: Plan, measuring: Measuring, served: Served, schedule: Schedule, run: Run
+    target: LoadTarget, plan: Plan, measuring: Measuring, served: Served, schedule: Schedule, run: LoadRun
 ) -> dict[str, Any]:
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),

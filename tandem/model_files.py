@@ -19,10 +19,7 @@ _OBJECTS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "model.safetensors.index.json",
 )
-# What is not looked at beside another file.
-_UNREAD_BESIDE = {"model.safetensors.index.json": "model.safetensors"}
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
@@ -30,14 +27,12 @@ def require_readable(model: ModelConfig, source: str) -> None:
     """source: where the model is; of a hub id nothing is read. Raises ModelRefused, naming the file and its fault."""
     for name in (*_OBJECTS, CHAT_TEMPLATE):
         path = Path(source, name)
-        if name in _UNREAD_BESIDE and Path(source, _UNREAD_BESIDE[name]).is_file():
-            continue
-        if os.path.lexists(path) and (fault := _fault(path)):
+        if os.path.lexists(path) and (fault := fault_of(path)):
             raise ModelRefused(f"{model.served_name} is refused: its {name} {fault}", field="model.path")
 
 
-def _fault(path: Path) -> str:
-    """Empty: none."""
+def fault_of(path: Path) -> str:
+    """What is wrong with a file that is to be a JSON object, or a template's text; empty: nothing."""
     try:
         text = path.read_bytes().decode()
     except OSError as error:

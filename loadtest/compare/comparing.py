@@ -23,7 +23,7 @@ from loadtest.compare.search import Search
 from loadtest.compare.shapes import all_shapes
 from loadtest.compare.verdict import best_of, common_rate, verdict_on
 from loadtest.metrics import Goodput
-from loadtest.runner import Run
+from loadtest.runner import LoadRun
 from loadtest.session import Measuring, nothing_answered
 from loadtest.targets.target import SendOptions
 from tandem.errors import DeadlineExceeded, TandemError, Unavailable
@@ -43,7 +43,7 @@ class Reporter(Protocol):
     def report_limits(self, goodput: Goodput) -> None:
         """What an answer may take: known before the first load."""
 
-    def report_run(self, run: Run) -> None:
+    def report_run(self, run: LoadRun) -> None:
         """The load that runs."""
 
     def report_ended(self, shape: model.ServiceShape, run: model.Run, ending: Ending) -> None:

@@ -15,7 +15,7 @@ from loadtest.compare import model
 from loadtest.compare.judge import Judge, is_disturbed
 from loadtest.compare.processes import cores_of, cpu_seconds, others_cpu_seconds
 from loadtest.metrics import Goodput, Metric, Outcome, missed, summarize
-from loadtest.runner import Arrival, Run, Runner, Watch
+from loadtest.runner import Arrival, LoadRun, Runner, Watch
 from loadtest.schedule.plan import Plan
 from loadtest.session import DEFAULT_PERCENTILES, Measuring, figures, warm_up
 from loadtest.targets.grpc import GrpcTarget
@@ -54,7 +54,7 @@ class Ending(StrEnum):
 class Offered:
     """What became of one load."""
 
-    run: Run
+    run: LoadRun
     ending: Ending
     result: model.Run
 
@@ -229,7 +229,7 @@ def _worker(state: WorkerState, shape: model.ServiceShape) -> WatchedWorker:
     return WatchedWorker(state.worker_id, pool, state.pid, cores_of(state.pid))
 
 
-async def _send(runner: Runner, judge: Judge, halted: Callable[[], bool]) -> tuple[Run, Ending]:
+async def _send(runner: Runner, judge: Judge, halted: Callable[[], bool]) -> tuple[LoadRun, Ending]:
     stop, why = asyncio.Event(), Ending.WHOLE
 
     async def look() -> None:
@@ -269,7 +269,7 @@ def _result(rate_rps: float, found: dict[str, object], use: list[model.WorkerUse
     )
 
 
-def _answer(outcome: Outcome, run: Run, result: model.Run) -> model.ShownAnswer:
+def _answer(outcome: Outcome, run: LoadRun, result: model.Run) -> model.ShownAnswer:
     prefill_worker, decode_worker = outcome.workers or ("", "")
     return model.ShownAnswer(
         prompt_tokens=outcome.prompt_tokens,

@@ -44,7 +44,7 @@ class DoorOptions:
     host: Annotated[str | None, typer.Option(help="Address that the router listens on.")] = None
     port: Annotated[int | None, typer.Option(help="The router's port; 0: any free one.")] = None
     http_port: Annotated[
-        int | None, typer.Option(help="Of its OpenAI-compatible HTTP door; 0: any free one, -1: none.")
+        int | None, typer.Option(help="Port of its OpenAI-compatible HTTP door; 0: any free one, -1: none.")
     ] = None
 
 

@@ -19,7 +19,7 @@ from loadtest.compare.question import Question
 from loadtest.compare.shapes import all_shapes
 from loadtest.metrics import Goodput
 from loadtest.objectives import Objectives
-from loadtest.runner import Run
+from loadtest.runner import LoadRun
 from loadtest.schedule.plan import Plan
 from loadtest.schedule.workloads import Lengths
 from tandem.cli.bench.compare import settings_of
@@ -70,7 +70,7 @@ class Killer:
         self._shape, _, load = words.rpartition(": ")
         self._armed = bool(load) and self.deaths.get(self._shape, 0) > 0
 
-    def report_run(self, run: Run) -> None:
+    def report_run(self, run: LoadRun) -> None:
         if not self._armed:
             return
         pids = self.supervisors[self._shape].pids()

@@ -18,7 +18,7 @@ import pytest
 from paced_service import FAST, OUTPUT, SLOW, Note, Pace, Scripted, joined, make_target, measured, target_of
 from scripted_router import ScriptedRouter, serving
 
-from loadtest.runner import Arrival, Run, Runner
+from loadtest.runner import Arrival, LoadRun, Runner
 from loadtest.schedule.plan import Plan
 from loadtest.schedule.workloads import Lengths, Vocabulary, random_requests
 from loadtest.session import Measuring, Result
@@ -133,7 +133,7 @@ async def test_a_run_that_is_stopped_reports_what_was() -> None:
             await asyncio.Event().wait()
         await Scripted([FAST]).by_grpc(request, emit)
 
-    def watch(run: Run) -> None:
+    def watch(run: LoadRun) -> None:
         if run.ended == 1:
             stop.set()
 

@@ -17,7 +17,7 @@ from loadtest.compare.contender import Ending
 from loadtest.compare.question import Question
 from loadtest.metrics import Goodput
 from loadtest.objectives import Objectives
-from loadtest.runner import Run
+from loadtest.runner import LoadRun
 from loadtest.schedule.plan import Plan
 from loadtest.schedule.workloads import Lengths
 from tandem.types import Accepted, ChoiceFinished, Completed, Delta, FinishReason, Token, Usage
@@ -99,7 +99,7 @@ class Notes:
     def report_limits(self, goodput: Goodput) -> None:
         self.limits_ms.append(goodput)
 
-    def report_run(self, run: Run) -> None: ...
+    def report_run(self, run: LoadRun) -> None: ...
 
     def report_ended(self, shape: model.ServiceShape, run: model.Run, ending: Ending) -> None:
         self.loads.append((shape.name, run, ending))

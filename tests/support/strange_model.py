@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from model_zoo import ARCHITECTURES
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+
+from tandem.config import parse_config
+from tandem.engine.engine import Engine
+from tandem.errors import ModelRefused
 
 TINY = ARCHITECTURES["llama"]
 
@@ -91,3 +96,13 @@ def save_model(folder: Path, architecture: str, **settings: Any) -> Path:
 def save_strange(folder: Path, strangeness: str, **settings: Any) -> Path:
     """A tiny one; strangeness: which of its ways it has, see above."""
     return save_model(folder, "strange", **{**TINY, **settings}, strangeness=strangeness)
+
+
+def refusal(folder: Path, **model: Any) -> str:
+    """Why the engine does not serve it; model: more of that section of the configuration."""
+    settings = {"model": {"path": str(folder), **model}, "engine": {"kv_memory_mib": 8}}
+    with pytest.raises(ModelRefused) as caught:
+        Engine(parse_config(settings), print)
+    assert caught.value.field == "model.path"
+    assert "\n" not in caught.value.message
+    return caught.value.message

@@ -37,11 +37,6 @@ def gone(path: Path) -> None:
     path.symlink_to("blobs/0123")
 
 
-def in_place_of_the_weights(path: Path) -> None:
-    (path.parent / "model.safetensors").unlink()
-    nothing(path)
-
-
 SMALL = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 FAULTS: list[tuple[str, Callable[[Path], None], str]] = [
     *((name, cut, "is not JSON: ") for name in SMALL),
@@ -49,7 +44,6 @@ FAULTS: list[tuple[str, Callable[[Path], None], str]] = [
     *((name, a_list, "is not a JSON object") for name in SMALL),
     *((name, nothing, "is empty") for name in SMALL),
     ("generation_config.json", gone, "cannot be read: No such file or directory"),
-    ("model.safetensors.index.json", in_place_of_the_weights, "is empty"),
     ("tokenizer.json", cut, "cannot be read: EOF while parsing"),
     ("tokenizer.json", of_another_kind, "cannot be read: "),
     ("tokenizer.json", a_list, "cannot be read: "),
@@ -77,7 +71,11 @@ def test_router_and_worker_name_the_file_and_its_fault(
         assert caught.value.field == "model.path"
 
 
-def test_an_index_that_nobody_reads_is_no_fault(tmp_path: Path) -> None:
+def test_an_index_of_weights_is_read_where_there_is_no_single_file(tmp_path: Path) -> None:
     shutil.copytree(TINY_MODEL, tmp_path, dirs_exist_ok=True)
     nothing(tmp_path / "model.safetensors.index.json")
-    load_model(parse_config({"model": {"path": str(tmp_path)}}))
+    config = parse_config({"model": {"path": str(tmp_path)}})
+    load_model(config)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelRefused, match=r"its model\.safetensors\.index\.json is empty"):
+        load_model(config)

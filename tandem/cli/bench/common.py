@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tandem.errors import ConfigError
 
 if TYPE_CHECKING:  # numpy: only for whoever runs a load test
-    from loadtest.runner import Run
+    from loadtest.runner import LoadRun
 
 
 def need_extra(*more: str) -> None:
@@ -71,7 +71,7 @@ class Bar:
         self._task = self._progress.add_task("starting", total=None, state="")
         self.doing = doing
 
-    def show_run(self, run: Run) -> None:
+    def show_run(self, run: LoadRun) -> None:
         offered = len(run.outcomes)
         state = f"{run.ended}/{run.planned} done, {offered - run.ended} under way, {run.failed} failed"
         self._progress.update(self._task, description=self.doing, total=run.planned, completed=run.ended, state=state)

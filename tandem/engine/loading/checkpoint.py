@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tandem.errors import ModelRefused
+from tandem.model_files import fault_of
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def _refuse_by_headers(source: str, config: Any) -> None:
         if not (tensors := _headers(source, config)):
             return
         model, found = _loaded_on_no_device(config, tensors)
-    except SafetensorError:
+    except (SafetensorError, ModelRefused):
         raise
     except Exception:  # the configuration's, or of a transformers that loads otherwise: the load itself will tell
         log.debug("it shows only when the model is loaded whether its files are whole", exc_info=True)
@@ -95,7 +96,7 @@ def _loaded_on_no_device(config: Any, tensors: dict[str, Tensor]) -> tuple[Any, 
 
 def _headers(source: str, config: Any) -> dict[str, Tensor]:
     """Tensors without memory for what the files of a directory hold; none where other files count too, or the weights
-    become others when they are loaded. Raises SafetensorError.
+    become others when they are loaded. Raises SafetensorError, or ModelRefused for an index that cannot be read.
     """
     if any(getattr(each, "quantization_config", None) for each in (config, config.get_text_config())):
         return {}
@@ -105,6 +106,8 @@ def _headers(source: str, config: Any) -> dict[str, Tensor]:
         return {}
     files, index = [Path(source, SAFE_WEIGHTS_NAME)], Path(source, SAFE_WEIGHTS_INDEX_NAME)
     if not files[0].is_file() and index.is_file():
+        if fault := fault_of(index):
+            raise ModelRefused(f"its {index.name} {fault}")
         shards = json.loads(index.read_text()).get("weight_map")
         files = [Path(source, name) for name in sorted(set(shards.values()))] if isinstance(shards, dict) else []
     if not all(file.is_file() for file in files):
